@@ -1,0 +1,84 @@
+# `make demo` and `make test` do all of it on a fresh machine; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# pytest workers where there is no GPU; on a GPU the tests share it in one process.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+ARGS ?=
+
+DEMO_EXTRAS := models,demo
+ALL_EXTRAS := models,peft,demo,bench,dev
+DECLARED := pyproject.toml constraints.txt
+SAY_VERSION := import sys; print(sys.version_info[:2])
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: help demo test lint types pytest format install clean check-python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, WORKERS=2, ARGS='more arguments'"
+
+demo: $(VENV)/.installed-demo ## make the environment, install, fine-tune the embedded default into runs/demo
+	$(RUN) -m models.train --output-dir runs/demo $(ARGS)
+
+test: lint types pytest ## make the environment, install, check style, types and behaviour
+
+lint: $(VENV)/.installed-all ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/.installed-all ## mypy
+	$(RUN) -m mypy
+
+# Without a GPU the kernels run on CPU tensors (tests/conftest.py), with one thread a worker.
+pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
+	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		set -x; $(RUN) -m pytest $(ARGS); \
+	else \
+		set -x; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS); \
+	fi
+
+format: $(VENV)/.installed-all ## rewrite the sources in the house format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+install: $(VENV)/.installed-all ## make the environment and install everything, run nothing
+
+clean: ## remove the environment, runs and caches
+	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Says in one line what is wrong with the interpreter, before anything is downloaded.
+check-python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here: install Python 3.10 to 3.13," \
+		"or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+		"error: $(PYTHON) is Python %d.%d; 3.10 to 3.13 are supported: make PYTHON=python3.12 ..." % v)'
+	@if test -x $(RUN); then \
+		test "$$($(RUN) -c '$(SAY_VERSION)')" = "$$($(PYTHON) -c '$(SAY_VERSION)')" || \
+			{ echo "error: $(VENV) was made by another Python than $(PYTHON):" \
+				"run 'make clean', or add VENV=another-folder" >&2; exit 1; }; \
+	else \
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+			{ echo "error: $(PYTHON) cannot make environments (no venv or no ensurepip):" \
+				"on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }; \
+	fi
+
+$(RUN): | check-python
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; the larger set also serves the demo.
+$(VENV)/.installed-demo: $(DECLARED) | $(RUN)
+	@echo "Installing into $(VENV): some minutes the first time, nothing the next."
+	$(INSTALL) -e '.[$(DEMO_EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-all: $(DECLARED) | $(RUN)
+	@echo "Installing into $(VENV): some minutes the first time, nothing the next."
+	$(INSTALL) -e '.[$(ALL_EXTRAS)]'
+	@touch $@ $(VENV)/.installed-demo

@@ -1,0 +1,33 @@
+"""LoRA at the price of the frozen layer: fused linear layers, forward and backward.
+
+    from lora_kernels import LoRAConfig, add_lora
+    print(add_lora(model, LoRAConfig(rank=8, alpha=16, dropout=0.1, train=("classifier",))))
+
+Importing this package patches nothing, imports no transformers, and works without Triton and
+without a GPU.
+"""
+
+from .adapters import load_adapter, save_adapter
+from .dispatch import STRATEGIES
+from .explain import explain
+from .functional import lora_linear
+from .injection import add_lora, merge
+from .modules import FusedLoRALinear, LoRAConfig
+from .peft import fuse_peft, unfuse_peft
+from .report import Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "STRATEGIES",
+    "FusedLoRALinear",
+    "LoRAConfig",
+    "Report",
+    "add_lora",
+    "explain",
+    "fuse_peft",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "save_adapter",
+    "unfuse_peft",
+]

@@ -1,0 +1,232 @@
+"""Save and load adapters: PEFT's directory format (both ways) and loralib files (read).
+
+A PEFT directory holds `adapter_config.json` and `adapter_model.safetensors` with the keys
+`base_model.model.<path>.lora_A.weight`; modules trained in full stand beside them under their own
+path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from .adapter_files import Adapter, write_files
+from .injection import describe, fused_layers, inject, refuse_injected
+from .loralib_format import read_loralib
+from .modules import FusedLoRALinear, LoRAConfig
+from .peft_format import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    peft_config,
+    read_peft,
+    trained_by_peft,
+)
+from .report import Report
+from .targets import features_of, find_train, near_misses, why_not
+
+
+def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write the LoRA values and the modules trained in full to a directory that PEFT loads.
+
+    Values keep their dtype. The files are written aside, synced and renamed, so an adapter that was
+    there before is replaced as a whole or stays. A merged model saves the same values as an
+    unmerged one.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or no PEFT configuration names exactly its layers.
+
+    Example:
+        >>> save_adapter(model, "runs/sst2/adapter")
+        >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
+    """
+    model = getattr(model, "_orig_mod", model)  # the model that torch.compile wraps
+    layers = fused_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA layer to save")
+    config = peft_config(model, layers, _trained(model))
+    state = {f"{PREFIX}{path}.lora_A.weight": layer.lora_A for path, layer in layers.items()}
+    state |= {f"{PREFIX}{path}.lora_B.weight": layer.lora_B for path, layer in layers.items()}
+    for name in trained_by_peft(model, config["modules_to_save"] or ()):
+        module = model.get_submodule(name)
+        state |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+    # Copies, because one tensor under two names (tied weights) cannot be written.
+    tensors = {
+        key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
+    }
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_files(Path(path), {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    alpha: float | None = None,
+    enable_lora: tuple[bool, ...] | None = None,
+    strategy: str = "auto",
+) -> Report:
+    """Load an adapter, in place: a PEFT directory, or a loralib file (.pt, .bin, .safetensors).
+
+    A plain model gets LoRA layers first, as the file says; a model that has them gets values only.
+    Everything is checked before anything is changed. Loaded parameters train; call
+    `model.requires_grad_(False)` to freeze them. A loralib file does not say its `alpha`: pass it
+    for a plain model. Its `MergedLinear` (query, key and value in one weight) becomes one LoRA of
+    the summed rank with a block-diagonal lora_B, which computes the same; where only some segments
+    have LoRA, pass `enable_lora` as in loralib. Pickles are read with weights_only=True.
+
+    Raises:
+        FileNotFoundError: nothing at `path`, or a file of the directory is missing.
+        ValueError: names, shapes, ranks or alphas do not fit the model, or the file holds something
+            that plain LoRA layers cannot represent (DoRA, a trained bias, ...), each named with its
+            value.
+
+    Example:
+        >>> load_adapter(model, "runs/sst2/adapter")
+        >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
+    """
+    model = getattr(model, "_orig_mod", model)
+    adapter = _read(Path(path), model, alpha, enable_lora)
+    injected = fused_layers(model)
+    if not injected:
+        refuse_injected(model)
+        if any(values.alpha is None for values in adapter.layers.values()):
+            raise ValueError(
+                f"{adapter.source} is a loralib file, which does not say alpha: pass alpha="
+            )
+    train = _trained(model) if injected else list(adapter.train)
+    _check_fit(model, adapter, train)
+    if not injected:
+        ranks = {
+            name: (values.lora_A.shape[0], values.alpha or 0.0)
+            for name, values in adapter.layers.items()
+        }
+        rank, common_alpha = Counter(ranks.values()).most_common(1)[0][0]
+        config = LoRAConfig(
+            rank=rank,
+            alpha=common_alpha,
+            dropout=adapter.dropout,
+            rslora=adapter.rslora,
+            targets=tuple(ranks),
+            train=adapter.train,
+            strategy=strategy,
+        )
+        inject(model, config, ranks)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, layer in fused_layers(model).items():
+            layer.lora_A.copy_(adapter.layers[name].lora_A)
+            layer.lora_B.copy_(adapter.layers[name].lora_B)
+        for key, value in adapter.others.items():
+            state[key].copy_(value)
+    return describe(model)
+
+
+def _read(
+    path: Path, model: nn.Module, alpha: float | None, enable_lora: tuple[bool, ...] | None
+) -> Adapter:
+    """The adapter at `path`: a PEFT directory, or a loralib file. Raises as `load_adapter` does."""
+    if (
+        path.is_file()
+        and path.name in (WEIGHTS_NAME, PICKLE_NAME)
+        and (path.parent / CONFIG_NAME).exists()
+    ):
+        path = path.parent
+    if path.is_file():
+        return read_loralib(path, model, alpha, enable_lora)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no adapter at {path}: not a file or directory (hub names are not resolved)"
+        )
+    if alpha is not None or enable_lora is not None:
+        raise ValueError(f"alpha and enable_lora are for loralib files; {path} says them itself")
+    return read_peft(path, model)
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Paths of the modules trained in full, and of those that share a parameter with them."""
+    config = getattr(model, "lora_config", None)
+    paths = list(find_train(model, config.train)) if config else []
+    parameters = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
+    within = {id(m) for path in paths for m in model.get_submodule(path).modules()}
+    for path, module in model.named_modules():
+        if id(module) not in within and parameters & {
+            id(p) for p in module.parameters(recurse=False)
+        }:
+            paths.append(path)
+    return paths
+
+
+def _check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
+    """ValueError with all that does not fit between an adapter and a model."""
+    injected = fused_layers(model)
+    modules = dict(model.named_modules())
+    problems: list[str] = []
+    for path, values in adapter.layers.items():
+        if path not in modules:
+            problems.append(f"{path} does not exist{near_misses(path, modules)}")
+            continue
+        if injected and path not in injected:
+            problems.append(f"{path} is no LoRA layer of this model")
+            continue
+        if not injected and (reason := why_not(model, path)):
+            problems.append(f"{path} cannot be replaced: {reason}")
+            continue
+        layer = modules[path]
+        K, N = features_of(layer)
+        rank = layer.rank if isinstance(layer, FusedLoRALinear) else values.lora_A.shape[0]
+        for name, found, wanted in (
+            ("lora_A", list(values.lora_A.shape), [rank, K]),
+            ("lora_B", list(values.lora_B.shape), [N, rank]),
+        ):
+            if found != wanted:
+                problems.append(f"{path}.{name} is {found} in the file and {wanted} in the model")
+        if isinstance(layer, FusedLoRALinear):
+            if layer.merged:
+                problems.append(f"{path} is merged: unmerge it first")
+            problems += _alpha_problem(path, layer, values.alpha, adapter.rslora)
+    problems += [
+        f"{path} has no values in the file" for path in injected if path not in adapter.layers
+    ]
+    state = model.state_dict()
+    wanted_keys = [key for path in train for key in state if key.startswith(path + ".")]
+    problems += [
+        f"{key} has no value in the file" for key in wanted_keys if key not in adapter.others
+    ]
+    for key, value in adapter.others.items():
+        if key not in wanted_keys:
+            problems.append(
+                f"{key} is in the file, but the model does not train it (train={sorted(train)})"
+            )
+        elif value.shape != state[key].shape:
+            problems.append(
+                f"{key} is {list(value.shape)} in the file and {list(state[key].shape)} here"
+            )
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{adapter.source} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}"
+        )
+
+
+def _alpha_problem(
+    path: str, layer: FusedLoRALinear, alpha: float | None, rslora: bool
+) -> list[str]:
+    """The file's scale must be the layer's: the same values would mean another update."""
+    if alpha is None:
+        return []
+    scale = alpha / (math.sqrt(layer.rank) if rslora else layer.rank)
+    if math.isclose(scale, layer.scale, rel_tol=1e-6):
+        return []
+    theirs, ours = f"alpha={alpha}, rslora={rslora}", f"alpha={layer.alpha}, rslora={layer.rslora}"
+    return [f"{path} has {theirs} in the file and {ours} in the model"]

@@ -1,0 +1,283 @@
+"""Compile every kernel for cards that are not there, and read what the compiler made of them.
+
+The strategies run unchanged, on tensors of the "meta" device, while Triton's driver is one that
+says it is the card in question and launches nothing. So what is compiled is what a training step on
+that card would compile: the shipped tiles, the real strides, the real flags. Registers, spills and
+instructions are read from the cubin by the cuobjdump and nvdisasm that the Triton wheel carries.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .dispatch import STRATEGIES, Problem, choose, interpreting
+from .strategies import Layers, Wanted
+
+
+class Card(NamedTuple):
+    """What one multiprocessor holds: registers, KiB of shared memory (a program, all), warps, programs."""
+
+    program_shared: int
+    shared: int
+    warps: int
+    programs: int
+    registers: int = 65536
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+CARDS = {
+    "sm_80": Card(163, 164, 64, 32),
+    "sm_86": Card(99, 100, 48, 16),
+    "sm_89": Card(99, 100, 48, 24),
+    "sm_90": Card(227, 228, 64, 32),
+    "sm_100": Card(227, 228, 64, 32),
+    "sm_120": Card(99, 100, 48, 24),
+    "gfx942": Card(64, 64, 32, 16),
+    "gfx1100": Card(64, 128, 64, 32),
+}
+GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Specimen(NamedTuple):
+    """A layer whose training step is compiled; ragged sizes and every flag occur in some row."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dropout: float
+    bias: bool
+    conv1d: bool = False
+    layers: int = 1
+
+
+SPECIMENS = (
+    Specimen(4096, 768, 768, 16, 0.1, bias=True),
+    Specimen(4096, 3072, 768, 8, 0.0, bias=True, conv1d=True),
+    Specimen(4096, 768, 3072, 64, 0.1, bias=False),
+    Specimen(1000, 771, 773, 3, 0.1, bias=True),
+    Specimen(4096, 768, 768, 8, 0.1, bias=True, layers=3),
+    Specimen(4096, 768, 768, 8, 0.0, bias=True, layers=3),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. `spills` counts 4-byte registers; for AMD cards the counts are None."""
+
+    kernel: str
+    tile: str
+    dtype: str
+    arch: str
+    registers: int | None
+    spills: int | None
+    shared_bytes: int
+    shared_limit: int
+    occupancy: float | None
+    matrix_instructions: int | None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the gate refuses this kernel; None if it passes."""
+        if self.spills:
+            return f"{self.spills} registers spill"
+        if self.shared_bytes > self.shared_limit:
+            return f"{self.shared_bytes} bytes of shared memory, {self.shared_limit} at most"
+        return None
+
+
+class _Compiled(NamedTuple):
+    source: Any
+    metadata: Any
+    specimen: Specimen
+    binary: bytes
+
+
+class _AbsentCard:
+    """A Triton driver for a card that is not there: kernels compile for it, and launching does nothing."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        cuda = arch.startswith("sm_")
+        self.target = (
+            GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+            if cuda
+            else GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+        )
+        self.arch = arch
+        self.utils = self  # the object that knows device properties and loads binaries
+        self.compiled: list[_Compiled] = []
+        self.specimen = SPECIMENS[0]  # what is being compiled
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"absent {self.arch}"
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}  # too much is for the report to say
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self._pending = source, metadata
+        return lambda *arguments: None
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, ...]:
+        self.compiled.append(_Compiled(*self._pending, self.specimen, binary))
+        return None, None, 0, 0, 1024
+
+
+@contextmanager
+def absent_card(arch: str) -> Iterator[_AbsentCard]:
+    """Triton believes, inside, that the card is `arch`."""
+    from triton.runtime import driver
+
+    before = driver._active
+    card = _AbsentCard(arch)
+    driver.set_active(card)  # type: ignore[arg-type]
+    try:
+        yield card
+    finally:
+        driver._active = before
+
+
+def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
+    """Forward and backward of one layer on meta tensors: every launch that a step on the card makes."""
+    M, N, K, R, dropout, bias, conv1d, G = specimen
+    tf32 = dtype is torch.float32
+    choice = choose(Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G), strategy)
+    if choice.strategy != strategy or choice.tile is None:
+        return  # a library, or refused (`fused` with dropout, say)
+    row = STRATEGIES[strategy]
+    # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
+    adapter = torch.float32 if dropout else dtype
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x = tensor(M, K)
+    layers = Layers(
+        tuple(tensor(K, N).T if conv1d else tensor(N, K) for _ in range(G)),
+        tuple(tensor(N) for _ in range(G)) if bias else None,
+        tuple(tensor(R, K, dtype=adapter) for _ in range(G)),
+        tuple(tensor(N, R, dtype=adapter) for _ in range(G)),
+    )
+    seed = tensor(1, dtype=torch.int64) if dropout else None
+    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tile)
+    dy = tuple(tensor(M, N) for _ in range(G))
+    row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tile)
+
+
+def compile_report(
+    archs: Iterable[str], dtypes: Iterable[str] = tuple(DTYPES), keep: Path | None = None
+) -> list[Row]:
+    """A row for every kernel x shipped tile x dtype x architecture; `keep` receives the cubins.
+
+    Raises ValueError for an unknown architecture, RuntimeError where kernels cannot be compiled at
+    all.
+    """
+    archs = list(archs)
+    for arch in archs:
+        if arch not in CARDS:
+            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(CARDS)}")
+    if interpreting():
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it"
+        )
+    rows: dict[Row, bytes] = {}
+    for arch in archs:
+        with absent_card(arch) as card:
+            for dtype in dtypes:
+                card.compiled.clear()
+                for specimen, strategy in product(SPECIMENS, STRATEGIES):
+                    card.specimen = specimen
+                    training_step(specimen, DTYPES[dtype], arch, strategy)
+                for compiled in card.compiled:
+                    rows.setdefault(_row(compiled, arch, dtype), compiled.binary)
+    if keep is not None:
+        _keep(rows, keep)
+    return list(rows)
+
+
+def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
+    card, metadata = CARDS[arch], compiled.metadata
+    constants = {
+        compiled.source.fn.arg_names[path[0]]: value
+        for path, value in compiled.source.constants.items()
+    }
+    blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
+    flags = [n.lower() for n, v in constants.items() if v is True]
+    layout = "conv1d" if compiled.specimen.conv1d else "linear"
+    layers = f"x{compiled.specimen.layers}"
+    depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
+    tile = "-".join([*blocks, *depth, *flags, layout, layers])
+    registers = spills = matrix = occupancy = None
+    if arch.startswith("sm_"):
+        registers, spills, matrix = _inspect(compiled.binary)
+        occupancy = _occupancy(card, registers, metadata.shared, metadata.num_warps)
+    return Row(
+        metadata.name.strip("_"), tile, dtype, arch, registers, spills, metadata.shared,
+        card.program_shared * 1024, occupancy, matrix,
+    )  # fmt: skip
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, spilled registers, matrix instructions) of a cubin."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        assembly = _run(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    registers = re.search(r"REG:(\d+)", usage)
+    local = re.search(r"LOCAL:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    if not (registers and local and stack):
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[-300:]}")
+    spilled = max(int(local[1]), int(stack[1])) // 4
+    matrix = len(re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", assembly))
+    return int(registers[1]), spilled, matrix
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _occupancy(card: Card, registers: int, shared: int, warps: int) -> float:
+    """Resident warps of a multiprocessor over the most it holds."""
+    per_warp = -(-registers * 32 // 256) * 256  # registers are dealt out to a warp by 256
+    programs = min(
+        card.programs,
+        card.warps // warps,
+        card.registers // (per_warp * warps),
+        card.shared * 1024 // (shared + 1024),  # a KiB a program is the system's
+    )
+    return round(programs * warps / card.warps, 3)
+
+
+def _keep(rows: dict[Row, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, binary in rows.items():
+        suffix = "cubin" if row.arch.startswith("sm_") else "hsaco"
+        Path(folder, f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{suffix}").write_bytes(binary)
+
+
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows as plain data."""
+    return [asdict(row) for row in rows]

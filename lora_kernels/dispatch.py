@@ -1,0 +1,217 @@
+"""Which strategy computes a problem, and why.
+
+A strategy is a row: its two functions and `supports`, which says in words why it cannot take a
+problem. `choose` is a pure function of the problem; tuning is an explicit act, never a side effect
+of a step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from . import strategies
+from .tuning import MAX_RANK, Tiles, tiles_for
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: y [M, N] from x [M, K] at rank R, for so many `layers` (N is the widest of them).
+
+    `arch` is "cpu", "sm_86", "gfx942", ...
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    arch: str = "cpu"
+    dropout: bool = False
+    tf32: bool = False
+    layers: int = 1
+
+    @classmethod
+    def on(
+        cls, device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, *,
+        dropout: bool, layers: int = 1,
+    ) -> Problem:  # fmt: skip
+        """The problem on a device of this machine, with torch's own setting for TF32."""
+        tf32 = dtype is torch.float32 and device.type == "cuda" and _tf32_allowed()
+        return cls(M, N, K, R, dtype, architecture(device), dropout, tf32, layers)
+
+    def __str__(self) -> str:
+        dropout = ", dropout" if self.dropout else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        layers = f"{self.layers} layers, " if self.layers > 1 else ""
+        return f"{layers}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of STRATEGIES; `summary` is the line that `explain` prints."""
+
+    name: str
+    forward: Callable[..., strategies.Forward]
+    backward: Callable[..., strategies.Backward]
+    supports: Callable[[Problem], str | None]
+    summary: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` picked: the row's name, the tiles of its kernels (None: a library), why."""
+
+    strategy: str
+    tile: Tiles | None
+    reason: str
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors (the environment variable TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "cpu", "sm_86" or "gfx942" of a device."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_supports(problem: Problem) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed"
+    if problem.arch == "cpu" and not interpreting():
+        return "Triton kernels need a GPU (or TRITON_INTERPRET=1)"
+    if not (problem.arch == "cpu" or problem.arch.startswith(("sm_", "gfx"))):
+        return f"no kernels for the device {problem.arch}"
+    if problem.arch.startswith("sm_") and int(problem.arch.removeprefix("sm_")) < 80:
+        return f"Triton has no matrix instructions for {problem.arch}"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel for {problem.dtype}"
+    if problem.R > MAX_RANK:
+        return f"rank {problem.R} is over {MAX_RANK}: its tiles do not fit beside the accumulator"
+    if 0 in (problem.M, problem.N, problem.K):
+        return "nothing to compute"
+    return None
+
+
+def _fused_supports(problem: Problem) -> str | None:
+    if problem.dropout:
+        return "dropout: x lora_A^T and x W^T would need different tiles of x"
+    return _triton_supports(problem)
+
+
+def _library_supports(problem: Problem) -> str | None:
+    return None
+
+
+_ROWS = (
+    Strategy(
+        "library", strategies.library_forward, strategies.library_backward, _library_supports,
+        "the vendor's GEMM, then a rank-R product added in place",
+    ),
+    Strategy(
+        "split", strategies.split_forward, strategies.split_backward, _triton_supports,
+        "x lora_A^T once, then one GEMM seeded with the rank-R product",
+    ),
+    Strategy(
+        "fused", strategies.fused_forward, strategies.fused_backward, _fused_supports,
+        "one launch: each tile of x feeds x W^T and x lora_A^T",
+    ),
+    Strategy(
+        "hybrid", strategies.hybrid_forward, strategies.hybrid_backward, _triton_supports,
+        "the rank-R product first, then the vendor's GEMM accumulates onto it",
+    ),
+)  # fmt: skip
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def check_strategy(name: str) -> str:
+    """`name` itself; ValueError with a near miss if it is not "auto" or in STRATEGIES."""
+    if name != "auto" and name not in STRATEGIES:
+        names = ["auto", *STRATEGIES]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown strategy {name!r}: one of {', '.join(names)}{hint}")
+    return name
+
+
+def choose(problem: Problem, strategy: str = "auto") -> Choice:
+    """The strategy for a problem: the named one if it can, else the best that can, with the reason.
+
+    Raises ValueError for a name that is not in STRATEGIES.
+    """
+    check_strategy(strategy)
+    if strategy == "auto":
+        return _choice(*_best(problem), problem)
+    refusal = STRATEGIES[strategy].supports(problem)
+    if refusal is None:
+        return _choice(strategy, "named by the caller", problem)
+    best, reason = _best(problem)
+    return _choice(best, f"{strategy} was asked for, but: {refusal}; {reason}", problem)
+
+
+def _best(problem: Problem) -> tuple[str, str]:
+    """The name of the best strategy, and the reason."""
+    if problem.arch == "cpu":
+        return "library", "on a CPU the vendor's GEMM is fastest"
+    refusal = _triton_supports(problem)
+    if refusal is not None:
+        return "library", refusal
+    if problem.dtype is torch.float32 and not problem.tf32:
+        return "library", "exact fp32 has no matrix instructions: the vendor's GEMM"
+    if problem.N >= 4096 and problem.K >= 4096:
+        return "hybrid", "N, K >= 4096: the vendor's GEMM, the rest in passes that read x, dy once"
+    if problem.K <= 1024 and problem.R <= 16 and not problem.dropout:
+        return "fused", "K <= 1024 without dropout: one launch, for R / 128 more work"
+    return "split", "one seeded GEMM: y is written once, x read twice"
+
+
+def _choice(name: str, reason: str, problem: Problem) -> Choice:
+    tiles = None
+    if name != "library":
+        tiles = tiles_for(problem.arch, problem.dtype.itemsize, tf32=problem.tf32)
+    return Choice(name, tiles, reason)
+
+
+@lru_cache(maxsize=8192)
+def _plan(
+    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    layers: int, strategy: str, precision: str | None,
+) -> tuple[Strategy, Tiles | None]:  # fmt: skip
+    problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers)
+    choice = choose(problem, strategy)
+    return STRATEGIES[choice.strategy], choice.tile
+
+
+def plan(
+    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    layers: int, strategy: str,
+) -> tuple[Strategy, Tiles | None]:  # fmt: skip
+    """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
+    bucket = 1 << (M - 1).bit_length() if M else 0
+    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
+    return _plan(device, bucket, N, K, R, dtype, dropout, layers, strategy, precision)

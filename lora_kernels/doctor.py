@@ -1,0 +1,283 @@
+"""What this machine has, what can run on it, and what stands in the way: `lora-kernels doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import reference
+from .dispatch import STRATEGIES, Problem, architecture, choose, interpreting
+from .functional import lora_linear
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
+
+# name, N, K of layers that people adapt; 16 sequences of 128 tokens, rank 8, dropout on.
+EXAMPLE_LAYERS = (
+    ("RoBERTa-base query", 768, 768),
+    ("RoBERTa-base intermediate", 3072, 768),
+    ("GPT-2 c_attn", 2304, 768),
+    ("Llama-3-8B q_proj", 4096, 4096),
+)
+EXAMPLE_TOKENS, EXAMPLE_RANK = 2048, 8
+EXAMPLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that layers can run on; `name` is torch's word for it."""
+
+    name: str
+    model: str
+    arch: str
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found on the machine, before any judgement."""
+
+    versions: Mapping[str, str | None]
+    gpu_build: str | None
+    devices: tuple[Device, ...]
+    driver: str | None
+    gpu_error: str | None
+    interpreting: bool
+
+    @property
+    def gpus(self) -> tuple[Device, ...]:
+        """The devices that are not the CPU."""
+        return tuple(device for device in self.devices if device.arch != "cpu")
+
+    def older(self, package: str, *limit: int) -> bool:
+        """Whether a package is installed in a version before `limit`."""
+        version = self.versions[package]
+        return version is not None and _numbers(version) < limit
+
+
+@dataclass(frozen=True)
+class Pitfall:
+    """A known trap: `found` judges the facts; a fatal one makes the machine unusable."""
+
+    name: str
+    found: Callable[[Facts], bool]
+    text: str
+    fatal: bool = False
+
+
+PITFALLS = (
+    Pitfall(
+        "cpu-build",
+        lambda facts: facts.driver is not None and facts.gpu_build is None,
+        "there is a GPU driver, but this build of torch knows no GPU: install a GPU build of torch",
+    ),
+    Pitfall(
+        "gpu-unreachable",
+        lambda facts: bool(facts.driver and facts.gpu_build and not facts.gpus),
+        "there is a GPU driver and a GPU build of torch, but no GPU answers: the driver may be "
+        "older than that build needs, or CUDA_VISIBLE_DEVICES hides it",
+    ),
+    Pitfall(
+        "no-triton",
+        lambda facts: bool(facts.gpus) and facts.versions["triton"] is None,
+        "Triton is not installed: the GPU gets the library strategy alone",
+    ),
+    Pitfall(
+        "turing",
+        lambda facts: any(_before_ampere(device.arch) for device in facts.gpus),
+        "Triton (3.3 and later) has no matrix instructions for cards before sm_80: they get the "
+        "library strategy; they have no fast bfloat16 either, so train in float16",
+    ),
+    Pitfall(
+        "interpreter-numpy",
+        lambda facts: (
+            facts.interpreting and facts.older("triton", 3, 7) and not facts.older("numpy", 2, 4)
+        ),
+        "Triton 3.6's interpreter fails with NumPy 2.4 and later: take Triton 3.7, or numpy<2.4",
+        fatal=True,
+    ),
+    Pitfall(
+        "interpreter-gpu",
+        lambda facts: facts.interpreting and bool(facts.gpus),
+        "TRITON_INTERPRET is set: kernels run in Python, not on the GPU, far slower: unset it",
+    ),
+    Pitfall(
+        "old-torch",
+        lambda facts: facts.older("torch", 2, 11) or facts.older("triton", 3, 6),
+        "torch before 2.11 or Triton before 3.6: not tested, upgrade both",
+    ),
+)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _before_ampere(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80
+
+
+def gather() -> Facts:
+    """The facts of this machine; a driver that fails is a fact as well, not an exception."""
+    devices = [Device("cpu", platform.processor() or platform.machine(), "cpu")]
+    gpu_error = None
+    try:
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            device = torch.device("cuda", index)
+            properties = torch.cuda.get_device_properties(device)
+            gib = round(properties.total_memory / 2**30, 1)
+            devices.append(Device(str(device), properties.name, architecture(device), gib))
+    except RuntimeError as error:
+        gpu_error = _first_line(error)
+    hip = torch.version.hip
+    versions = {name: _version(name) for name in PACKAGES}
+    return Facts(
+        versions={"python": platform.python_version(), **versions},
+        gpu_build=f"ROCm {hip}" if hip else torch.version.cuda and f"CUDA {torch.version.cuda}",
+        devices=tuple(devices),
+        driver=_driver(),
+        gpu_error=gpu_error,
+        interpreting=interpreting(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The GPU driver's version, asked without torch: a CPU build of torch would not see it."""
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            return f"NVIDIA {answer.stdout.split()[0]}"
+        except (OSError, subprocess.SubprocessError, IndexError):
+            pass
+    if os.path.exists("/proc/driver/nvidia/version"):
+        return "NVIDIA, version unknown"
+    return "AMD" if os.path.exists("/dev/kfd") else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def try_strategy(strategy: str, device: Device) -> str | None:
+    """Run a strategy, forward and backward, on a tiny ragged layer; None, or why not to use it."""
+    dtype = torch.float32 if device.arch == "cpu" else torch.float16
+    M, N, K, R = 33, 40, 48, 3
+    refusal = STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch))
+    if refusal is not None:
+        return refusal
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((M, K), (N, K), (R, K), (N, R), (M, N))
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    x, weight, lora_A, lora_B, dy = [tensor.to(dtype).double() for tensor in exact]
+    y = reference.forward(x, weight, lora_A, lora_B, scale=2.0)
+    gradients = reference.backward(dy, x, weight, lora_A, lora_B, scale=2.0)
+    try:
+        x, weight, lora_A, lora_B, dy = (
+            tensor.to(device.name, dtype) for tensor in (x, weight, lora_A, lora_B, dy)
+        )
+        trained = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
+        out = lora_linear(x, weight, lora_A, lora_B, scale=2.0, strategy=strategy)
+        found = (out, *torch.autograd.grad(out, trained, dy))
+    except Exception as error:  # a compiler or a driver may raise anything, and that is the answer
+        return _first_line(error)
+    names = ("y", "dx", "dlora_A", "dlora_B")
+    for name, got, true in zip(names, found, (y, *gradients[:3]), strict=True):
+        # Broken code generation, not rounding, is looked for here; the tests judge rounding.
+        error_rate = (got.detach().cpu().double() - true).norm() / true.norm()
+        if not error_rate < 0.02:
+            return f"computes a wrong {name}: relative error {float(error_rate):.2g}"
+    return None
+
+
+def examine() -> dict[str, Any]:
+    """All that `doctor` reports, as plain data; `usable` is its verdict."""
+    facts = gather()
+    trials = [
+        {"device": device.name, "strategy": strategy, "problem": try_strategy(strategy, device)}
+        for device in facts.devices
+        for strategy in STRATEGIES
+    ]
+    picks = [
+        _pick(device, layer, N, K, dtype)
+        for device in facts.devices
+        for layer, N, K in EXAMPLE_LAYERS
+        for dtype in EXAMPLE_DTYPES
+    ]
+    pitfalls = [pitfall for pitfall in PITFALLS if pitfall.found(facts)]
+    needed = {(pick["device"], pick["strategy"]) for pick in picks}
+    broken = [
+        f"{trial['device']}: auto picks {trial['strategy']}, which does not run there"
+        for trial in trials
+        if trial["problem"] is not None and (trial["device"], trial["strategy"]) in needed
+    ]
+    broken += [pitfall.text for pitfall in pitfalls if pitfall.fatal]
+    return {
+        "usable": not broken,
+        "broken": broken,
+        "pitfalls": [{"name": pitfall.name, "text": pitfall.text} for pitfall in pitfalls],
+        **asdict(facts),
+        "strategies": trials,
+        "auto": picks,
+    }
+
+
+def _pick(device: Device, layer: str, N: int, K: int, dtype: torch.dtype) -> dict[str, str]:
+    problem = Problem(EXAMPLE_TOKENS, N, K, EXAMPLE_RANK, dtype, device.arch, dropout=True)
+    choice = choose(problem)
+    return {
+        "device": device.name,
+        "layer": layer,
+        "dtype": str(dtype).removeprefix("torch."),
+        "problem": str(problem),
+        "strategy": choice.strategy,
+        "reason": choice.reason,
+    }
+
+
+def render(findings: Mapping[str, Any]) -> str:
+    """The findings as a page of text."""
+    lines = ["Versions"]
+    for name, version in findings["versions"].items():
+        lines.append(f"  {name:<13} {version or 'not installed'}")
+    lines += ["", "Devices"]
+    for device in findings["devices"]:
+        memory = f", {device['memory_gib']} GiB" if device["memory_gib"] else ""
+        lines.append(f"  {device['name']:<13} {device['model']}, {device['arch']}{memory}")
+    lines += [
+        f"  torch build   {findings['gpu_build'] or 'CPU only'}",
+        f"  GPU driver    {findings['driver'] or 'none found'}",
+        f"  interpreter   {'on (TRITON_INTERPRET)' if findings['interpreting'] else 'off'}",
+    ]
+    if findings["gpu_error"]:
+        lines.append(f"  GPU error     {findings['gpu_error']}")
+    lines += ["", "Strategies, tried on a tiny layer, forward and backward"]
+    for trial in findings["strategies"]:
+        verdict = "runs" if trial["problem"] is None else f"no: {trial['problem']}"
+        lines.append(f"  {trial['device']:<13} {trial['strategy']:<10} {verdict}")
+    lines += ["", f"What auto picks (M = {EXAMPLE_TOKENS}, rank {EXAMPLE_RANK}, dropout on)"]
+    for pick in findings["auto"]:
+        layer = f"{pick['layer']}, {pick['dtype']}"
+        lines.append(f"  {pick['device']:<13} {layer:<36} {pick['strategy']:<10} {pick['reason']}")
+    if findings["pitfalls"]:
+        lines += ["", "Pitfalls"]
+        lines += [f"  {pitfall['name']}: {pitfall['text']}" for pitfall in findings["pitfalls"]]
+    lines += ["", "Usable." if findings["usable"] else "Broken: " + "; ".join(findings["broken"])]
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""explain: which strategy each layer gets, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .dispatch import Choice, Problem, choose
+from .injection import TYPICAL_TOKENS, fused_layers
+from .peft import fused_peft_layers
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Name, problem and choice of each layer; printed, layers with the same answer share a line."""
+
+    rows: tuple[tuple[str, Problem, Choice], ...]
+
+    def __str__(self) -> str:
+        names: dict[tuple[Problem, Choice], list[str]] = {}
+        for name, problem, choice in self.rows:
+            names.setdefault((problem, choice), []).append(name)
+        lines = []
+        for (problem, choice), same in names.items():
+            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            lines.append(f"{same[0]}{more}")
+            lines.append(f"    {problem}")
+            lines.append(f"    {choice.strategy}: {choice.reason}")
+            if choice.tile is not None:
+                lines.append(f"    {choice.tile}")
+        return "\n".join(lines)
+
+
+def explain(
+    model_or_problem: nn.Module | Problem,
+    *,
+    tokens: int = TYPICAL_TOKENS,
+    dtype: torch.dtype | None = None,
+) -> Explanation:
+    """The strategy of a `Problem`, or of every LoRA layer of a model for batches of `tokens`
+    tokens.
+
+    `dtype` is that of the activations (default: the weight's; give the one of autocast). A model
+    may be one that `add_lora` or `fuse_peft` changed, or a single FusedLoRALinear. Raises
+    ValueError for a model without LoRA layers.
+
+    >>> print(explain(model, tokens=16 * 128))
+    """
+    if isinstance(model_or_problem, Problem):
+        return Explanation((("problem", model_or_problem, choose(model_or_problem)),))
+    rows = [
+        (name or type(layer).__name__, layer.problem(tokens, dtype), layer.strategy)
+        for name, layer in fused_layers(model_or_problem).items()
+    ]
+    rows += fused_peft_layers(model_or_problem, tokens, dtype)
+    if not rows:
+        raise ValueError(
+            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora or fuse_peft first"
+        )
+    return Explanation(tuple((name, problem, choose(problem, how)) for name, problem, how in rows))

@@ -1,0 +1,192 @@
+"""lora_linear: the fused layer as a function, and the autograd Function behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import masks, ops
+from .dispatch import Strategy, check_strategy, plan
+from .strategies import Layers, Wanted
+from .tuning import Tiles
+
+
+class _LoRALinears(torch.autograd.Function):
+    """One graph node a group; saves x by reference, h and the packed masks, no copy of anything.
+
+    apply(x, scale, dropout, seed, strategy, tiles, G, *weights, *lora_A, *lora_B, *biases) -> G
+    outputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: float, dropout: float, seed: Tensor | None,
+        strategy: Strategy, tiles: Tiles | None, G: int, *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        layers = _layers(G, parameters)
+        y, h, mask = strategy.forward(x, layers, scale, dropout, seed, tiles)
+        wanted = _wanted(ctx, G)
+        ctx.save_for_backward(
+            x if wanted.dlora_A else None,
+            h if wanted.dlora_B else None,
+            mask if wanted.dx or wanted.dlora_A else None,
+            *(parameters[:G] if wanted.dx else (None,) * G),
+            *parameters[G : 3 * G],
+        )
+        ctx.call = scale, dropout, strategy, tiles, G
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dy: Tensor) -> Any:
+        x, h, mask, *parameters = ctx.saved_tensors
+        scale, dropout, strategy, tiles, G = ctx.call
+        wanted = _wanted(ctx, G)
+        dx = dlora_A = dlora_B = None
+        if any(wanted):
+            dx, dlora_A, dlora_B = strategy.backward(
+                dy, x, _layers(G, parameters), h, mask, scale, dropout, wanted, tiles
+            )
+        needs_bias = ctx.needs_input_grad[_FIRST + 3 * G :]
+        dbias = (d.sum(0) if needed else None for d, needed in zip(dy, needs_bias, strict=False))
+        nothing = (None,) * G
+        return dx, *(None,) * 6, *nothing, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+
+
+_FIRST = 7  # the place of the first parameter among the arguments of apply
+
+
+def _layers(G: int, parameters: Sequence[Tensor]) -> Layers:
+    weight, lora_A, lora_B, bias = (tuple(parameters[i * G : (i + 1) * G]) for i in range(4))
+    return Layers(weight, bias or None, lora_A, lora_B)
+
+
+def _wanted(ctx: Any, G: int) -> Wanted:
+    needs = ctx.needs_input_grad
+    first_A, first_B = _FIRST + G, _FIRST + 2 * G
+    return Wanted(needs[0], any(needs[first_A:first_B]), any(needs[first_B : first_B + G]))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+    strategy: str = "auto",
+) -> Tensor:
+    """A frozen linear layer plus its low-rank update, forward and backward fused.
+
+        y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
+
+    x [..., K], weight [N, K] (frozen; any strides, so a Conv1D weight is passed as `weight.T`),
+    bias [N], lora_A [R, K], lora_B [N, R] -> y [..., N]. D is dropout with probability `dropout`,
+    on the low-rank branch alone and only if `training`. x and weight share one of fp16, bf16, fp32,
+    fp64; lora_A and lora_B may be of any floating dtype and get their gradients in it. Under
+    torch.autocast x and weight are cast to its dtype.
+
+    Raises ValueError for shapes that do not fit, a rank below 1, mixed devices, a dropout outside
+    [0, 1), an unknown strategy or a weight that asks for a gradient; TypeError for dtypes that do
+    not fit. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in Hugging Face PEFT.
+
+    >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
+    """
+    biases = () if bias is None else (bias,)
+    (y,) = lora_linears(
+        x, (weight,), (lora_A,), (lora_B,), biases,
+        scale=scale, dropout=dropout, training=training, strategy=strategy,
+    )  # fmt: skip
+    return y
+
+
+def lora_linears(
+    x: Tensor, weights: tuple[Tensor, ...], lora_A: tuple[Tensor, ...], lora_B: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...], *, scale: float, dropout: float, training: bool, strategy: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`lora_linear` for a group of layers that read the same x at one rank, scale and dropout.
+
+    `biases` has one for each layer, or is empty. One read of x serves all, and one dx sums over
+    all; every layer draws a dropout mask of its own.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
+    G = len(weights)
+    for g in range(G):
+        check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout)
+    R, K = lora_A[0].shape
+    N = max(weight.shape[0] for weight in weights) if G > 1 else weights[0].shape[0]
+    if not training:
+        dropout = 0.0
+    check_strategy(strategy)
+    rows = x if x.dim() == 2 else x.reshape(-1, K)
+    seed = masks.draw_seed(x.device) if dropout else None
+    if torch.compiler.is_compiling():
+        y = ops.forward(rows, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy)[2:]
+        return tuple(y) if x.dim() == 2 else tuple(each.view(*x.shape[:-1], -1) for each in y)
+    row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, dropout > 0, G, strategy)
+    y = _LoRALinears.apply(
+        rows, scale, dropout, seed, row, tiles, G, *weights, *lora_A, *lora_B, *biases
+    )
+    return y if x.dim() == 2 else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float
+) -> None:
+    """One error that names the values, for inputs that do not fit."""
+    if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            f"x needs at least one dimension and weight, lora_A, lora_B two: got "
+            f"{_shape(x)}, {_shape(weight)}, {_shape(lora_A)}, {_shape(lora_B)}"
+        )
+    N, K = weight.shape
+    R = lora_A.shape[0]
+    if x.shape[-1] != K:
+        raise ValueError(f"x has {x.shape[-1]} features, but weight {_shape(weight)} takes K = {K}")
+    if R < 1:
+        raise ValueError(f"the rank must be at least 1: lora_A is {_shape(lora_A)}")
+    if lora_A.shape[1] != K or lora_B.shape[0] != N or lora_B.shape[1] != R:
+        raise ValueError(
+            f"for weight {_shape(weight)} and rank {R}, lora_A must be [{R}, {K}] and lora_B "
+            f"[{N}, {R}]: got {_shape(lora_A)} and {_shape(lora_B)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+        raise ValueError(f"bias must be [{N}]: got {_shape(bias)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1): got {dropout}")
+    if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
+        raise TypeError(
+            f"x, lora_A and lora_B must be of a floating dtype: got {x.dtype}, {lora_A.dtype}, "
+            f"{lora_B.dtype}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}: cast one, or use torch.autocast"
+        )
+    device = x.device
+    if not (device == weight.device == lora_A.device == lora_B.device) or (
+        bias is not None and bias.device != device
+    ):
+        devices = [str(t.device) for t in (x, weight, bias, lora_A, lora_B) if t is not None]
+        raise ValueError(
+            f"x, weight, (bias,) lora_A and lora_B must share one device: got {devices}"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight asks for a gradient, but LoRA's base weight is frozen: call "
+            "weight.requires_grad_(False)"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,154 @@
+"""Put LoRA layers into a model, and take them out again.
+
+`add_lora` decides everything first (`targets` says which layers and which heads), raises before the
+model is touched, and then swaps layers and freezes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from .dispatch import choose
+from .groups import group_siblings
+from .modules import FusedLoRALinear, LoRAConfig
+from .report import FusedRow, Report, SkippedRow, count_parameters
+from .targets import FAMILIES, Family, family_of, find_targets, find_train, heads_of
+
+__all__ = ["FAMILIES", "Family", "add_lora", "family_of", "fused_layers", "heads_of", "merge"]
+
+TYPICAL_TOKENS = 2048  # the batch that a report names the strategy for: 16 sequences of 128
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
+    """Replace the target layers by `FusedLoRALinear`, in place, and freeze all the rest.
+
+    Afterwards exactly the LoRA parameters and the modules named in `config.train` have
+    `requires_grad`. Names in `targets` and `train` are module names or path suffixes of whole
+    components (`"q"` is `...attn.q`, never `...seq`), or `re:` and a regular expression for the
+    whole path. `targets="all-linear"` takes every linear layer but the task head and the output
+    embedding; `targets=None` takes the row of the model's family.
+
+    Raises:
+        ValueError: the model has LoRA layers already, a name matches nothing, nothing can be fused,
+            or `train` and `targets` ask for the same layer. The model is then unchanged.
+
+    Example:
+        >>> print(add_lora(model, LoRAConfig(rank=8, alpha=16, train=("classifier",))))
+    """
+    refuse_injected(model)
+    train = find_train(model, config.train)
+    targets, skipped = find_targets(model, config.targets, train)
+    return inject(model, config, dict.fromkeys(targets, (config.rank, config.alpha)), skipped)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every LoRA update into its weight and put plain layers back, in place; returns `model`.
+
+    weight += scale * lora_B lora_A. Parameters keep their names and `requires_grad`.
+
+    Raises:
+        ValueError: there is no LoRA layer, or a weight is tied to another layer's (an output
+            embedding); the model is then unchanged.
+    """
+    layers = fused_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(path)
+    for path, layer in layers.items():
+        if others := owners[id(layer.weight)] - {path}:
+            raise ValueError(
+                f"cannot merge {path!r}: its weight is tied to {sorted(others)[0]!r}, and a merged "
+                "weight would differ; give one of them its own copy first"
+            )
+    for layer in layers.values():
+        if not layer.merged:
+            layer.merge()
+    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+    return model
+
+
+def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
+    """Path -> LoRA layer, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+
+
+def refuse_injected(model: nn.Module) -> None:
+    """Raise ValueError where `model` has LoRA layers already, ours or PEFT's."""
+    if layers := fused_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} has {len(layers)} LoRA layers already (first: "
+            f"{next(iter(layers))!r}); add_lora works on a plain model: merge(model) first"
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{type(model).__name__} is a PEFT model: call fuse_peft(model) instead")
+
+
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    ranks: Mapping[str, tuple[int, float]],
+    skipped: Iterable[SkippedRow] = (),
+) -> Report:
+    """Swap the layers at `ranks` (path -> rank, alpha) and freeze the rest; choices are checked."""
+    train = find_train(model, config.train)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        new: dict[int, nn.Module] = {}
+        for path, (rank, alpha) in ranks.items():
+            layer = model.get_submodule(path)
+            new[id(layer)] = FusedLoRALinear.from_linear(
+                layer,
+                rank=rank,
+                alpha=alpha,
+                dropout=config.dropout,
+                rslora=config.rslora,
+                strategy=config.strategy,
+            )
+    except Exception:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+    _replace(model, new)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in fused_layers(model).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    for path in train:
+        model.get_submodule(path).requires_grad_(True)
+    if config.group:
+        group_siblings(model)
+    model.lora_config = config  # type: ignore[assignment]
+    return describe(model, skipped)
+
+
+def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
+    """The report of a model that has LoRA layers."""
+    layers = fused_layers(model)
+    config = getattr(model, "lora_config", LoRAConfig())
+    groups = {"lora": [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]}
+    for path, name in find_train(model, config.train).items():
+        groups.setdefault(name, []).extend(model.get_submodule(path).parameters())
+    rows = tuple(fused_row(name, layer) for name, layer in layers.items())
+    return Report(rows, tuple(skipped), count_parameters(model, groups))
+
+
+def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
+    """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
+    choice = choose(layer.problem(TYPICAL_TOKENS), layer.strategy)
+    return FusedRow(name, choice.strategy, choice.reason)
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put `new[id(module)]` wherever the module hangs, also where it hangs twice."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                setattr(parent, name, new[id(child)])

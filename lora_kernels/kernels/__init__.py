@@ -1,0 +1,8 @@
+"""The Triton kernels: the only place that imports triton."""
+
+from .fused_gemm import fused_gemm
+from .gradients import input_gradients, output_gradients
+from .low_rank_gemm import low_rank_gemm
+from .project import project
+
+__all__ = ["fused_gemm", "input_gradients", "low_rank_gemm", "output_gradients", "project"]

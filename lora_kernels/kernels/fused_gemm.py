@@ -1,0 +1,127 @@
+"""out = x w^T + scale * D(h v^T), plus bias, with h = h_scale * x a^T from the same tiles of x.
+
+    x [M, K]   w [N, K]   bias [N]   a [R, K]   v [N, R]   mask [M, N / 8] bytes   out [M, N]   h
+    [M, R]
+
+One launch where `project` and `low_rank_gemm` take two: each tile of x feeds both products, so x is
+read once, for R / BLOCK_N more matrix instructions (h is computed by every column block, and stored
+by the first). Forward: (x, weight_g, bias_g, lora_A_g, lora_B_g), out and h of each segment.
+Gradient of x: the sum over segments of (dy_g, weight_g^T, lora_B_g^T, lora_A_g^T), and dh of each
+on the way.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning import Tile, rank_block
+from .tiles import cast, dot, index_type, load_keep, locate, of_term, pick
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fused_gemm(
+    x_ptrs, w_ptrs, bias_ptrs, a_ptrs, v_ptrs, mask_ptr, out_ptrs, h_ptr,
+    M, Ns, Ks, R,
+    stride_xms, stride_xks, stride_wn, stride_wk, stride_ar, stride_ak, stride_vn, stride_vr,
+    stride_mask, h_scale, scale,
+    INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N, GROUP_M)
+    N = pick(Ns, segment)
+    rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    ranks = tl.arange(0, BLOCK_R).to(INDEX)
+    ks = tl.arange(0, BLOCK_K).to(INDEX)
+    row_inside = (rows < M)[:, None]
+    column_inside = (columns < N)[None, :]
+    rank_inside = ranks < R
+
+    TERMS: tl.constexpr = len(Ks)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for term in tl.static_range(TERMS):
+        at = segment if TERMS == 1 else term
+        K = Ks[term]
+        stride_xk = stride_xks[term]
+        x_tile_ptrs = x_ptrs[term] + rows[:, None] * stride_xms[term] + ks[None, :] * stride_xk
+        w_ptr = of_term(w_ptrs, segment, term, TERMS)
+        w_tile_ptrs = w_ptr + columns[None, :] * stride_wn + ks[:, None] * stride_wk
+        a_ptr = of_term(a_ptrs, segment, term, TERMS)
+        a_tile_ptrs = a_ptr + ranks[None, :] * stride_ar + ks[:, None] * stride_ak
+        h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            x_inside = row_inside
+            w_inside = column_inside
+            a_inside = rank_inside[None, :]
+            if not EVEN_K:
+                x_inside = x_inside & (start + ks < K)[None, :]
+                w_inside = w_inside & (start + ks < K)[:, None]
+                a_inside = a_inside & (start + ks < K)[:, None]
+            x = tl.load(x_tile_ptrs, mask=x_inside, other=0.0)
+            w = tl.load(w_tile_ptrs, mask=w_inside, other=0.0)
+            a = tl.load(a_tile_ptrs, mask=a_inside, other=0.0)
+            acc = dot(x, w, acc, PRECISION)
+            h = dot(x, cast(a, x.dtype), h, PRECISION)
+            x_tile_ptrs += BLOCK_K * stride_xk
+            w_tile_ptrs += BLOCK_K * stride_wk
+            a_tile_ptrs += BLOCK_K * stride_ak
+        u = cast(h * h_scale, h_ptr.dtype.element_ty)
+        tl.store(
+            h_ptr + (at * M + rows)[:, None] * R + ranks[None, :],
+            u,
+            mask=row_inside & rank_inside[None, :] & (block_n == 0),
+        )
+        v_ptr = of_term(v_ptrs, segment, term, TERMS)
+        v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
+        v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        product = dot(u, cast(v, u.dtype), product, PRECISION) * scale
+        if HAS_MASK:
+            term_mask_ptr = mask_ptr + at * M.to(tl.int64) * stride_mask
+            keep = load_keep(
+                term_mask_ptr, rows, block_n * BLOCK_N, M, N, stride_mask, BLOCK_M, BLOCK_N
+            )
+            product = tl.where(keep, product, 0.0)
+        acc += product
+
+    if HAS_BIAS:
+        bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(
+        pick(out_ptrs, segment) + rows[:, None] * N + columns[None, :],
+        cast(acc, out_ptrs[0].dtype.element_ty),
+        mask=row_inside & column_inside,
+    )
+
+
+def fused_gemm(
+    x: tuple[Tensor, ...], w: tuple[Tensor, ...], a: tuple[Tensor, ...], v: tuple[Tensor, ...], *,
+    h_scale: float, scale: float, tile: Tile, precision: str,
+    bias: tuple[Tensor, ...] | None = None, mask: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+    """(outs, h [G, M, R]): as `low_rank_gemm`, with u computed from x and a."""
+    M, R, G = x[0].shape[0], a[0].shape[0], len(w)
+    sizes = tuple(t.shape[0] for t in w)
+    Ns = sizes if len(x) == 1 else sizes[:1]
+    Ks = tuple(t.shape[1] for t in x)
+    outs = tuple(torch.empty(M, N, dtype=x[0].dtype, device=x[0].device) for N in Ns)
+    h = torch.empty(G, M, R, dtype=x[0].dtype, device=x[0].device)
+    blocks_m = triton.cdiv(M, tile.m)
+    _fused_gemm[(blocks_m * sum(triton.cdiv(N, tile.n) for N in Ns),)](
+        x, w, bias, a, v, mask, outs, h,
+        M, Ns, Ks, R,
+        tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
+        w[0].stride(0), w[0].stride(1), a[0].stride(0), a[0].stride(1),
+        v[0].stride(0), v[0].stride(1), 0 if mask is None else mask.stride(1),
+        h_scale, scale,
+        INDEX=index_type((*x, *w, *outs)), HAS_BIAS=bias is not None,
+        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return outs, h

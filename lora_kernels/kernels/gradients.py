@@ -1,0 +1,173 @@
+"""dlora_B and dh in one read of dy; dlora_A in one read of x; for every segment of a group.
+
+    g [P, R] = D(t)^T s          t [M, P], s [M, R]: (dy, h) gives dlora_B, (x, dh) gives dlora_A^T
+    d [M, R] = t b               b [P, R]: (dy, lora_B) gives dh, from the same tile of dy
+
+Sums over M are split over programs and added up in a second, ordered pass: no atomics, so the same
+bits every time. A program owns BLOCK_P columns of one segment and one of `splits` ranges of rows;
+its share of g stays in registers over the whole range, its share of d leaves once a row block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning import Tile, rank_block
+from .tiles import cast, dot, index_type, load_keep, pick
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def _column_gradient(
+    t_ptrs, s_ptr, b_ptrs, mask_ptr, g_ptr, d_ptr,
+    M, Ps, R, rows_per_split,
+    stride_tms, stride_tp, stride_bp, stride_br, stride_mask,
+    INDEX: tl.constexpr, HAS_MASK: tl.constexpr, WANT_G: tl.constexpr, WANT_D: tl.constexpr,
+    RANK_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # Segments are neighbours in the grid: where they share t, all but the first read it from L2.
+    segment = tl.program_id(0)
+    block_p = tl.program_id(1)
+    split = tl.program_id(2)
+    P = pick(Ps, segment)
+    t_ptr = pick(t_ptrs, segment)
+    stride_tm = pick(stride_tms, segment)
+    columns = (block_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(INDEX)
+    column_inside = columns < P
+    ranks = tl.arange(0, BLOCK_R).to(INDEX)
+    rank_inside = ranks < R
+    gradient_inside = column_inside[:, None] & rank_inside[None, :]
+    if WANT_D:
+        b_tile_ptrs = pick(b_ptrs, segment) + columns[:, None] * stride_bp
+        b_tile = tl.load(b_tile_ptrs + ranks[None, :] * stride_br, mask=gradient_inside, other=0.0)
+        b = cast(b_tile, t_ptrs[0].dtype.element_ty)
+    g = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.float32)
+    first = split * rows_per_split
+    for start in range(first, min(first + rows_per_split, M), BLOCK_M):
+        rows = (start + tl.arange(0, BLOCK_M)).to(INDEX)
+        row_inside = rows < M
+        segment_rows = (segment.to(INDEX) * M + rows)[:, None]
+        rank_tile_inside = row_inside[:, None] & rank_inside[None, :]
+        t = tl.load(
+            t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tp,
+            mask=row_inside[:, None] & column_inside[None, :],
+            other=0.0,
+        )
+        if WANT_D:
+            d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            d = dot(t, b, d, PRECISION)
+            d_rows = block_p.to(INDEX) * tl.num_programs(0) * M + segment_rows
+            tl.store(d_ptr + d_rows * R + ranks[None, :], d, mask=rank_tile_inside)
+        if WANT_G:
+            s = tl.load(s_ptr + segment_rows * R + ranks[None, :], mask=rank_tile_inside, other=0.0)
+            if HAS_MASK:
+                segment_mask_ptr = mask_ptr + segment.to(tl.int64) * M * stride_mask
+                keep = load_keep(
+                    segment_mask_ptr, rows, block_p * BLOCK_P, M, P, stride_mask, BLOCK_M, BLOCK_P
+                )
+                t = tl.where(keep, t, 0.0)
+            g = dot(tl.trans(t), s, g, PRECISION)
+    if WANT_G:
+        before = 0  # columns of the segments before this one, and of all
+        every = 0
+        for i in tl.static_range(len(Ps)):
+            before = tl.where(i < segment, before + Ps[i], before)
+            every += Ps[i]
+        g_ptr += (split.to(INDEX) * every + before) * R
+        if RANK_MAJOR:
+            offsets = columns[:, None] + ranks[None, :] * P
+        else:
+            offsets = columns[:, None] * R + ranks[None, :]
+        tl.store(g_ptr + offsets, g, mask=gradient_inside)
+
+
+@triton.jit(do_not_specialize=["parts", "lengths"])
+def _add_parts(part_ptrs, out_ptrs, parts, lengths, scale, BLOCK: tl.constexpr):
+    for job in tl.static_range(len(lengths)):
+        if tl.program_id(1) == job:
+            length = lengths[job]
+            index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = index < length
+            acc = tl.zeros((BLOCK,), dtype=tl.float32)
+            for part in range(0, parts[job]):
+                acc += tl.load(part_ptrs[job] + part * length + index, mask=inside, other=0.0)
+            tl.store(
+                out_ptrs[job] + index,
+                cast(acc * scale, out_ptrs[job].dtype.element_ty),
+                mask=inside,
+            )
+
+
+def _sum(jobs: list[tuple[Tensor, Tensor]], scale: float) -> None:
+    """out = scale * parts.sum(0) for each (parts, out) of one launch, in order of the parts."""
+    block = 1024
+    lengths = tuple(out.numel() for _, out in jobs)
+    _add_parts[(max(triton.cdiv(length, block) for length in lengths), len(jobs))](
+        tuple(parts for parts, _ in jobs), tuple(out for _, out in jobs),
+        tuple(parts.shape[0] for parts, _ in jobs), lengths, scale, BLOCK=block,
+    )  # fmt: skip
+
+
+def output_gradients(
+    dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
+    want_dh: bool, tile: Tile, precision: str, splits: int,
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+    """dh [G, M, R] in dy's dtype if wanted; dlora_B_g [N_g, R] in lora_B's dtype if `h` is given."""
+    R = lora_B[0].shape[1]
+    g, d = _launch(dy, h, lora_B if want_dh else None, None, R, False, tile, precision, splits)
+    jobs = []
+    dh = dlora_B = None
+    if d is not None:
+        dh = torch.empty(d.shape[1:], dtype=dy[0].dtype, device=d.device)
+        jobs.append((d, dh))
+    if g is not None:
+        every = torch.empty(g.shape[1:], dtype=lora_B[0].dtype, device=g.device)
+        jobs.append((g, every))
+        dlora_B = tuple(every.split([t.shape[0] for t in lora_B]))
+    _sum(jobs, scale)
+    return dh, dlora_B
+
+
+def input_gradients(
+    x: Tensor, dh: Tensor, *, mask: Tensor | None, dropout: float, dtype: torch.dtype, tile: Tile,
+    precision: str, splits: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dlora_A_g [R, K] = dh_g^T D_g(x), in `dtype`, that of the parameters."""
+    G, _, R = dh.shape
+    g, _ = _launch((x,) * G, dh, None, mask, R, True, tile, precision, splits)
+    assert g is not None
+    every = torch.empty(G, R, x.shape[1], dtype=dtype, device=x.device)
+    _sum([(g, every)], 1.0 if mask is None else 1 / (1 - dropout))
+    return every.unbind()
+
+
+def _launch(
+    t: tuple[Tensor, ...], s: Tensor | None, b: tuple[Tensor, ...] | None, mask: Tensor | None,
+    R: int, rank_major: bool, tile: Tile, precision: str, splits: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Partial sums g [splits, columns of all segments, R] and d [blocks of columns, G, M, R]."""
+    G, M = len(t), t[0].shape[0]
+    Ps = tuple(each.shape[1] for each in t)
+    blocks_p = triton.cdiv(max(Ps), tile.n)
+    rows_per_split = triton.cdiv(triton.cdiv(M, splits), tile.m) * tile.m
+    splits = triton.cdiv(M, rows_per_split)
+    partial: dict[str, Any] = {"dtype": torch.float32, "device": t[0].device}
+    g = None if s is None else torch.empty(splits, sum(Ps), R, **partial)
+    d = None if b is None else torch.empty(blocks_p, G, M, R, **partial)
+    _column_gradient[(G, blocks_p, splits)](
+        t, s, b, mask, g, d,
+        M, Ps, R, rows_per_split,
+        tuple(each.stride(0) for each in t), t[0].stride(1),
+        0 if b is None else b[0].stride(0), 0 if b is None else b[0].stride(1),
+        0 if mask is None else mask.stride(1),
+        INDEX=index_type((*t, *(b or ()))), HAS_MASK=mask is not None, WANT_G=s is not None,
+        WANT_D=b is not None, RANK_MAJOR=rank_major, PRECISION=precision,
+        BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return g, d

@@ -1,0 +1,92 @@
+"""h = D(x) A^T for every segment of a group, and the packed dropout masks on the way.
+
+    x [M, K]   A_g [R, K]   h [G, M, R]   mask [G, M, K / 8] bytes
+
+A program owns BLOCK_M rows of one segment and walks over K once. Segments are neighbours in the
+grid, so x is read from memory once and from L2 by the other segments; random numbers are drawn
+once, and whoever needs the mask later reads its bits (1/16 of the bytes of a half-precision x).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import masks
+from ..tuning import Tile, rank_block
+from .tiles import cast, dot, draw_keep_bytes, index_type, pick, spread_bits
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _project(
+    x_ptr, A_ptrs, h_ptr, mask_ptr, seed_ptr,
+    M, K, R,
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
+    scale, threshold,
+    INDEX: tl.constexpr, DRAW: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    A_ptr = pick(A_ptrs, segment)
+    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = rows < M
+    ranks = tl.arange(0, BLOCK_R).to(INDEX)
+    rank_inside = ranks < R
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if DRAW:
+        seed = tl.load(seed_ptr)
+        mask_ptr += segment.to(tl.int64) * M * stride_mask
+    for start in range(0, K, BLOCK_K):
+        ks = (start + tl.arange(0, BLOCK_K)).to(INDEX)
+        x_inside = row_inside[:, None]
+        A_inside = rank_inside[None, :]
+        if not EVEN_K:
+            x_inside = x_inside & (ks < K)[None, :]
+            A_inside = A_inside & (ks < K)[:, None]
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+        x = tl.load(x_ptrs, mask=x_inside, other=0.0)
+        if DRAW:
+            columns = start // 8 + tl.arange(0, BLOCK_K // 8)
+            packed = draw_keep_bytes(seed, rows, columns, segment, threshold)
+            tl.store(
+                mask_ptr + rows[:, None] * stride_mask + columns[None, :],
+                packed.to(tl.uint8),
+                mask=row_inside[:, None] & (columns < tl.cdiv(K, 8))[None, :],
+            )
+            x = tl.where(spread_bits(packed, BLOCK_M, BLOCK_K // 8), x, 0.0)
+        A_tile_ptrs = A_ptr + ks[:, None] * stride_ak + ranks[None, :] * stride_ar
+        A = tl.load(A_tile_ptrs, mask=A_inside, other=0.0)
+        acc = dot(x, cast(A, x.dtype), acc, PRECISION)
+    tl.store(
+        h_ptr + (segment.to(INDEX) * M + rows)[:, None] * R + ranks[None, :],
+        cast(acc * scale, h_ptr.dtype.element_ty),
+        mask=row_inside[:, None] & rank_inside[None, :],
+    )
+
+
+def project(
+    x: Tensor, lora_A: tuple[Tensor, ...], *, tile: Tile, precision: str,
+    dropout: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """h [G, M, R] in x's dtype, and the packed masks drawn from `seed` (int64 [1]) if given."""
+    M, K = x.shape
+    G, R = len(lora_A), lora_A[0].shape[0]
+    h = torch.empty(G, M, R, dtype=x.dtype, device=x.device)
+    mask, scale, stride_mask = None, 1.0, 0
+    if seed is not None:
+        stride_mask = masks.packed_width(K)
+        mask = torch.empty(G, M, stride_mask, dtype=torch.uint8, device=x.device)
+        scale = 1 / (1 - dropout)
+    _project[(G, triton.cdiv(M, tile.m))](
+        x, lora_A, h, mask, seed,
+        M, K, R,
+        x.stride(0), x.stride(1), lora_A[0].stride(0), lora_A[0].stride(1), stride_mask,
+        scale, masks.threshold(dropout),
+        INDEX=index_type((x, lora_A[0])), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
+        PRECISION=precision,
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return h, mask

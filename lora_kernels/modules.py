@@ -1,0 +1,290 @@
+"""LoRAConfig, and FusedLoRALinear, which replaces an `nn.Linear` or a transformers `Conv1D`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import Problem, check_strategy
+from .functional import lora_linear
+
+
+def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1: got {rank!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number: got {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1): got {dropout!r}")
+    check_strategy(strategy)
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What `add_lora` does to a model.
+
+    The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`). `targets` names the
+    layers: path suffixes of whole components ("query", "attention.self.query"), regular expressions
+    ("re:..."), or "all-linear"; None takes the model family's default. `train` names what is
+    trained besides LoRA, such as a task head. `group` lets siblings that read the same input run as
+    one problem. Raises ValueError for values out of range.
+
+    >>> LoRAConfig(rank=8, alpha=16, dropout=0.1, targets=("query", "value"), train=("classifier",))
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] | None = None
+    train: tuple[str, ...] = ()
+    group: bool = True
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self.rank, self.alpha, self.dropout, self.strategy)
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _names(self.targets))
+            if not self.targets:
+                raise ValueError(
+                    "targets is empty: name at least one layer, or None for the default"
+                )
+        object.__setattr__(self, "train", _names(self.train))
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D (weight [K, N]), told by its name."""
+    cls = type(layer)
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+class FusedLoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update, as one fused operation.
+
+        y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T,    scale = alpha / rank (rslora: /
+        sqrt(rank))
+
+    Parameters: weight [N, K] and bias [N] (frozen, under the names of the layer replaced; weight is
+    [K, N] if that was a Conv1D), lora_A [R, K] (Kaiming-uniform, as in PEFT) and lora_B [N, R]
+    (zero, so that training starts at the base model). x [..., K] -> y [..., N]. Raises as
+    `lora_linear` does.
+
+    >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        bias: bool = True,
+        rslora: bool = False,
+        strategy: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        strategy: str = "auto",
+    ) -> FusedLoRALinear:
+        """Wrap an `nn.Linear` or a transformers `Conv1D`; weight and bias are the layer's own, now
+        frozen.
+
+        lora_A and lora_B are fp32 at least, whatever the base (small updates vanish in half
+        precision). Raises TypeError, with the reason, for a layer that `supports` refuses.
+        """
+        refusal = cls.supports(layer)
+        if refusal is not None:
+            raise TypeError(f"cannot replace {type(layer).__name__}: {refusal}")
+        self = cls.__new__(cls)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype)
+        return self
+
+    @staticmethod
+    def supports(layer: nn.Module) -> str | None:
+        """Why a layer cannot be replaced; None if it can."""
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
+            return f"{type(layer).__name__} is not a plain Linear or Conv1D"
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}"
+        if weight.layout is not torch.strided:
+            return f"its weight is {weight.layout}"
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            return "it has hooks, which would be lost"
+        if hasattr(layer, "parametrizations"):
+            return "it is parametrized"
+        return None
+
+    def _adopt(
+        self, layer: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool,
+        strategy: str, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        _check(rank, alpha, dropout, strategy)
+        nn.Module.__init__(self)
+        self.conv1d = is_conv1d(layer)
+        self.base_class = type(layer)
+        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        self.out_features, self.in_features = weight.T.shape if self.conv1d else weight.shape
+        self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
+        self.rslora, self.strategy = rslora, strategy
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
+        self.train(layer.training)
+        self.group: Any = None  # the siblings that read the same x (`groups.Group`)
+        self._unmerged: nn.Parameter | None = None
+        self._cast: Tensor | None = None  # weight in the dtype of autocast
+        self._cast_of: Tensor | None = None
+        self._cast_version = 0
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """lora_A as PEFT draws it, lora_B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]."""
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
+        weight = self.weight_as(x)
+        if self.merged:
+            bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
+            return nn.functional.linear(x.to(weight.dtype), weight, bias)
+        return lora_linear(
+            x, weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale,
+            dropout=self.dropout, training=self.training, strategy=self.strategy,
+        )  # fmt: skip
+
+    def weight_as(self, x: Tensor) -> Tensor:
+        """weight as [N, K] in the call's dtype; a cast copy for autocast is made once and held."""
+        weight = self.weight.T if self.conv1d else self.weight
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or weight.dtype is torch.float64:
+            return weight
+        dtype = torch.get_autocast_dtype(device)
+        if weight.dtype is dtype:
+            return weight
+        held = self._cast
+        if held is None or held.dtype is not dtype or self._stale():
+            held = self._cast = self.weight.detach().to(dtype)
+            self._cast_of = self.weight
+            if not torch.compiler.is_compiling():
+                self._cast_version = self.weight._version
+        return held.T if self.conv1d else held
+
+    def _stale(self) -> bool:
+        # A compiled graph cannot ask for the version; loading and moving forget the copy
+        # themselves.
+        if self._cast_of is not self.weight:
+            return True
+        return not torch.compiler.is_compiling() and self._cast_version != self.weight._version
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
+        self._cast = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._cast = None
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_cast": None,
+            "_cast_of": None,
+        }  # a copy or a file holds the weight once
+
+    @property
+    def merged(self) -> bool:
+        """Whether weight holds the update (see `merge`)."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to weight, for inference: weight + scale * lora_B lora_A, rounded once.
+
+        The frozen weight is kept aside, so `unmerge` gives back its very bits. Does nothing if
+        merged.
+        """
+        if self.merged:
+            return
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        update = self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        merged = self.weight.to(wide) + (update.T if self.conv1d else update)
+        self._unmerged = self.weight
+        self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit. Does nothing if not merged."""
+        if self._unmerged is not None:
+            self.weight, self._unmerged = self._unmerged, None
+
+    def to_linear(self) -> nn.Module:
+        """A plain layer of the class that was replaced, sharing weight (merged or not) and bias."""
+        layer: Any = self.base_class.__new__(self.base_class)
+        nn.Module.__init__(layer)
+        if self.conv1d:
+            layer.nx, layer.nf = self.in_features, self.out_features
+        else:
+            layer.in_features, layer.out_features = self.in_features, self.out_features
+        layer.weight = self.weight
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def problem(self, M: int, dtype: torch.dtype | None = None) -> Problem:
+        """What a call on M tokens asks of `choose`, with its group if it has one.
+
+        `dtype` is that of the activations (default: the weight's).
+        """
+        members = [self] if self.group is None else self.group.members
+        return Problem.on(
+            self.weight.device, M, max(member.out_features for member in members), self.in_features, self.rank,
+            dtype or self.weight.dtype, dropout=self.training and self.dropout > 0, layers=len(members),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}, alpha={self.alpha}, "
+            f"dropout={self.dropout}, strategy={self.strategy!r}"
+            + (", rslora=True" if self.rslora else "")
+            + (", merged" if self.merged else "")
+        )

@@ -1,0 +1,279 @@
+"""How layers are computed: each strategy is a forward and a backward over the same arguments.
+
+    forward(x, layers, scale, dropout, seed, tiles) -> (y of each layer, h [G, M, R], mask [G, M, K
+    / 8]) backward(dy of each, x, layers, h, mask, scale, dropout, wanted, tiles) -> (dx, dlora_A,
+    dlora_B)
+
+`layers` are G >= 1 layers that read the same x [M, K] at one rank, scale and dropout probability (a
+single layer is a group of one): weights [N_g, K] of any strides, lora_A [R, K], lora_B [N_g, R].
+`seed` (int64 [1], on the device; None without dropout) decides the masks, so each is a pure
+function. h and the packed mask are what backward gets besides the inputs. `wanted` names the
+gradients to compute; x, h and the weights may be None where no wanted gradient reads them. The
+algebra is that of `reference`, the mask format that of `masks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .tuning import Tiles, splits_for
+
+Tensors = tuple[Tensor, ...]
+
+
+class Layers(NamedTuple):
+    """The parameters of G layers that share x, a tuple each; bias is None if they have none."""
+
+    weight: Tensors
+    bias: Tensors | None
+    lora_A: Tensors
+    lora_B: Tensors
+
+
+class Wanted(NamedTuple):
+    """Which gradients autograd asks for."""
+
+    dx: bool
+    dlora_A: bool
+    dlora_B: bool
+
+
+class Forward(NamedTuple):
+    """What forward gives: the outputs, and what backward needs besides the inputs."""
+
+    y: Tensors
+    h: Tensor
+    mask: Tensor | None
+
+
+class Backward(NamedTuple):
+    """What backward gives; None where it was not wanted."""
+
+    dx: Tensor | None
+    dlora_A: Tensors | None
+    dlora_B: Tensors | None
+
+
+def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    """alpha * a b with one rounding: beta = 0 means that the output's memory is never read."""
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+
+
+def library_forward(
+    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
+    tiles: Tiles | None,
+) -> Forward:  # fmt: skip
+    """cuBLAS or oneDNN: the frozen GEMM, then the rank-R product added in place."""
+    M, K = x.shape
+    G, R = len(layers.weight), layers.lora_A[0].shape[0]
+    mask = None if seed is None else masks.draw(seed, G, M, K, dropout)
+    h = x.new_empty(G, M, R)
+    ys = []
+    for g, (weight, lora_A, lora_B) in enumerate(zip(layers.weight, *layers[2:], strict=True)):
+        dropped_x = x if mask is None else x * masks.unpack(mask[g], K)
+        _product(dropped_x, lora_A.to(x.dtype).T, 1 / (1 - dropout), out=h[g])
+        if layers.bias is None:
+            y = x @ weight.T
+        else:
+            y = torch.addmm(layers.bias[g].to(x.dtype), x, weight.T)
+        ys.append(y.addmm_(h[g], lora_B.to(x.dtype).T, alpha=scale))
+    return Forward(tuple(ys), h, mask)
+
+
+def library_backward(
+    dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
+    scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
+) -> Backward:  # fmt: skip
+    """The same products by hand: dy W lands in dx, and the rank-R product is added in place."""
+    keep_scale = 1 / (1 - dropout)
+    dx: Tensor | None = None
+    dlora_A, dlora_B = [], []
+    for g, (dy_g, lora_A, lora_B) in enumerate(zip(dy, *layers[2:], strict=True)):
+        if wanted.dx or wanted.dlora_A:
+            dh = _product(dy_g, lora_B.to(dy_g.dtype), scale)
+            keep = None if mask is None else masks.unpack(mask[g], lora_A.shape[1])
+            if wanted.dx:
+                dx = dy_g @ layers.weight[g] if dx is None else dx.addmm_(dy_g, layers.weight[g])
+                if keep is None:
+                    dx.addmm_(dh, lora_A.to(dy_g.dtype))
+                else:
+                    dx.add_(_product(dh, lora_A.to(dy_g.dtype), keep_scale).mul_(keep))
+            if wanted.dlora_A:
+                assert x is not None
+                dropped_x = x if keep is None else x * keep
+                dlora_A.append(_product(dh.T, dropped_x, keep_scale).to(lora_A.dtype))
+        if wanted.dlora_B:
+            assert h is not None
+            dlora_B.append(_product(dy_g.T, h[g], scale).to(lora_B.dtype))
+    return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
+
+
+def _kernels() -> Any:
+    """The Triton launchers, imported at the first launch: importing the package needs no Triton."""
+    from . import kernels
+
+    return kernels
+
+
+def _project(
+    x: Tensor, layers: Layers, dropout: float, seed: Tensor | None, tiles: Tiles
+) -> tuple[Tensor, Tensor | None]:
+    return _kernels().project(
+        x, layers.lora_A, tile=tiles.project, precision=tiles.precision, dropout=dropout, seed=seed
+    )
+
+
+def _transposed(tensors: Tensors) -> Tensors:
+    return tuple(t.T for t in tensors)
+
+
+def split_forward(
+    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
+    tiles: Tiles | None,
+) -> Forward:  # fmt: skip
+    """Two launches: h and the masks, then the GEMMs, each seeded with h lora_B^T."""
+    assert tiles is not None
+    h, mask = _project(x, layers, dropout, seed, tiles)
+    y = _kernels().low_rank_gemm(
+        (x,), layers.weight, h, layers.lora_B, scale=scale, bias=layers.bias,
+        tile=tiles.low_rank_gemm, precision=tiles.precision,
+    )  # fmt: skip
+    return Forward(y, h, mask)
+
+
+def fused_forward(
+    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
+    tiles: Tiles | None,
+) -> Forward:  # fmt: skip
+    """One launch: every tile of x feeds both the frozen product and h."""
+    assert tiles is not None and not dropout
+    y, h = _kernels().fused_gemm(
+        (x,), layers.weight, layers.lora_A, layers.lora_B, h_scale=1.0, scale=scale,
+        bias=layers.bias, tile=tiles.fused_gemm, precision=tiles.precision,
+    )  # fmt: skip
+    return Forward(y, h, None)
+
+
+def hybrid_forward(
+    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
+    tiles: Tiles | None,
+) -> Forward:  # fmt: skip
+    """Bias and rank-R products are written first; the vendor's GEMMs accumulate onto them."""
+    assert tiles is not None
+    h, mask = _project(x, layers, dropout, seed, tiles)
+    y = _kernels().low_rank_gemm(
+        (x,), layers.weight, h, layers.lora_B, scale=scale, bias=layers.bias, gemm=False,
+        tile=tiles.low_rank, precision=tiles.precision,
+    )  # fmt: skip
+    for y_g, weight in zip(y, layers.weight, strict=True):
+        y_g.addmm_(x, weight.T)
+    return Forward(y, h, mask)
+
+
+# dx, given everything else: (dy, layers, dh, mask, dropout, tiles) -> dx
+InputGradient = Callable[[Tensors, Layers, Tensor, Tensor | None, float, Tiles], Tensor]
+
+
+def _split_dx(
+    dy: Tensors, layers: Layers, dh: Tensor, mask: Tensor | None, dropout: float, tiles: Tiles
+) -> Tensor:
+    (dx,) = _kernels().low_rank_gemm(
+        dy, _transposed(layers.weight), dh, _transposed(layers.lora_A), scale=1 / (1 - dropout),
+        mask=mask, tile=tiles.low_rank_gemm, precision=tiles.precision,
+    )  # fmt: skip
+    return dx
+
+
+def _hybrid_dx(
+    dy: Tensors, layers: Layers, dh: Tensor, mask: Tensor | None, dropout: float, tiles: Tiles
+) -> Tensor:
+    (dx,) = _kernels().low_rank_gemm(
+        dy, _transposed(layers.weight), dh, _transposed(layers.lora_A), scale=1 / (1 - dropout),
+        mask=mask, gemm=False, tile=tiles.low_rank, precision=tiles.precision,
+    )  # fmt: skip
+    for dy_g, weight in zip(dy, layers.weight, strict=True):
+        dx.addmm_(dy_g, weight)
+    return dx
+
+
+def _column_gradients(input_gradient: InputGradient) -> Callable[..., Backward]:
+    """dh and dlora_B from one read of dy, dlora_A from one of x, then dx by `input_gradient`."""
+
+    def backward(
+        dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
+        scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
+    ) -> Backward:  # fmt: skip
+        assert tiles is not None
+        dx = dlora_A = None
+        dh, dlora_B = _output_gradients(
+            dy, layers, h, scale, wanted.dx or wanted.dlora_A, wanted, tiles
+        )
+        if wanted.dlora_A:
+            dlora_A = _input_gradients(x, dh, layers, mask, dropout, tiles)
+        if wanted.dx:
+            dx = input_gradient(dy, layers, dh, mask, dropout, tiles)
+        return Backward(dx, dlora_A, dlora_B)
+
+    return backward
+
+
+split_backward = _column_gradients(_split_dx)
+hybrid_backward = _column_gradients(_hybrid_dx)
+
+
+def fused_backward(
+    dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
+    scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
+) -> Backward:  # fmt: skip
+    """dx computes dh on the way, from the tiles of dy that it reads anyway."""
+    if not wanted.dx:
+        return split_backward(dy, x, layers, h, mask, scale, dropout, wanted, tiles)
+    assert tiles is not None
+    dlora_A = dlora_B = None
+    (dx,), dh = _kernels().fused_gemm(
+        dy, _transposed(layers.weight), _transposed(layers.lora_B), _transposed(layers.lora_A),
+        h_scale=scale, scale=1 / (1 - dropout), mask=mask,
+        tile=tiles.fused_gemm, precision=tiles.precision,
+    )  # fmt: skip
+    if wanted.dlora_B:
+        _, dlora_B = _output_gradients(dy, layers, h, scale, False, wanted, tiles)
+    if wanted.dlora_A:
+        dlora_A = _input_gradients(x, dh, layers, mask, dropout, tiles)
+    return Backward(dx, dlora_A, dlora_B)
+
+
+def _output_gradients(
+    dy: Tensors, layers: Layers, h: Tensor | None, scale: float, want_dh: bool, wanted: Wanted,
+    tiles: Tiles,
+) -> Any:  # fmt: skip
+    tile = tiles.output_gradients
+    return _kernels().output_gradients(
+        dy, h if wanted.dlora_B else None, layers.lora_B, scale=scale, want_dh=want_dh,
+        tile=tile, precision=tiles.precision, splits=_splits(dy, tile),
+    )  # fmt: skip
+
+
+def _input_gradients(
+    x: Tensor | None, dh: Tensor, layers: Layers, mask: Tensor | None, dropout: float, tiles: Tiles
+) -> Tensors:
+    assert x is not None
+    tile = tiles.input_gradients
+    return _kernels().input_gradients(
+        x, dh, mask=mask, dropout=dropout, dtype=layers.lora_A[0].dtype,
+        tile=tile, precision=tiles.precision, splits=_splits((x,) * len(layers.weight), tile),
+    )  # fmt: skip
+
+
+def _splits(tensors: Tensors, tile: Any) -> int:
+    device = tensors[0].device
+    processors = 2
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return splits_for(tensors[0].shape[0], sum(t.shape[1] for t in tensors), tile, processors)

@@ -1,0 +1,213 @@
+"""Which modules of a model a name means: rows of model families, targets for LoRA, heads to train.
+
+A name is a module's path or a suffix of whole components (`"q"` is `...attn.q`, never `...seq`), or
+`re:` and a regular expression for the whole path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .modules import FusedLoRALinear, is_conv1d
+from .report import SkippedRow
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the `model_type`s it covers, its usual LoRA targets, the names of its task heads."""
+
+    name: str
+    model_types: tuple[str, ...]
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+
+
+_ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
+_LLAMA = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"),
+    *("olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere"),
+)
+_HEAD = ("classifier", "qa_outputs")
+
+
+FAMILIES = (
+    Family("roberta", _ROBERTA, ("query", "value"), _HEAD),
+    Family("bert", ("bert",), ("query", "value"), _HEAD),
+    Family("electra", ("electra",), ("query", "value"), _HEAD),
+    Family("mpnet", ("mpnet",), ("attn.q", "attn.v"), _HEAD),
+    # No DeBERTa checkpoint holds the pooler of its classifier, so it is part of the head.
+    Family("deberta-v2", ("deberta-v2",), ("query_proj", "value_proj"), ("pooler", *_HEAD)),
+    Family("distilbert", ("distilbert",), ("q_lin", "v_lin"), ("pre_classifier", *_HEAD)),
+    Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD)),
+    Family("llama", _LLAMA, ("q_proj", "v_proj"), ("score", *_HEAD)),
+)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The row of `FAMILIES` for `model.config.model_type`, or None."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return next((row for row in FAMILIES if model_type in row.model_types), None)
+
+
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """The task heads that `model` has, as names for `train=`.
+
+    Example:
+        >>> add_lora(model, LoRAConfig(train=heads_of(model)))
+    """
+    family = family_of(model)
+    names = family.head if family else tuple(dict.fromkeys(n for row in FAMILIES for n in row.head))
+    children = dict(model.named_children())
+    return tuple(n for n in names if n in children and any(True for _ in children[n].parameters()))
+
+
+def find_targets(
+    model: nn.Module, targets: tuple[str, ...] | None, train: Mapping[str, str]
+) -> tuple[list[str], list[SkippedRow]]:
+    """The paths to fuse, and the matched modules that are left alone with the reason."""
+    if targets is None:
+        targets = _default_targets(model)
+    if targets == ("all-linear",):
+        matched = {n: "all-linear" for n, m in model.named_modules() if n and is_layer(m)}
+        excluded = _outputs(model)
+    else:
+        matched, excluded = _match(model, targets), {}
+    trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
+    fused: list[str] = []
+    skipped: list[SkippedRow] = []
+    for path in matched:
+        reason = excluded.get(path.split(".")[0]) or excluded.get(path) or why_not(model, path)
+        if owner := inside(path, train):
+            reason = f"inside train={train[owner]!r}, trained in full"
+        elif reason is None and id(model.get_submodule(path).weight) in trained:
+            reason = "its weight is tied to one that is trained in full"
+        if reason is None:
+            fused.append(path)
+        else:
+            skipped.append(SkippedRow(path, reason))
+    if not fused:
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in skipped[:3])
+        raise ValueError(
+            f"targets={targets!r}: nothing can be fused ({reasons or 'no linear layer'})"
+        )
+    for target in dict.fromkeys(matched.values()):
+        rows = [path for path, asked in matched.items() if asked == target]
+        if target != "all-linear" and all(inside(path, train) for path in rows):
+            name = train[str(inside(rows[0], train))]
+            raise ValueError(
+                f"target {target!r} only matches inside train={name!r} ({rows[0]}): "
+                "a layer has LoRA or is trained in full, not both"
+            )
+    return fused, skipped
+
+
+def find_train(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Path of each module to train in full -> the name that asked for it; outermost ones only."""
+    found: dict[str, str] = {}
+    with_parameters = [
+        n for n, m in model.named_modules() if n and any(True for _ in m.parameters())
+    ]
+    for name in names:
+        paths = [path for path in with_parameters if name_matches(name, path)]
+        if not paths:
+            raise ValueError(
+                f"train={name!r} matches no module{near_misses(name, with_parameters)}"
+            )
+        for path in paths:
+            found.setdefault(path, name)
+            for key, parameter in model.get_submodule(path).named_parameters():
+                if not parameter.is_floating_point():
+                    raise ValueError(f"train={name!r}: {path}.{key} is {parameter.dtype}")
+    return {path: name for path, name in found.items() if inside(path, found) in (None, path)}
+
+
+def name_matches(pattern: str, path: str) -> bool:
+    """Whether a target or train name means this module path."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], path) is not None
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return path == pattern or path.endswith("." + pattern)
+
+
+def inside(path: str, outer: Iterable[str]) -> str | None:
+    """The shortest of `outer` that is `path` or holds it."""
+    found = [o for o in outer if path == o or path.startswith(o + ".")]
+    return min(found, key=len, default=None)
+
+
+def near_misses(name: str, paths: Iterable[str]) -> str:
+    """`; near misses: ...` for an error message: suffixes with as many components as `name`."""
+    depth = name.count(".") + 1
+    suffixes = sorted({".".join(path.split(".")[-depth:]) for path in paths})
+    close = difflib.get_close_matches(name, suffixes, n=3, cutoff=0.5)
+    if close:
+        return "; near misses: " + ", ".join(map(repr, close))
+    names = [n for n in suffixes if not n.isdigit()]
+    return "; there are: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def why_not(model: nn.Module, path: str) -> str | None:
+    """The reason why the module at `path` cannot be replaced, or None."""
+    module = model.get_submodule(path)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"{type(parent).__name__} reads this weight without calling the layer"
+    if "forward" in vars(module):
+        return "its forward is patched, which replacing it would undo"
+    return FusedLoRALinear.supports(module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, plain or with LoRA."""
+    return isinstance(module, (nn.Linear, FusedLoRALinear)) or is_conv1d(module)
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """(K, N) of a linear layer."""
+    if is_conv1d(layer):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def _default_targets(model: nn.Module) -> tuple[str, ...]:
+    if family := family_of(model):
+        return family.targets
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    names = sorted({n.split(".")[-1] for n, m in model.named_modules() if is_layer(m)})
+    known = ", ".join(t for row in FAMILIES for t in row.model_types)
+    raise ValueError(
+        f"no default targets for model_type {model_type!r} ({type(model).__name__}): "
+        f"pass targets=; its linear layers end in: {', '.join(names)}; "
+        f"families with defaults: {known}"
+    )
+
+
+def _match(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+    """Path -> the target that names it, for modules of any kind; each target must match."""
+    paths = [name for name, _ in model.named_modules() if name]
+    linear = [name for name, module in model.named_modules() if is_layer(module)]
+    matched: dict[str, str] = {}
+    for target in targets:
+        found = [path for path in paths if name_matches(target, path)]
+        if not found:
+            raise ValueError(f"target {target!r} matches no layer{near_misses(target, linear)}")
+        matched |= {path: target for path in found if path not in matched}
+    return {path: matched[path] for path in paths if path in matched}
+
+
+def _outputs(model: nn.Module) -> dict[str, str]:
+    """What "all-linear" leaves alone: top-level task heads and the output embedding."""
+    excluded = dict.fromkeys(heads_of(model), "task head")
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter is not None else None
+    if output is not None:
+        excluded |= {n: "output embedding" for n, m in model.named_modules() if m is output}
+    return excluded

@@ -1,0 +1,170 @@
+"""How a result is judged: against float64, with eager PyTorch's own error in the same dtype as the
+yardstick.
+
+No tolerance is picked by hand. For y and every gradient, the RMS error may be 10 % larger than
+eager's and the largest error twice eager's plus one ulp (the contract of docs/decisions.md).
+Eager's error is itself a sample: with n elements two equal RMS errors differ by a factor of 1 + 3 /
+sqrt(n) at three sigma, and that is added for small outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels import masks, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and how its tensors lie in memory.
+
+    `weight` is "linear" ([N, K]) or "conv1d" ([K, N] seen through .T); `x` is "plain", "strided"
+    (every other column of a wider tensor) or "transposed".
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dropout: float = 0.0
+    bias: bool = True
+    weight: str = "linear"
+    x: str = "plain"
+    adapter: torch.dtype | None = None  # lora_A, lora_B; None: as x
+    scale: float = 0.75
+
+    def __str__(self) -> str:
+        name = f"M{self.M}-N{self.N}-K{self.K}-R{self.R}"
+        name += f"-p{self.dropout}" if self.dropout else ""
+        name += "" if self.bias else "-nobias"
+        name += "" if self.weight == "linear" else f"-{self.weight}"
+        name += "" if self.x == "plain" else f"-{self.x}"
+        return name + (
+            "" if self.adapter is None else f"-{str(self.adapter).removeprefix('torch.')}-adapter"
+        )
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    dy: Tensor
+
+
+def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random tensors; the low-rank term is as large as the frozen one (lora_B is not zero)."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=draw) * std).to(dtype).to(DEVICE)
+
+    M, N, K, R = case.M, case.N, case.K, case.R
+    adapter = case.adapter or dtype
+    weight = normal(K, N, std=K**-0.5).T if case.weight == "conv1d" else normal(N, K, std=K**-0.5)
+    if case.x == "strided":
+        x = normal(M, 2 * K)[:, ::2]
+    elif case.x == "transposed":
+        x = normal(K, M).T
+    else:
+        x = normal(M, K)
+    return Inputs(
+        x=x.detach().requires_grad_(),
+        weight=weight,
+        bias=normal(N).requires_grad_() if case.bias else None,
+        lora_A=normal(R, K, std=K**-0.5, dtype=adapter).requires_grad_(),
+        lora_B=normal(N, R, std=R**-0.5, dtype=adapter).requires_grad_(),
+        dy=normal(M, N),
+    )
+
+
+NAMES = ("y", "dx", "dlora_A", "dlora_B", "dbias")
+
+
+def run(given: Inputs, function, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """y and every gradient of `function(x, weight, lora_A, lora_B, bias)`, computed in `dtype`."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or dtype is None:
+            return tensor
+        return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+
+    leaves = [leaf(t) for t in (given.x, given.weight, given.lora_A, given.lora_B, given.bias)]
+    y = function(*leaves)
+    wanted = [t for t in (leaves[0], *leaves[2:]) if t is not None]
+    gradients = torch.autograd.grad(y, wanted, given.dy if dtype is None else given.dy.to(dtype))
+    return dict(zip(NAMES, (y.detach(), *gradients), strict=False))
+
+
+def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict]:
+    """(float64, eager in x's dtype) results of the reference under the mask that was drawn."""
+    keep = None if mask is None else masks.unpack(mask, case.K)
+
+    def reference_layer(x, weight, lora_A, lora_B, bias):
+        return reference.forward(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, keep=keep, dropout=case.dropout
+        )
+
+    exact = run(given, reference_layer, torch.float64)
+    return exact, run(given, reference_layer, given.x.dtype)
+
+
+def judge(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """AssertionError if `actual` is further from `exact` than the contract allows."""
+    assert actual.shape == exact.shape, (
+        f"{name}: shape {list(actual.shape)}, not {list(exact.shape)}"
+    )
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    error, yardstick = (actual.double() - exact).abs(), (eager.double() - exact).abs()
+    # Eager may be exact by luck on a few elements; no result can be better than the exact one
+    # rounded.
+    rounded = (exact.to(eager.dtype).double() - exact).abs()
+    rms = max(_rms(yardstick), _rms(rounded))
+    allowed = 1.1 * rms * (1 + 3 / math.sqrt(exact.numel()))
+    assert _rms(error) <= allowed, (
+        f"{name}: RMS error {_rms(error):.3e}, eager {_rms(yardstick):.3e}"
+    )
+    ulp = torch.finfo(eager.dtype).eps * exact.abs().max().item()
+    largest, limit = error.max().item(), 2 * yardstick.max().item() + ulp
+    assert largest <= limit, f"{name}: largest error {largest:.3e}, allowed {limit:.3e}"
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def judge_layer(layer, case: Case, dtype: torch.dtype) -> None:
+    """Judge `layer(x, weight, lora_A, lora_B, bias)`; it must be one lora_linear, whose node holds
+    the mask.
+
+    With one row the errors of h make three numbers, too few for an RMS: runs are pooled up to 64
+    rows.
+    """
+    runs = []
+    for seed in range(-(-64 // case.M)):
+        given = inputs(case, dtype, seed)
+        torch.manual_seed(seed)
+        masks_seen = []
+
+        def remembered(*arguments, masks_seen=masks_seen):
+            y = layer(*arguments)
+            masks_seen.append(y.grad_fn.saved_tensors[2])  # before backward frees them
+            return y
+
+        actual = run(given, remembered)
+        mask = None if masks_seen[0] is None else masks_seen[0][0]
+        assert (mask is None) == (case.dropout == 0)
+        runs.append((actual, *expected(given, case, mask)))
+    for name in runs[0][1]:
+        actual, exact, eager = (torch.cat([r[i][name] for r in runs]) for i in range(3))
+        judge(f"{name} [{case}]", actual, eager, exact)

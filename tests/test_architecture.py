@@ -1,0 +1,273 @@
+"""The house rules that a reader relies on: one-way imports, light imports, what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lora_kernels"
+OURS = ("lora_kernels", "models", "bench")
+
+# A module may import the layers before its own, and its own layer as long as that makes no circle.
+# A new module is placed by adding its name here.
+LAYERS = (
+    ("reference", "tuning", "masks"),
+    ("kernels",),
+    ("strategies",),
+    ("dispatch",),
+    ("ops",),
+    ("functional",),
+    ("modules",),
+    ("groups",),
+    ("report", "adapter_files"),
+    ("targets",),
+    ("loralib_format", "peft_format"),
+    ("injection", "peft", "adapters"),
+    ("explain", "doctor", "compile_report"),
+    ("cli",),
+    ("__init__",),
+)
+LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+
+PUBLIC = {
+    "FusedLoRALinear", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain", "fuse_peft",
+    "load_adapter", "lora_linear", "merge", "save_adapter", "unfuse_peft",
+}  # fmt: skip
+
+MAX_LINES = 400
+
+
+def _sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _each(*folders: str):
+    return pytest.mark.parametrize("path", _sources(*folders), ids=_name)
+
+
+def _imports(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The dotted paths that a module of `package` imports, at its top or in a function."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return
+    if isinstance(node, ast.Import):
+        yield from (tuple(alias.name.split(".")) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else ()
+        base += tuple(node.module.split(".")) if node.module else ()
+        yield from ((*base, alias.name) for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, package)
+
+
+def _siblings(path: Path) -> set[str]:
+    """The modules that a file of lora_kernels imports; `__init__` for the package's own names."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for target in _imports(_tree(path), package):
+        if target[0] == "lora_kernels":
+            name = target[1] if len(target) > 1 else "__init__"
+            is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+            found.add(name if is_module else "__init__")
+    return found
+
+
+def _module(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@_each("lora_kernels")
+def test_imports_run_one_way(path):
+    module = _module(path)
+    assert module in LEVEL, f"{module}: place it in LAYERS, beside the modules it may import"
+    for other in _siblings(path) - {module}:
+        # The package's own names are for its users; the command line alone reads its version there.
+        allowed = LEVEL[other] <= LEVEL[module] or (module, other) == ("cli", "__init__")
+        assert allowed, f"{_name(path)} imports {other}, which is of a later layer"
+
+
+def test_imports_make_no_circle():
+    edges: dict[str, set[str]] = {}
+    for path in _sources("lora_kernels"):
+        edges.setdefault(_module(path), set()).update(_siblings(path) - {_module(path), "__init__"})
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        for other in edges.get(module, ()):
+            visit(other, (*trail, module))
+
+    for module in edges:
+        visit(module, ())
+
+
+@_each("lora_kernels")
+def test_triton_is_imported_by_the_kernels_alone(path):
+    """compile_report drives Triton's compiler, but only once it is called."""
+    module, tree = _module(path), _tree(path)
+    if module == "kernels":
+        return
+    if module == "compile_report":
+        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+            function.body = []
+    assert "triton" not in {target[0] for target in _imports(tree, ())}
+
+
+@_each("lora_kernels")
+def test_the_library_imports_neither_models_nor_bench(path):
+    roots = {target[0] for target in _imports(_tree(path), path.relative_to(ROOT).parent.parts)}
+    assert not roots & {"models", "bench", "tests"}
+
+
+@_each("models", "bench")
+def test_models_and_bench_never_import_each_other(path):
+    here = path.relative_to(ROOT).parts[0]
+    roots = {target[0] for target in _imports(_tree(path), path.relative_to(ROOT).parent.parts)}
+    assert not roots & ({"models", "bench", "tests"} - {here})
+
+
+@_each("lora_kernels/kernels")
+def test_kernels_are_deterministic(path):
+    """No float atomics, and no tile chosen by timing inside a training step."""
+    names = {node.attr for node in ast.walk(_tree(path)) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(_tree(path)) if isinstance(node, ast.Name)}
+    assert not {name for name in names if name.startswith("atomic_")} | names & {"autotune"}
+
+
+@_each(*OURS)
+def test_pickles_are_read_with_weights_only(path):
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("weights_only") == "True", f"{_name(path)}:{node.lineno}"
+
+
+@_each(*OURS)
+def test_a_file_fits_one_idea(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: split it"
+
+
+def _run(code: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_is_light_and_patches_nothing():
+    _run("""
+        import sys
+        import torch
+        before = {name: vars(owner)[name] for owner in (torch.nn.Linear, torch.nn.Module)
+                  for name in ("forward", "__init__", "__call__") if name in vars(owner)}
+        linear = torch.nn.functional.linear
+        import lora_kernels
+        heavy = {"transformers", "peft", "triton", "datasets"} & set(sys.modules)
+        assert not heavy, heavy
+        assert linear is torch.nn.functional.linear
+        after = {name: vars(owner)[name] for owner in (torch.nn.Linear, torch.nn.Module)
+                 for name in ("forward", "__init__", "__call__") if name in vars(owner)}
+        assert before == after
+    """)
+
+
+def test_works_without_triton_and_without_gpu():
+    out = _run("""
+        import os, sys
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.pop("TRITON_INTERPRET", None)
+
+        class Hiding:
+            def __init__(self, finder):
+                self.finder = finder
+
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+
+            def find_spec(self, name, *rest):
+                hidden = name.split(".")[0] in ("triton", "transformers", "peft")
+                return None if hidden else self.finder.find_spec(name, *rest)
+
+        sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+        import torch
+        from lora_kernels import FusedLoRALinear, lora_linear
+        x, weight = torch.randn(5, 7), torch.randn(4, 7)
+        lora_A, lora_B = torch.randn(3, 7, requires_grad=True), torch.randn(4, 3)
+        y = lora_linear(x, weight, lora_A, lora_B, scale=0.5)
+        torch.testing.assert_close(y, x @ weight.T + 0.5 * (x @ lora_A.T) @ lora_B.T)
+        y.sum().backward()
+        assert lora_A.grad.abs().sum() > 0
+        FusedLoRALinear(7, 4, rank=2)(x).sum().backward()
+        assert not {"triton", "transformers", "peft"} & set(sys.modules)
+        from lora_kernels import cli
+        sys.exit(cli.main(["doctor"]))
+    """)
+    assert "Triton is not installed" in out
+    assert "Usable." in out
+
+
+def test_public_names():
+    assert set(lora_kernels.__all__) == PUBLIC
+    assert all(hasattr(lora_kernels, name) for name in PUBLIC)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this tree, built without a network by the setuptools that is installed."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in (*OURS, "tests"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, tree / folder)
+    build = "from setuptools import build_meta as backend; backend.build_wheel('.')"
+    command = [sys.executable, "-c", build]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tree, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = tree.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_library_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    roots = {name.split("/")[0] for name in names}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"lora_kernels"}
+    shipped = {name for name in names if name.startswith("lora_kernels/")}
+    expected = {_name(path) for path in [*_sources("lora_kernels"), *PACKAGE.rglob("*.json")]}
+    assert shipped == expected | {"lora_kernels/py.typed"}
+
+
+def test_the_wheel_declares_what_it_needs(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        fields = archive.read(name).decode().splitlines()
+    required = {
+        re.split(r"[^A-Za-z0-9-]", field.removeprefix("Requires-Dist: "))[0]
+        for field in fields
+        if field.startswith("Requires-Dist: ") and "extra ==" not in field
+    }
+    assert required == {"torch", "triton", "safetensors"}
+
+
+def test_constraints_pin_every_line_and_name_no_host():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[a-z0-9.-]+==[0-9.]+( ; .+)?", line), line

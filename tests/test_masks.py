@@ -1,0 +1,87 @@
+"""Packed masks: round trip, keep rate, independence, for every strategy that draws them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import DEVICE, Case, inputs
+
+from lora_kernels import masks
+from lora_kernels.dispatch import STRATEGIES, Problem, choose
+from lora_kernels.strategies import Layers
+
+STRATEGY_NAMES = [name for name in STRATEGIES if name != "fused"]  # which takes no dropout
+
+
+def drawn(strategy: str, rows: int, columns: int, dropout: float) -> torch.Tensor:
+    """The keep mask of one layer call by a strategy."""
+    case = Case(M=rows, N=8, K=columns, R=2, dropout=dropout)
+    given = inputs(case, torch.float32)
+    problem = Problem.on(DEVICE, rows, 8, columns, 2, torch.float32, dropout=True)
+    choice = choose(problem, strategy)
+    assert choice.strategy == strategy, choice.reason
+    with torch.no_grad():
+        layers = Layers((given.weight,), None, (given.lora_A,), (given.lora_B,))
+        _, _, mask = STRATEGIES[strategy].forward(
+            given.x, layers, 1.0, dropout, masks.draw_seed(DEVICE), choice.tile
+        )
+    assert mask.dtype == torch.uint8 and mask.shape == (1, rows, masks.packed_width(columns))
+    return masks.unpack(mask[0], columns)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 13, 64])
+def test_unpack_reads_bit_j_of_byte_q_as_column_8q_plus_j(columns):
+    keep = torch.rand(5, columns) < 0.5
+    packed = torch.zeros(5, masks.packed_width(columns), dtype=torch.uint8)
+    for column in range(columns):
+        packed[:, column // 8] |= keep[:, column].to(torch.uint8) << (column % 8)
+    assert torch.equal(masks.unpack(packed, columns), keep)
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+def test_keep_rate_in_every_bit_row_and_column(strategy, dropout):
+    torch.manual_seed(1)
+    rows, columns = 256, 128
+    keep = drawn(strategy, rows, columns, dropout).double()
+    spread = math.sqrt(dropout * (1 - dropout))
+    n = rows * columns
+    assert abs(keep.mean() - (1 - dropout)) < 5 * spread / math.sqrt(n)
+    for average, count in ((keep.mean(0), rows), (keep.mean(1), columns)):
+        z = (average - (1 - dropout)) * math.sqrt(count) / spread
+        assert z.abs().max() < 5.5  # the largest of 256 standard normals
+        assert 0.6 < z.square().mean() < 1.5  # neither clumped nor evenly dealt out
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+def test_calls_and_neighbours_are_independent(strategy):
+    torch.manual_seed(2)
+    first, second = (drawn(strategy, 256, 128, 0.5).double() - 0.5 for _ in range(2))
+    limit = 5 / math.sqrt(first.numel()) * 0.25
+    pairs = {
+        "two calls": (first, second),
+        "columns": (first[:, 1:], first[:, :-1]),
+        "bytes": (first[:, 8:], first[:, :-8]),
+        "tiles": (first[:, 32:], first[:, :-32]),
+        "rows": (first[1:], first[:-1]),
+        "row tiles": (first[32:], first[:-32]),
+    }
+    for name, (a, b) in pairs.items():
+        assert abs((a * b).mean()) < limit, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+def test_the_torch_seed_reproduces_the_mask(strategy):
+    torch.manual_seed(3)
+    first, second = drawn(strategy, 40, 24, 0.3), drawn(strategy, 40, 24, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn(strategy, 40, 24, 0.3), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_threshold_is_the_probability_in_65536ths():
+    assert masks.threshold(0.5) == 32768
+    assert masks.threshold(0.1) == 6554
+    assert masks.threshold(0.0) == 0

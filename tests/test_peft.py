@@ -1,0 +1,251 @@
+"""fuse_peft on real PEFT models: values, gradients, every state that changes, the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+
+import model_zoo
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels.peft
+from lora_kernels.adapters import load_adapter
+from lora_kernels.peft import fuse_peft, fused_peft_layers, unfuse_peft
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def peft_model(name: str = "roberta", **changes) -> nn.Module:
+    """A PEFT model in eval mode, its adapter away from zero."""
+    targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj"]}
+    config = {"r": 3, "lora_alpha": 5, "task_type": "SEQ_CLS"}
+    config["target_modules"] = targets.get(name, ["query", "value"])
+    model = peft.get_peft_model(model_zoo.build(name), peft.LoraConfig(**config | changes)).eval()
+    model_zoo.randomise(model, "lora_B")
+    return model
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[int]:
+    """Grows by one with each call of the fused operation."""
+    calls: list[int] = []
+    original = lora_kernels.peft.lora_linear
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(lora_kernels.peft, "lora_linear", counted)
+    return calls
+
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "roberta": peft_model,
+    "gpt2-conv1d": lambda: peft_model("gpt2", fan_in_fan_out=True),
+    "llama-no-bias": lambda: peft_model("llama"),
+    "rslora": lambda: peft_model(use_rslora=True, rank_pattern={"query": 5}),
+    "base-biases-train": lambda: peft_model(bias="all"),
+}
+
+
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
+def test_outputs_and_gradients_are_as_good_as_eager(build, fused_calls):
+    model = build()
+    eager = copy.deepcopy(model)
+    report = fuse_peft(model)
+    assert not report.skipped
+    model_zoo.judge_models(model, eager)
+    assert len(fused_calls) == 4 * len(report.fused) >= 8
+
+
+def test_half_precision_base_with_fp32_adapters_is_as_good_as_eager(fused_calls):
+    base = model_zoo.build("roberta").to(torch.bfloat16)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["query", "value"])
+    model = peft.get_peft_model(base, config).eval()
+    model_zoo.randomise(model, "lora_B")
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    model_zoo.judge_models(model, eager)
+    assert fused_calls
+
+
+def test_names_values_flags_and_files_stay(tmp_path):
+    model = peft_model()
+    before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    modules = list(model.modules())
+    report = fuse_peft(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.total == sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for p in model.base_model.model.classifier.original_module.parameters())
+    assert report.counts["classifier"] == (head, head)
+    assert report.counts["frozen"][0] == 0 and "fused 4 layers" in str(report)
+    model.save_pretrained(tmp_path)
+    plain = model_zoo.build("roberta")
+    load_adapter(plain, tmp_path)
+    torch.testing.assert_close(
+        model_zoo.logits(plain.double()), model_zoo.logits(unfuse_peft(model).double())
+    )
+
+
+def test_unfuse_restores_peft_to_the_bit(fused_calls):
+    model = peft_model()
+    expected = model_zoo.logits(model)
+    instance_state = [set(vars(module)) for module in model.modules()]
+    fuse_peft(model)
+    fuse_peft(model)
+    model_zoo.logits(model)
+    assert len(fused_calls) == len(fused_peft_layers(model, 8)) == 4
+    assert unfuse_peft(model) is model
+    assert torch.equal(model_zoo.logits(model), expected)
+    assert len(fused_calls) == 4 and not fused_peft_layers(model, 8)
+    assert [set(vars(module)) for module in model.modules()] == instance_state
+
+
+def disabled(model: nn.Module) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def two_active(model: nn.Module) -> None:
+    model.base_model.set_adapter(["default", "plain2"])
+
+
+def hooked(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.base_layer.register_forward_hook(lambda _, __, output: output * 2)
+
+
+def base_trains(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.base_layer.weight.requires_grad_()
+
+
+STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "disabled": (disabled, "adapters are disabled"),
+    "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
+    "two": (two_active, "2 adapters are active: default, plain2"),
+    "dora": (lambda model: model.set_adapter("dora"), "'dora' is a LoRA variant: Dora"),
+    "lora-bias": (lambda model: model.set_adapter("biased"), r"'biased' has a bias \(lora_bias\)"),
+    "hooked": (hooked, "hooks or a patched forward"),
+    "base-trains": (base_trains, "the base weight trains too"),
+}
+
+
+def with_adapters() -> nn.Module:
+    model = peft_model(task_type=None)
+    config = {"r": 2, "target_modules": ["query", "value"]}
+    model.add_adapter("plain2", peft.LoraConfig(**config, lora_alpha=9))
+    model.add_adapter("dora", peft.LoraConfig(**config, use_dora=True))
+    model.add_adapter("biased", peft.LoraConfig(**config, lora_bias=True))
+    model_zoo.randomise(model, "lora_B")
+    return model.eval()
+
+
+@pytest.mark.parametrize("change, reason", STATES.values(), ids=STATES)
+def test_what_is_no_plain_lora_runs_pefts_forward(change, reason, fused_calls):
+    """In whichever order: the state may change after fuse_peft or have changed before."""
+    late, early, eager = with_adapters(), with_adapters(), with_adapters()
+    assert len(fuse_peft(late).fused) == 4
+    for model in (late, early, eager):
+        change(model)
+    report = fuse_peft(early)
+    assert not report.fused and len(report.skipped) == 4
+    assert re.search(reason, report.skipped[0].reason)
+    expected = model_zoo.logits(eager)
+    assert torch.equal(model_zoo.logits(late), expected)
+    assert torch.equal(model_zoo.logits(early), expected)
+    assert not fused_calls
+
+
+def test_switching_back_runs_fused_again(fused_calls):
+    model, eager = with_adapters(), with_adapters()
+    fuse_peft(model)
+    with model.disable_adapter(), eager.disable_adapter():
+        assert torch.equal(model_zoo.logits(model), model_zoo.logits(eager))
+    model.merge_adapter()
+    model_zoo.logits(model)
+    model.unmerge_adapter()
+    assert not fused_calls
+    for adapter in ("plain2", "default"):
+        fresh = with_adapters()
+        for each in (model, fresh):
+            each.set_adapter(adapter)
+        torch.testing.assert_close(
+            model_zoo.logits(copy.deepcopy(model).double()), model_zoo.logits(fresh.double())
+        )
+    assert len(fused_calls) == 8
+
+
+def test_a_mixed_batch_runs_pefts_forward(fused_calls):
+    model, eager = with_adapters(), with_adapters()
+    fuse_peft(model)
+    names = ["default", "plain2", "__base__"]
+    with torch.no_grad():
+        found = model(**model_zoo.batch(), adapter_names=names).logits
+        expected = eager(**model_zoo.batch(), adapter_names=names).logits
+    assert torch.equal(found, expected) and not fused_calls
+
+
+def test_layers_that_are_no_linear_are_reported_and_left_alone():
+    model = peft_model(target_modules=["query", "word_embeddings"])
+    report = fuse_peft(model)
+    assert len(report.fused) == 2
+    assert [row.name.split(".")[-1] for row in report.skipped] == ["word_embeddings"]
+    assert "Embedding is no plain LoRA of a linear layer" in report.skipped[0].reason
+
+
+def test_refusals_name_what_is_wrong():
+    with pytest.raises(ValueError, match="has no PEFT LoRA layer: use add_lora"):
+        fuse_peft(model_zoo.build("bert"))
+    with pytest.raises(ValueError, match="unknown strategy 'spilt'"):
+        fuse_peft(peft_model(), strategy="spilt")
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_run_on_their_own_parameters(duplicate, fused_calls):
+    model = peft_model()
+    fuse_peft(model)
+    expected, twin = model_zoo.logits(model), duplicate(model)
+    assert torch.equal(model_zoo.logits(twin), expected)
+    model_zoo.randomise(model, "lora_A")
+    assert torch.equal(model_zoo.logits(twin), expected)
+    assert not torch.equal(model_zoo.logits(model), expected)
+    assert len(fused_calls) == 4 * 4
+
+
+def test_dropout_masks_the_lora_branch_alone_by_pefts_rate():
+    """With lora_A = lora_B = 1 (identities) and no base, the output is the dropped input itself."""
+    size, p = 64, 0.25
+    base = nn.Sequential(nn.Linear(size, size))
+    config = peft.LoraConfig(r=size, lora_alpha=2 * size, lora_dropout=p, target_modules=["0"])
+    model = peft.get_peft_model(base, config)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias.fill_(1.0)
+        layer.lora_A["default"].weight.copy_(torch.eye(size))
+        layer.lora_B["default"].weight.copy_(torch.eye(size))
+    fuse_peft(model)
+    x = torch.rand(100, size) + 0.5
+    torch.manual_seed(0)
+    kept = (model(x) - 1) / (2 * x / (1 - p))
+    torch.testing.assert_close(kept, kept.round().clamp(0, 1))
+    deviations = (kept.mean() - (1 - p)) / (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(deviations) < 4
+    torch.manual_seed(0)
+    assert torch.equal((model(x) - 1) / (2 * x / (1 - p)), kept)
+    assert not torch.equal(model(x), model(x))
+    torch.testing.assert_close(model.eval()(x), 1 + 2 * x)
