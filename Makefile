@@ -17,7 +17,7 @@ DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint types pytest format install clean check-python
+.PHONY: help demo test lint types pytest compile-gate format install clean check-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
 	else \
 		set -x; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS); \
 	fi
+
+compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
+	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report
 
 format: $(VENV)/.installed-all ## rewrite the sources in the house format
 	$(RUN) -m ruff check --fix .

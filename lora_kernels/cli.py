@@ -8,8 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from . import __version__, doctor
+import torch
+
+from . import __version__, compile_report, doctor, tune
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,64 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if findings["usable"] else 1
 
 
+def _compile_report_arguments(parser: argparse.ArgumentParser) -> None:
+    cards, dtypes = list(compile_report.CARDS), list(compile_report.DTYPES)
+    parser.add_argument("--arch", nargs="+", choices=cards, default=list(compile_report.GATED))
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write each cubin into DIR")
+
+
+def _compile_report(arguments: argparse.Namespace) -> int:
+    rows = compile_report.compile_report(arguments.arch, arguments.dtype, arguments.keep)
+    if arguments.json:
+        print(json.dumps(compile_report.as_json(rows), indent=1))
+    else:
+        print(compile_report.render(rows))
+    return 1 if any(row.refusal for row in rows) else 0
+
+
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    models = ", ".join(tune.MODELS)
+    parser.add_argument(
+        "--model", default="roberta-base", help=f"{models}, or a directory with config.json"
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(compile_report.DTYPES), default=["bfloat16"]
+    )
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = arguments.batch * arguments.length
+    dtypes = [compile_report.DTYPES[name] for name in arguments.dtype]
+    problems = tune.problems_of(arguments.model, tokens, arguments.rank, dtypes, device)
+    quiet = (lambda line: None) if arguments.json else print
+    rows = tune.tune(problems, device, report=quiet)
+    if arguments.json:
+        print(json.dumps(tune.as_json(rows), indent=1))
+    return 0
+
+
 COMMANDS = (
     Command(
         "doctor",
         "say what this machine has, which strategies run on it, and why not the others",
         _doctor,
+    ),
+    Command(
+        "compile-report",
+        "compile every kernel for cards that need not be here: registers, spills, shared memory",
+        _compile_report,
+        _compile_report_arguments,
+    ),
+    Command(
+        "tune",
+        "measure strategies and tiles for a model's layers on this GPU, and remember the fastest",
+        _tune,
+        _tune_arguments,
     ),
 )
 
@@ -59,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ValueError, RuntimeError) as error:
+        print(f"lora-kernels {arguments.command}: {error}", file=sys.stderr)
+        return 2
     return code
 
 

@@ -25,7 +25,7 @@ from .strategies import Layers, Wanted
 
 
 class Card(NamedTuple):
-    """What one multiprocessor holds: registers, KiB of shared memory (a program, all), warps, programs."""
+    """One multiprocessor: KiB of shared memory (a program, all), warps, programs, registers."""
 
     program_shared: int
     shared: int
@@ -105,7 +105,7 @@ class _Compiled(NamedTuple):
 
 
 class _AbsentCard:
-    """A Triton driver for a card that is not there: kernels compile for it, and launching does nothing."""
+    """A Triton driver for a card that is not there: kernels compile, launching does nothing."""
 
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -157,7 +157,7 @@ def absent_card(arch: str) -> Iterator[_AbsentCard]:
 
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
-    """Forward and backward of one layer on meta tensors: every launch that a step on the card makes."""
+    """Forward and backward on meta tensors: every launch that a step on the card makes."""
     M, N, K, R, dropout, bias, conv1d, G = specimen
     tf32 = dtype is torch.float32
     choice = choose(Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G), strategy)
@@ -184,14 +184,17 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
 
 
 def compile_report(
-    archs: Iterable[str], dtypes: Iterable[str] = tuple(DTYPES), keep: Path | None = None
+    archs: Iterable[str],
+    dtypes: Iterable[str] = tuple(DTYPES),
+    keep: Path | None = None,
+    specimens: Iterable[Specimen] = SPECIMENS,
 ) -> list[Row]:
     """A row for every kernel x shipped tile x dtype x architecture; `keep` receives the cubins.
 
     Raises ValueError for an unknown architecture, RuntimeError where kernels cannot be compiled at
     all.
     """
-    archs = list(archs)
+    archs, dtypes, specimens = list(archs), list(dtypes), list(specimens)
     for arch in archs:
         if arch not in CARDS:
             raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(CARDS)}")
@@ -204,7 +207,7 @@ def compile_report(
         with absent_card(arch) as card:
             for dtype in dtypes:
                 card.compiled.clear()
-                for specimen, strategy in product(SPECIMENS, STRATEGIES):
+                for specimen, strategy in product(specimens, STRATEGIES):
                     card.specimen = specimen
                     training_step(specimen, DTYPES[dtype], arch, strategy)
                 for compiled in card.compiled:
@@ -276,6 +279,29 @@ def _keep(rows: dict[Row, bytes], folder: Path) -> None:
     for row, binary in rows.items():
         suffix = "cubin" if row.arch.startswith("sm_") else "hsaco"
         Path(folder, f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{suffix}").write_bytes(binary)
+
+
+def render(rows: Iterable[Row]) -> str:
+    """The rows as a table, and what the gate says of them."""
+    rows = list(rows)
+    lines = [
+        f"{'kernel':<16} {'dtype':<9} {'arch':<7} {'regs':>4} {'spills':>6} {'shared':>7} "
+        f"{'occup':>5} {'mma':>4}  tile"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.kernel:<16} {row.dtype:<9} {row.arch:<7} {_or_dash(row.registers):>4} "
+            f"{_or_dash(row.spills):>6} {row.shared_bytes:>7} {_or_dash(row.occupancy):>5} "
+            f"{_or_dash(row.matrix_instructions):>4}  {row.tile}"
+        )
+    refused = [row for row in rows if row.refusal]
+    lines += [f"REFUSED {row.arch} {row.kernel} {row.tile}: {row.refusal}" for row in refused]
+    lines.append(f"{len(rows)} kernels, {len(refused)} refused")
+    return "\n".join(lines)
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:

@@ -8,18 +8,27 @@ of a step.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
-from . import strategies
-from .tuning import MAX_RANK, Tiles, tiles_for
+from . import cost, strategies
+from .tuning import (
+    MAX_RANK,
+    Tile,
+    Tiles,
+    bucket,
+    load_table,
+    rank_block,
+    table_path,
+    tiles_for,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Problem:
     dropout: bool = False
     tf32: bool = False
     layers: int = 1
+    gpu: str = ""  # the card's name, for its tuned table
 
     @classmethod
     def on(
@@ -46,7 +56,15 @@ class Problem:
     ) -> Problem:  # fmt: skip
         """The problem on a device of this machine, with torch's own setting for TF32."""
         tf32 = dtype is torch.float32 and device.type == "cuda" and _tf32_allowed()
-        return cls(M, N, K, R, dtype, architecture(device), dropout, tf32, layers)
+        return cls(M, N, K, R, dtype, architecture(device), dropout, tf32, layers, _gpu(device))
+
+    @property
+    def key(self) -> str:
+        """The row of a tuned table: M by its bucket, R by its padding."""
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        dropout = "-dropout" if self.dropout else ""
+        rank = rank_block(self.R)
+        return f"{self.layers}x-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
 
     def __str__(self) -> str:
         dropout = ", dropout" if self.dropout else ""
@@ -89,6 +107,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _tf32_allowed() -> bool:
@@ -165,35 +188,51 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
     Raises ValueError for a name that is not in STRATEGIES.
     """
     check_strategy(strategy)
-    if strategy == "auto":
-        return _choice(*_best(problem), problem)
-    refusal = STRATEGIES[strategy].supports(problem)
-    if refusal is None:
-        return _choice(strategy, "named by the caller", problem)
-    best, reason = _best(problem)
-    return _choice(best, f"{strategy} was asked for, but: {refusal}; {reason}", problem)
+    if strategy != "auto":
+        refusal = STRATEGIES[strategy].supports(problem)
+        if refusal is None:
+            return _choice(strategy, "named by the caller", problem, {})
+    best, reason, tiles = _best(problem)
+    if strategy != "auto":
+        reason = f"{strategy} was asked for, but: {refusal}; {reason}"
+    return _choice(best, reason, problem, tiles)
 
 
-def _best(problem: Problem) -> tuple[str, str]:
-    """The name of the best strategy, and the reason."""
+def _best(problem: Problem) -> tuple[str, str, Mapping[str, Tile]]:
+    """The name of the best strategy, the reason, and the tiles that were measured for it."""
     if problem.arch == "cpu":
-        return "library", "on a CPU the vendor's GEMM is fastest"
+        return "library", "on a CPU the vendor's GEMM is fastest", {}
     refusal = _triton_supports(problem)
     if refusal is not None:
-        return "library", refusal
-    if problem.dtype is torch.float32 and not problem.tf32:
-        return "library", "exact fp32 has no matrix instructions: the vendor's GEMM"
-    if problem.N >= 4096 and problem.K >= 4096:
-        return "hybrid", "N, K >= 4096: the vendor's GEMM, the rest in passes that read x, dy once"
-    if problem.K <= 1024 and problem.R <= 16 and not problem.dropout:
-        return "fused", "K <= 1024 without dropout: one launch, for R / 128 more work"
-    return "split", "one seeded GEMM: y is written once, x read twice"
+        return "library", refusal, {}
+    if problem.gpu:
+        row = load_table(table_path(problem.gpu)).get(problem.key)
+        if row is not None and row.strategy in STRATEGIES:
+            return row.strategy, f"measured on this card: {row.median_us:.0f} us", row.tiles
+    times = sorted((predict(problem, name), name) for name in STRATEGIES)
+    (best, name), (second, other) = times[:2]
+    reason = f"cost model: {best:.0f} us forward + backward, {other} {second:.0f} us"
+    return name, f"{STRATEGIES[name].summary} ({reason})", {}
 
 
-def _choice(name: str, reason: str, problem: Problem) -> Choice:
+def predict(problem: Problem, strategy: str) -> float:
+    """Microseconds of forward + backward by the cost model; infinite where it is not supported."""
+    if STRATEGIES[strategy].supports(problem) is not None:
+        return math.inf
+    p, size = problem, problem.dtype.itemsize
+    shape = p.M, p.N, p.K, p.R, size, p.layers, p.dropout
+    tiles = tiles_for(p.arch, size, p.R, tf32=p.tf32)
+    processors = cost.DATASHEETS.get(p.arch, cost.DEFAULT_SHEET).processors
+    launches = cost.forward_launches(strategy, *shape)
+    launches += cost.backward_launches(strategy, *shape, tiles, processors)
+    return cost.microseconds(launches, p.arch, p.dtype, tf32=p.tf32)
+
+
+def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Tile]) -> Choice:
     tiles = None
     if name != "library":
-        tiles = tiles_for(problem.arch, problem.dtype.itemsize, tf32=problem.tf32)
+        shipped = tiles_for(problem.arch, problem.dtype.itemsize, problem.R, tf32=problem.tf32)
+        tiles = shipped._replace(**measured)  # type: ignore[arg-type]
     return Choice(name, tiles, reason)
 
 
@@ -212,6 +251,5 @@ def plan(
     layers: int, strategy: str,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
     """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
-    bucket = 1 << (M - 1).bit_length() if M else 0
     precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    return _plan(device, bucket, N, K, R, dtype, dropout, layers, strategy, precision)
+    return _plan(device, bucket(M), N, K, R, dtype, dropout, layers, strategy, precision)

@@ -57,6 +57,6 @@ def explain(
     rows += fused_peft_layers(model_or_problem, tokens, dtype)
     if not rows:
         raise ValueError(
-            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora or fuse_peft first"
+            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora or fuse_peft"
         )
     return Explanation(tuple((name, problem, choose(problem, how)) for name, problem, how in rows))

@@ -71,16 +71,16 @@ class Group:
         if any(m.merged or m.training != layer.training for m in self.members):
             return None
         first = self.members[0]
-        y = lora_linears(
+        ys = lora_linears(
             x,
             tuple(m.weight_as(x) for m in self.members),
             tuple(m.lora_A for m in self.members),
             tuple(m.lora_B for m in self.members),
-            () if first.bias is None else tuple(m.bias for m in self.members),
+            tuple(m.bias for m in self.members if m.bias is not None),
             scale=first.scale, dropout=first.dropout, training=layer.training,
             strategy=first.strategy,
         )  # fmt: skip
-        self._waiting = {id(m): each for m, each in zip(self.members, y, strict=True)}
+        self._waiting = {id(m): each for m, each in zip(self.members, ys, strict=True)}
         self._x, self._call = x, call
         return self._waiting.pop(key)
 

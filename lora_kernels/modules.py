@@ -276,8 +276,9 @@ class FusedLoRALinear(nn.Module):
         """
         members = [self] if self.group is None else self.group.members
         return Problem.on(
-            self.weight.device, M, max(member.out_features for member in members), self.in_features, self.rank,
-            dtype or self.weight.dtype, dropout=self.training and self.dropout > 0, layers=len(members),
+            self.weight.device, M, max(member.out_features for member in members),
+            self.in_features, self.rank, dtype or self.weight.dtype,
+            dropout=self.training and self.dropout > 0, layers=len(members),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -1,12 +1,25 @@
-"""Tile sizes: plain data, one row a kernel and a kind of card.
+"""Tile sizes as plain data: shipped rows for every kind of card, and the table that `tune`
+measured.
 
-The launchers choose nothing; `tiles_for` picks the row. A card that has no row of its own gets the
-tiles that fit every card (no spill, at most 64 KiB of shared memory), never an exception.
+The launchers choose nothing; `tiles_for` picks a row. A card that has no row of its own gets tiles
+that fit every card, never an exception. A tuned table is a JSON file a GPU, named after the card,
+the Triton release and a hash of the kernels' sources, so that it is never applied to other kernels.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Tile(NamedTuple):
@@ -31,9 +44,10 @@ class Tiles(NamedTuple):
     precision: str = "ieee"
 
 
-# Keyed by bytes an element. 128 x 128 with 8 warps is the largest output tile that keeps its
-# accumulator in registers beside the rank-R product on sm_86; fp32 halves the depth so that two
-# stages fit in 99 KiB.
+KERNELS = Tiles._fields[:-1]
+
+# 128 x 128 with 8 warps is the largest output tile that keeps its accumulator in registers beside
+# the rank-R product on sm_86 (`lora-kernels compile-report`); wider ranks take narrower tiles.
 _HALF = Tiles(
     project=Tile(32, 0, 64, 4, 3),
     low_rank_gemm=Tile(128, 128, 32, 8, 3),
@@ -42,6 +56,14 @@ _HALF = Tiles(
     output_gradients=Tile(64, 128, 0, 4, 2),
     input_gradients=Tile(64, 128, 0, 4, 2),
 )
+# Rank above 32: the rank-R tiles and accumulators are as large as the others.
+_HALF_WIDE = _HALF._replace(
+    fused_gemm=Tile(64, 128, 32, 8, 3),
+    low_rank=Tile(64, 64, 32, 4, 1),
+    output_gradients=Tile(32, 64, 0, 4, 2),
+    input_gradients=Tile(32, 64, 0, 4, 2),
+)
+# fp32 halves the tiles, so that two stages fit in 99 KiB.
 _FLOAT = Tiles(
     project=Tile(32, 0, 32, 4, 2),
     low_rank_gemm=Tile(64, 64, 32, 4, 2),
@@ -50,20 +72,30 @@ _FLOAT = Tiles(
     output_gradients=Tile(32, 64, 0, 4, 2),
     input_gradients=Tile(32, 64, 0, 4, 2),
 )
-# The interpreter runs a program at a time in NumPy: small tiles keep ragged test shapes ragged.
-_INTERPRETER = Tiles(
-    project=Tile(32, 0, 32, 1, 1),
-    low_rank_gemm=Tile(32, 32, 32, 1, 1),
-    fused_gemm=Tile(32, 32, 32, 1, 1),
-    low_rank=Tile(32, 32, 32, 1, 1),
-    output_gradients=Tile(32, 32, 0, 1, 1),
-    input_gradients=Tile(32, 32, 0, 1, 1),
+_FLOAT_WIDE = _FLOAT._replace(
+    fused_gemm=Tile(32, 64, 32, 4, 2),
+    low_rank=Tile(32, 64, 32, 4, 1),
+    output_gradients=Tile(16, 64, 0, 4, 2),
+    input_gradients=Tile(16, 64, 0, 4, 2),
 )
-DEFAULT_TILES: dict[tuple[str, int], Tiles] = {
-    ("cpu", 2): _INTERPRETER,
-    ("cpu", 4): _INTERPRETER,
-    ("gpu", 2): _HALF,
-    ("gpu", 4): _FLOAT,
+# The interpreter runs a program at a time in NumPy: small tiles keep ragged test shapes ragged.
+_INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
+
+# (card, bytes an element, rank above 32) -> tiles. WGMMA on sm_90 takes deeper tiles than MMA;
+# AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by.
+_HOPPER = _HALF._replace(low_rank_gemm=Tile(128, 128, 64, 8, 3))
+DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
+    ("cpu", 2, False): _INTERPRETER,
+    ("cpu", 2, True): _INTERPRETER,
+    ("cpu", 4, False): _INTERPRETER,
+    ("cpu", 4, True): _INTERPRETER,
+    ("any", 2, False): _HALF,
+    ("any", 2, True): _HALF_WIDE,
+    ("any", 4, False): _FLOAT,
+    ("any", 4, True): _FLOAT_WIDE,
+    ("sm_90", 2, False): _HOPPER,
+    ("sm_100", 2, False): _HOPPER,
+    ("gfx942", 2, False): Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"]),
 }
 
 # Above this rank the rank-R tiles no longer fit beside the accumulator.
@@ -75,13 +107,110 @@ def rank_block(R: int) -> int:
     return max(16, 1 << (R - 1).bit_length())
 
 
-def tiles_for(arch: str, itemsize: int, *, tf32: bool) -> Tiles:
-    """The shipped tiles of a card for elements of `itemsize` bytes."""
-    kind = "cpu" if arch == "cpu" else "gpu"
-    return DEFAULT_TILES[kind, itemsize]._replace(precision="tf32" if tf32 else "ieee")
+def bucket(M: int) -> int:
+    """The power of two that stands for M: a new batch length neither retunes nor decides anew."""
+    return 1 << (M - 1).bit_length() if M else 0
+
+
+def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool) -> Tiles:
+    """The shipped tiles of a card for elements of `itemsize` bytes at rank R."""
+    key = itemsize, rank_block(R) > 32
+    tiles = DEFAULT_TILES.get((arch, *key), DEFAULT_TILES[("any", *key)])
+    return tiles._replace(precision="tf32" if tf32 else "ieee")
 
 
 def splits_for(M: int, columns: int, tile: Tile, processors: int) -> int:
     """Ranges of rows for a column gradient: two programs a processor, four row blocks each."""
     blocks = -(-columns // tile.n)
     return max(1, min(-(-2 * processors // blocks), M // (4 * tile.m)))
+
+
+# ---------------------------------------------------------------- the tuned table
+FORMAT = 1
+
+
+class Tuned(NamedTuple):
+    """A measured row: the fastest strategy of a problem, its tiles, and its time."""
+
+    strategy: str
+    tiles: Mapping[str, Tile]
+    median_us: float
+
+
+def kernel_hash() -> str:
+    """A hash of the kernels' sources: a table measured on other kernels is not applied."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("kernels/*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def table_path(gpu: str) -> Path:
+    """Where the table of a GPU lies: under $LORA_KERNELS_CACHE, else the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("LORA_KERNELS_CACHE") or Path(cache, "lora_kernels")
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
+    return Path(folder, f"{name}-triton{triton}-{kernel_hash()}.json")
+
+
+@lru_cache(maxsize=8)
+def load_table(path: Path) -> Mapping[str, Tuned]:
+    """Problem key -> measured row; empty without a table. A corrupt one is ignored, warned once."""
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"the tuning table {path} is ignored: {error!r}", stacklevel=2)
+        return {}
+
+
+def _parse(text: str) -> dict[str, Tuned]:
+    content = json.loads(text)
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, not {FORMAT}")
+    rows = {}
+    for key, row in content["rows"].items():
+        tiles = {kernel: Tile(*(int(v) for v in tile)) for kernel, tile in row["tiles"].items()}
+        if unknown := set(tiles) - set(KERNELS):
+            raise ValueError(f"unknown kernels {sorted(unknown)}")
+        rows[key] = Tuned(str(row["strategy"]), tiles, float(row["median_us"]))
+    return rows
+
+
+def store_rows(path: Path, gpu: str, rows: Mapping[str, Tuned]) -> None:
+    """Add rows to a table: written aside and renamed, one writer at a time, nobody's rows lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        try:
+            merged = {**_parse(path.read_text(encoding="utf-8")), **rows}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            merged = dict(rows)
+        content: dict[str, Any] = {"format": FORMAT, "gpu": gpu, "kernels": kernel_hash()}
+        content["rows"] = {
+            key: {"strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
+            for key, r in sorted(merged.items())
+        }
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    load_table.cache_clear()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows, where Triton has no wheels either
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -24,6 +24,7 @@ OURS = ("lora_kernels", "models", "bench")
 # A new module is placed by adding its name here.
 LAYERS = (
     ("reference", "tuning", "masks"),
+    ("cost",),
     ("kernels",),
     ("strategies",),
     ("dispatch",),
@@ -35,7 +36,7 @@ LAYERS = (
     ("targets",),
     ("loralib_format", "peft_format"),
     ("injection", "peft", "adapters"),
-    ("explain", "doctor", "compile_report"),
+    ("explain", "doctor", "compile_report", "tune"),
     ("cli",),
     ("__init__",),
 )

@@ -80,7 +80,10 @@ def test_a_transformer_block_is_one_graph(family, group):
     for layer in model.modules():
         if isinstance(layer, FusedLoRALinear):
             nn.init.normal_(layer.lora_B, std=0.1)
-    first = lambda out: out[0] if isinstance(out, tuple) else out
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
     fast = compiled(block)
     for length in (5, 9):  # a second length makes the graph dynamic; it must not break
         x = torch.randn(2, length, 16, device=DEVICE, requires_grad=True)

@@ -117,7 +117,7 @@ def output_gradients(
     dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
     want_dh: bool, tile: Tile, precision: str, splits: int,
 ) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
-    """dh [G, M, R] in dy's dtype if wanted; dlora_B_g [N_g, R] in lora_B's dtype if `h` is given."""
+    """dh [G, M, R] in dy's dtype if wanted; dlora_B_g [N_g, R] in lora_B's if `h` is given."""
     R = lora_B[0].shape[1]
     g, d = _launch(dy, h, lora_B if want_dh else None, None, R, False, tile, precision, splits)
     jobs = []

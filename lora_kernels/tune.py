@@ -1,0 +1,249 @@
+"""Measure strategies and tiles for the layers of a model, and write the table that `choose` reads.
+
+Tuning is an explicit act (`lora-kernels tune`): a training step never measures anything. For each
+problem every strategy that supports it is timed with the shipped tiles, forward + backward; then,
+for the two fastest, each kernel's tile is varied in turn and the best kept. Only tiles that compile
+for the card without error take part, and each is checked to leave the numbers as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import STRATEGIES, Choice, Problem, choose
+from .strategies import Layers, Wanted
+from .tuning import KERNELS, Tile, Tuned, store_rows, table_path
+
+
+class Shape(NamedTuple):
+    """One linear layer of a model, or so many that read the same x: y [M, N] from x [M, K]."""
+
+    N: int
+    K: int
+    layers: int = 1
+
+
+def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
+    groups = tuple(Shape(hidden, hidden, layers) for layers in (1, 2, 3))
+    return *groups, Shape(intermediate, hidden), Shape(hidden, intermediate)
+
+
+def _gpt2(hidden: int) -> tuple[Shape, ...]:
+    up, down = Shape(4 * hidden, hidden), Shape(hidden, 4 * hidden)
+    return Shape(3 * hidden, hidden), Shape(hidden, hidden), up, down
+
+
+MODELS: Mapping[str, tuple[Shape, ...]] = {
+    "roberta-base": _encoder(768, 3072),
+    "roberta-large": _encoder(1024, 4096),
+    "deberta-v3-base": _encoder(768, 3072),
+    "deberta-v2-xlarge": _encoder(1536, 6144),
+    "gpt2": _gpt2(768),
+    "gpt2-medium": _gpt2(1024),
+    "gpt2-large": _gpt2(1280),
+    "gpt2-xl": _gpt2(1600),
+    "llama-8b": (
+        Shape(4096, 4096), Shape(1024, 4096), Shape(4096, 4096, 3),
+        Shape(14336, 4096), Shape(14336, 4096, 2), Shape(4096, 14336),
+    ),
+}  # fmt: skip
+
+# What is tried for each kernel besides the shipped tile. Tiles that a card cannot hold fail to
+# compile there and drop out.
+_GEMM = (
+    Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4),
+    Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 256, 32, 8, 3),
+    Tile(64, 64, 32, 4, 5), Tile(256, 64, 32, 8, 3),
+)  # fmt: skip
+_COLUMNS = (
+    Tile(32, 128, 0, 4, 2), Tile(64, 64, 0, 4, 3), Tile(128, 64, 0, 4, 2), Tile(64, 128, 0, 8, 3),
+    Tile(32, 64, 0, 2, 3),
+)  # fmt: skip
+CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
+    "project": (
+        Tile(16, 0, 128, 4, 3), Tile(16, 0, 64, 2, 4), Tile(32, 0, 128, 4, 3),
+        Tile(64, 0, 64, 4, 3), Tile(64, 0, 128, 8, 3),
+    ),
+    "low_rank_gemm": _GEMM,
+    "fused_gemm": _GEMM,
+    "low_rank": (Tile(32, 128, 32, 4, 1), Tile(64, 64, 32, 4, 1), Tile(128, 128, 32, 8, 1)),
+    "output_gradients": _COLUMNS,
+    "input_gradients": _COLUMNS,
+}  # fmt: skip
+
+
+def problems_of(
+    model: str, M: int, R: int, dtypes: Iterable[torch.dtype], device: torch.device
+) -> list[Problem]:
+    """The problems of a model's layers: by a name in MODELS, or by a directory with a config.json.
+
+    Raises ValueError for a name that is neither.
+    """
+    shapes = MODELS[model] if model in MODELS else _shapes_of_config(model)
+    return [
+        Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers)
+        for N, K, layers in shapes
+        for dtype in dtypes
+        for dropout in (False, True)
+    ]
+
+
+def _shapes_of_config(model: str) -> tuple[Shape, ...]:
+    path = Path(model, "config.json")
+    if not path.is_file():
+        raise ValueError(f"unknown model {model!r}: a directory, or one of {', '.join(MODELS)}")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    if not hidden:
+        raise ValueError(f"{path} has neither hidden_size nor n_embd")
+    if config.get("model_type") == "gpt2":
+        return _gpt2(hidden)
+    return _encoder(hidden, config.get("intermediate_size") or 4 * hidden)
+
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def training_step(problem: Problem, choice: Choice, device: torch.device) -> Step:
+    """A function that runs one forward and backward of a problem, always on the same inputs."""
+    M, N, K, R, G = problem.M, problem.N, problem.K, problem.R, problem.layers
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        tensor = torch.randn(*shape, generator=draw, device=device) * shape[-1] ** -0.5
+        return tensor.to(problem.dtype)
+
+    layers = Layers(
+        tuple(normal(N, K) for _ in range(G)), tuple(normal(N) for _ in range(G)),
+        tuple(normal(R, K) for _ in range(G)), tuple(normal(N, R) for _ in range(G)),
+    )  # fmt: skip
+    x, dy = normal(M, K), tuple(normal(M, N) for _ in range(G))
+    dropout = 0.1 if problem.dropout else 0.0
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
+    row, tiles = STRATEGIES[choice.strategy], choice.tile
+
+    def step() -> tuple[Tensor, ...]:
+        y, h, mask = row.forward(x, layers, 1.0, dropout, seed, tiles)
+        wanted = Wanted(True, True, True)
+        dx, dA, dB = row.backward(dy, x, layers, h, mask, 1.0, dropout, wanted, tiles)
+        assert dx is not None and dA is not None and dB is not None
+        return *y, dx, *dA, *dB
+
+    return step
+
+
+def graph_time(step: Step) -> float:
+    """Microseconds of a step: the median of CUDA-graph replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(10):  # one after another, so that gaps between kernels are those of training
+            step()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / 10)
+    return sorted(times)[len(times) // 2]
+
+
+def tune(
+    problems: Iterable[Problem],
+    device: torch.device,
+    *,
+    measure: Callable[[Step], float] = graph_time,
+    report: Callable[[str], None] = print,
+) -> dict[str, Tuned]:
+    """The fastest strategy and tiles of each problem, measured on `device` and stored in its table.
+
+    `measure` gives the microseconds of a step. Rows are stored as they are found, so an interrupted
+    run keeps what it has. Raises RuntimeError without a GPU.
+    """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if not gpu and measure is graph_time:
+        raise RuntimeError("tuning measures on a GPU, and there is none here")
+    rows: dict[str, Tuned] = {}
+    for problem in problems:
+        rows[problem.key] = row = _fastest(problem, device, measure)
+        store_rows(table_path(gpu or device.type), gpu, {problem.key: row})
+        report(f"{problem.key}: {row.strategy} {row.median_us:.1f} us")
+    return rows
+
+
+def _fastest(problem: Problem, device: torch.device, measure: Callable[[Step], float]) -> Tuned:
+    shipped: dict[str, float] = {}
+    for name in STRATEGIES:
+        choice = choose(problem, name)
+        if choice.strategy == name:
+            shipped[name] = _measured(problem, choice, device, measure)
+    best: Tuned | None = None
+    for name in sorted(shipped, key=shipped.__getitem__)[:2]:
+        tuned = _search(problem, choose(problem, name), shipped[name], device, measure)
+        if best is None or tuned.median_us < best.median_us:
+            best = tuned
+    assert best is not None  # the library takes every problem
+    return best
+
+
+def _search(
+    problem: Problem, choice: Choice, time: float, device: torch.device,
+    measure: Callable[[Step], float],
+) -> Tuned:  # fmt: skip
+    """Vary one kernel's tile at a time, keeping the best."""
+    tiles: Any = choice.tile
+    if tiles is not None:
+        for kernel in KERNELS:
+            for tile in CANDIDATES[kernel]:
+                trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
+                faster = _measured(problem, trial, device, measure)
+                if faster < time:
+                    time, tiles = faster, trial.tile
+    kept = {} if tiles is None else {kernel: getattr(tiles, kernel) for kernel in KERNELS}
+    return Tuned(choice.strategy, kept, time)
+
+
+def _measured(
+    problem: Problem, choice: Choice, device: torch.device, measure: Callable[[Step], float]
+) -> float:
+    """The time of a choice; infinite if it does not compile or changes the numbers."""
+    try:
+        step = training_step(problem, choice, device)
+        outputs = step()
+        expected = training_step(problem, choose(problem, choice.strategy), device)()
+        if all(_same(a, b) for a, b in zip(outputs, expected, strict=True)):
+            return measure(step)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # each compiler stage raises classes of its own
+        warnings.warn(f"{problem.key} {choice}: {error}", stacklevel=2)
+    return math.inf
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding alone: an ulp of the largest value, in the mean."""
+    difference = (actual.float() - expected.float()).square().mean().sqrt()
+    return bool(difference <= torch.finfo(actual.dtype).eps * expected.abs().max())
+
+
+def as_json(rows: Mapping[str, Tuned]) -> list[dict[str, Any]]:
+    """The rows as plain data."""
+    return [
+        {"problem": key, "strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
+        for key, r in rows.items()
+    ]
