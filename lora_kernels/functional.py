@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +15,43 @@ from .strategies import Layers, Wanted
 from .tuning import Tiles
 
 
+class _Call(NamedTuple):
+    """What a call has besides tensors; one argument, because every argument of apply costs time."""
+
+    scale: float
+    dropout: float
+    seed: Tensor | None
+    strategy: Strategy
+    tiles: Tiles | None
+    G: int
+
+
 class _LoRALinears(torch.autograd.Function):
     """One graph node a group; saves x by reference, h and the packed masks, no copy of anything.
 
-    apply(x, scale, dropout, seed, strategy, tiles, G, *weights, *lora_A, *lora_B, *biases) -> G
-    outputs.
+    apply(x, call, *weights, *lora_A, *lora_B, *biases) -> the output of each layer.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: float, dropout: float, seed: Tensor | None,
-        strategy: Strategy, tiles: Tiles | None, G: int, *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        layers = _layers(G, parameters)
-        y, h, mask = strategy.forward(x, layers, scale, dropout, seed, tiles)
-        wanted = _wanted(ctx, G)
+    def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
+        scale, dropout, seed, strategy, tiles, G = call
+        y, h, mask = strategy.forward(x, _layers(G, parameters), scale, dropout, seed, tiles)
+        wants_dx, wants_dA, wants_dB = _wanted(ctx, G)
         ctx.save_for_backward(
-            x if wanted.dlora_A else None,
-            h if wanted.dlora_B else None,
-            mask if wanted.dx or wanted.dlora_A else None,
-            *(parameters[:G] if wanted.dx else (None,) * G),
+            x if wants_dA else None,
+            h if wants_dB else None,
+            mask if wants_dx or wants_dA else None,
+            *(parameters[:G] if wants_dx else (None,) * G),
             *parameters[G : 3 * G],
         )
-        ctx.call = scale, dropout, strategy, tiles, G
+        ctx.call = call
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
         x, h, mask, *parameters = ctx.saved_tensors
-        scale, dropout, strategy, tiles, G = ctx.call
+        scale, dropout, _, strategy, tiles, G = ctx.call
         wanted = _wanted(ctx, G)
         dx = dlora_A = dlora_B = None
         if any(wanted):
@@ -54,10 +61,10 @@ class _LoRALinears(torch.autograd.Function):
         needs_bias = ctx.needs_input_grad[_FIRST + 3 * G :]
         dbias = (d.sum(0) if needed else None for d, needed in zip(dy, needs_bias, strict=False))
         nothing = (None,) * G
-        return dx, *(None,) * 6, *nothing, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+        return dx, None, *nothing, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
 
 
-_FIRST = 7  # the place of the first parameter among the arguments of apply
+_FIRST = 2  # the place of the first parameter among the arguments of apply
 
 
 def _layers(G: int, parameters: Sequence[Tensor]) -> Layers:
@@ -66,9 +73,8 @@ def _layers(G: int, parameters: Sequence[Tensor]) -> Layers:
 
 
 def _wanted(ctx: Any, G: int) -> Wanted:
-    needs = ctx.needs_input_grad
-    first_A, first_B = _FIRST + G, _FIRST + 2 * G
-    return Wanted(needs[0], any(needs[first_A:first_B]), any(needs[first_B : first_B + G]))
+    needs, first_A, first_B = ctx.needs_input_grad, _FIRST + G, _FIRST + 2 * G
+    return Wanted(needs[0], True in needs[first_A:first_B], True in needs[first_B : first_B + G])
 
 
 def lora_linear(
@@ -134,9 +140,8 @@ def lora_linears(
         y = ops.forward(rows, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy)[2:]
         return tuple(y) if x.dim() == 2 else tuple(each.view(*x.shape[:-1], -1) for each in y)
     row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, dropout > 0, G, strategy)
-    y = _LoRALinears.apply(
-        rows, scale, dropout, seed, row, tiles, G, *weights, *lora_A, *lora_B, *biases
-    )
+    call = _Call(scale, dropout, seed, row, tiles, G)
+    y = _LoRALinears.apply(rows, call, *weights, *lora_A, *lora_B, *biases)
     return y if x.dim() == 2 else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
 
 

@@ -52,7 +52,7 @@ class Group:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         call = (
-            x._version,
+            0 if torch.compiler.is_compiling() else x._version,  # which no graph can compare
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if autocast else None,
             layer.training,

@@ -41,8 +41,10 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
-def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
-    """The packed masks [groups, rows, packed_width(columns)] of uint8 that `seed` stands for."""
+def draw(
+    seed: Tensor, groups: int, rows: int, columns: int, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The packed masks [groups, rows, packed_width(columns)] of `seed`, and the same as bool."""
     shape = groups, rows, packed_width(columns) * 2
     # Two int64 draws hold eight 16-bit lanes; a lane is signed, so the threshold is shifted as
     # well.
@@ -54,7 +56,7 @@ def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> 
         _mix(lanes.add_(seed))
     keep = lanes.view(torch.int16) >= threshold(dropout) - RESOLUTION // 2
     packed = (keep.view(torch.int64) * _GATHER) >> 56  # sign-extending; the low byte is what counts
-    return packed.to(torch.uint8)
+    return packed.to(torch.uint8), keep[..., :columns]
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -73,11 +73,13 @@ def library_forward(
     """cuBLAS or oneDNN: the frozen GEMM, then the rank-R product added in place."""
     M, K = x.shape
     G, R = len(layers.weight), layers.lora_A[0].shape[0]
-    mask = None if seed is None else masks.draw(seed, G, M, K, dropout)
+    mask = keep = None
+    if seed is not None:
+        mask, keep = masks.draw(seed, G, M, K, dropout)
     h = x.new_empty(G, M, R)
     ys = []
     for g, (weight, lora_A, lora_B) in enumerate(zip(layers.weight, *layers[2:], strict=True)):
-        dropped_x = x if mask is None else x * masks.unpack(mask[g], K)
+        dropped_x = x if keep is None else x * keep[g]
         _product(dropped_x, lora_A.to(x.dtype).T, 1 / (1 - dropout), out=h[g])
         if layers.bias is None:
             y = x @ weight.T
