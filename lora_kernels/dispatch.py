@@ -221,18 +221,23 @@ def predict(problem: Problem, strategy: str) -> float:
         return math.inf
     p, size = problem, problem.dtype.itemsize
     shape = p.M, p.N, p.K, p.R, size, p.layers, p.dropout
-    tiles = tiles_for(p.arch, size, p.R, tf32=p.tf32)
+    tiles = _shipped(p)
     processors = cost.DATASHEETS.get(p.arch, cost.DEFAULT_SHEET).processors
     launches = cost.forward_launches(strategy, *shape)
     launches += cost.backward_launches(strategy, *shape, tiles, processors)
     return cost.microseconds(launches, p.arch, p.dtype, tf32=p.tf32)
 
 
+def _shipped(problem: Problem) -> Tiles:
+    aligned = problem.N % 16 == 0 and problem.K % 16 == 0
+    size = problem.dtype.itemsize
+    return tiles_for(problem.arch, size, problem.R, tf32=problem.tf32, aligned=aligned)
+
+
 def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Tile]) -> Choice:
     tiles = None
     if name != "library":
-        shipped = tiles_for(problem.arch, problem.dtype.itemsize, problem.R, tf32=problem.tf32)
-        tiles = shipped._replace(**measured)  # type: ignore[arg-type]
+        tiles = _shipped(problem)._replace(**measured)  # type: ignore[arg-type]
     return Choice(name, tiles, reason)
 
 

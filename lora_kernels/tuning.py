@@ -112,10 +112,15 @@ def bucket(M: int) -> int:
     return 1 << (M - 1).bit_length() if M else 0
 
 
-def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool) -> Tiles:
-    """The shipped tiles of a card for elements of `itemsize` bytes at rank R."""
+def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True) -> Tiles:
+    """The shipped tiles of a card for elements of `itemsize` bytes at rank R.
+
+    Without `aligned` rows (sizes that are multiples of 16) loads cannot be vectorised and addresses
+    fill the registers: then the smaller tiles that fit every card.
+    """
     key = itemsize, rank_block(R) > 32
-    tiles = DEFAULT_TILES.get((arch, *key), DEFAULT_TILES[("any", *key)])
+    kind = arch if aligned or arch == "cpu" else "any"
+    tiles = DEFAULT_TILES.get((kind, *key), DEFAULT_TILES[("any", *key)])
     return tiles._replace(precision="tf32" if tf32 else "ieee")
 
 

@@ -1,0 +1,76 @@
+"""Every kernel compiles for every card without one: no spill, shared memory within the card.
+
+Nothing compiles in the interpreter, so the report runs in a process of its own. A whole gate takes
+minutes (`make compile-gate`); here runs one dtype of one card, another one each day.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_kernels import cli, compile_report
+from lora_kernels.compile_report import CARDS, DTYPES, GATED, Card, Row, render
+
+pytest.importorskip("triton")
+
+PAIRS = [(arch, dtype) for arch in GATED for dtype in DTYPES]
+TODAY = PAIRS[datetime.date.today().toordinal() % len(PAIRS)]
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "lora_kernels.cli", "compile-report", *arguments]
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        command, env={**clean, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_gate_on_the_sample_of_the_day(tmp_path):
+    arch, dtype = TODAY
+    done = run("--arch", arch, "--dtype", dtype, "--json", "--keep", str(tmp_path))
+    rows = json.loads(done.stdout)
+    refused = [row for row in rows if row["spills"] or row["shared_bytes"] > row["shared_limit"]]
+    assert done.returncode == 0 and not refused, refused or done.stderr
+    assert {row["kernel"] for row in rows} == {
+        "project", "low_rank_gemm", "fused_gemm", "column_gradient", "add_parts",
+    }  # fmt: skip
+    for row in rows:
+        assert row["arch"] == arch and row["dtype"] == dtype
+        assert 0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1
+        assert (row["matrix_instructions"] > 0) == (row["kernel"] != "add_parts")
+        name = f"{arch}-{row['kernel']}-{dtype}-{row['tile']}.cubin"
+        assert (tmp_path / name).read_bytes()[:4] == b"\x7fELF"
+
+
+def test_the_gate_refuses_spills_and_too_much_shared_memory(capsys, monkeypatch):
+    fine = Row("k", "t", "float16", "sm_86", 128, 0, 1000, 2000, 0.3, 4)
+    spilled = Row("k", "t", "float16", "sm_86", 255, 7, 1000, 2000, 0.3, 4)
+    wide = Row("k", "t", "float16", "sm_86", 128, 0, 3000, 2000, 0.3, 4)
+    assert fine.refusal is None
+    assert "7 registers" in str(spilled.refusal) and "3000 bytes" in str(wide.refusal)
+    assert "3 kernels, 2 refused" in render([fine, spilled, wide])
+    for rows, code in (([fine], 0), ([fine, spilled], 1)):
+        monkeypatch.setattr(compile_report, "compile_report", lambda *_, rows=rows: rows)
+        assert cli.main(["compile-report"]) == code
+    capsys.readouterr()
+
+
+def test_occupancy_by_hand():
+    # 128 registers x 32 lanes x 8 warps = 32768 of 65536: two programs of 8 warps among 48.
+    assert compile_report._occupancy(CARDS["sm_86"], 128, 32768, 8) == round(16 / 48, 3)
+    # Shared memory: 49 KiB and the system's one fit twice into 100 KiB.
+    assert compile_report._occupancy(CARDS["sm_86"], 32, 49 * 1024, 4) == round(8 / 48, 3)
+    assert compile_report._occupancy(Card(99, 100, 48, 16), 32, 0, 1) == round(16 / 48, 3)
+
+
+def test_errors_name_the_values():
+    with pytest.raises(ValueError, match="unknown architecture 'sm_42'"):
+        compile_report.compile_report(["sm_42"])
+    done = run("--arch", "sm_86", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr

@@ -1,0 +1,186 @@
+"""Tuned tables: what is measured is chosen; nothing is lost, nothing corrupt is applied."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import DEVICE
+
+from lora_kernels import STRATEGIES, cost, tune, tuning
+from lora_kernels.dispatch import Problem, choose
+from lora_kernels.tuning import DEFAULT_TILES, KERNELS, Tile, Tuned, load_table, store_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = Problem(
+    2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, gpu="NVIDIA GeForce RTX 3070"
+)
+MEASURED = Tile(64, 64, 64, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    load_table.cache_clear()
+    yield tmp_path
+    load_table.cache_clear()
+
+
+def row(strategy="split", us=12.5):
+    return Tuned(strategy, {"low_rank_gemm": MEASURED}, us)
+
+
+def test_a_measured_row_is_chosen_and_says_so():
+    path = tuning.table_path(PROBLEM.gpu)
+    assert "rtx-3070" in path.name and tuning.kernel_hash() in path.name and "triton" in path.name
+    store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
+    choice = choose(PROBLEM)
+    assert choice.strategy == "split" and choice.tile.low_rank_gemm == MEASURED
+    assert choice.tile.project == DEFAULT_TILES["any", 2, False].project
+    assert "measured on this card: 12 us" in choice.reason
+    other = Problem(2048, 768, 1024, 8, torch.bfloat16, "sm_86", dropout=True, gpu=PROBLEM.gpu)
+    assert "cost model" in choose(other).reason
+
+
+def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
+    import dataclasses
+
+    key = PROBLEM.key
+    assert dataclasses.replace(PROBLEM, M=1025, R=16).key == key
+    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"layers": 3}, {"N": 769}):
+        assert dataclasses.replace(PROBLEM, **change).key != key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"format": 99, "rows": {}}', '{"format": 1, "rows": {"k": {}}}',
+        '{"format": 1, "rows": {"k": {"strategy": "split", "median_us": 1, "tiles": {"x": [1]}}}}',
+    ],
+)  # fmt: skip
+def test_a_corrupt_table_is_ignored_with_one_warning_and_then_replaced(text):
+    path = tuning.table_path(PROBLEM.gpu)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert "cost model" in choose(PROBLEM).reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(PROBLEM)
+    store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
+    assert choose(PROBLEM).strategy == "split"
+
+
+def test_writers_at_the_same_time_lose_nothing(cache):
+    """Eight processes add a row each to one file, again and again."""
+    path = cache / "table.json"
+    script = (
+        "import sys; from pathlib import Path; from lora_kernels.tuning import Tuned, store_rows\n"
+        "path, me = Path(sys.argv[1]), sys.argv[2]\n"
+        "for i in range(5):\n"
+        "    store_rows(path, 'card', {f'{me}-{i}': Tuned('split', {}, 1.0)})\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, str(path), str(i)], cwd=ROOT)
+        for i in range(4)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert set(load_table(path)) == {f"{writer}-{i}" for writer in range(4) for i in range(5)}
+    assert [p.name for p in cache.iterdir() if "table.json" in p.name] == ["table.json"]
+
+
+def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
+    """The measure is a made-up clock: only the choice is under test, on a tiny problem."""
+    monkeypatch.setattr(
+        tune, "CANDIDATES", {kernel: (Tile(16, 32, 16, 1, 1),) for kernel in KERNELS}
+    )
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+    seen = []
+    real = tune.training_step
+
+    def watched(problem, choice, device):
+        step = real(problem, choice, device)
+        step.choice = choice
+        return step
+
+    def clock(step):
+        choice = step.choice
+        seen.append(choice)
+        time = {"library": 50.0, "split": 40.0, "fused": 30.0, "hybrid": 60.0}[choice.strategy]
+        fast = choice.tile is not None and choice.tile.input_gradients.m == 16
+        return time - 5 * fast
+
+    monkeypatch.setattr(tune, "training_step", watched)
+    lines = []
+    rows = tune.tune([problem], DEVICE, measure=clock, report=lines.append)
+    found = rows[problem.key]
+    assert found.strategy == "fused" and found.median_us == 25.0
+    assert found.tiles["input_gradients"] == Tile(16, 32, 16, 1, 1)
+    assert found.tiles["project"] != Tile(16, 32, 16, 1, 1)  # no faster, so the shipped one stays
+    assert {choice.strategy for choice in seen} == set(STRATEGIES)
+    assert len(lines) == 1 and "fused 25.0 us" in lines[0]
+    stored = load_table(tuning.table_path(problem.gpu or DEVICE.type))
+    assert stored[problem.key] == found
+
+
+def test_a_tile_that_changes_the_numbers_is_never_chosen(monkeypatch):
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+    real = tune.training_step
+
+    def broken(problem, choice, device):
+        step = real(problem, choice, device)
+        if choice.reason:  # a shipped choice has one, a candidate has none
+            return step
+        return lambda: tuple(t + 1 for t in step())
+
+    monkeypatch.setattr(tune, "training_step", broken)
+    monkeypatch.setattr(tune, "CANDIDATES", {k: (Tile(16, 32, 16, 1, 1),) for k in KERNELS})
+    times = iter(range(1000, 0, -1))  # everything later is faster
+    rows = tune.tune([problem], DEVICE, measure=lambda step: next(times), report=lambda line: None)
+    assert Tile(16, 32, 16, 1, 1) not in rows[problem.key].tiles.values()
+
+
+def test_shapes_of_models(tmp_path):
+    problems = tune.problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
+    assert {(p.N, p.K, p.layers) for p in problems} == {
+        (768, 768, 1), (768, 768, 2), (768, 768, 3), (3072, 768, 1), (768, 3072, 1),
+    }  # fmt: skip
+    assert {p.dropout for p in problems} == {False, True} and {p.M for p in problems} == {2048}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
+    shapes = {(p.N, p.K) for p in tune.problems_of(str(tmp_path), 8, 1, [torch.float32], DEVICE)}
+    assert shapes == {(192, 64), (64, 64), (256, 64), (64, 256)}
+    with pytest.raises(ValueError, match="unknown model 'nothing'"):
+        tune.problems_of("nothing", 8, 1, [torch.float32], DEVICE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_is_one_clear_error(capsys):
+    from lora_kernels import cli
+
+    assert cli.main(["tune", "--model", "roberta-base"]) == 2
+    assert "measures on a GPU" in capsys.readouterr().err
+
+
+def test_bytes_and_flops_by_hand():
+    """4096 x 768 x 768, rank 16, bf16: the numbers of docs/kernels.md."""
+    project, gemm = cost.forward_launches("split", 4096, 768, 768, 16, 2, 1, True)
+    x = y = 4096 * 768 * 2
+    w, h, mask, small = 768 * 768 * 2, 4096 * 16 * 2, 4096 * 768 / 8, 16 * 768 * 4
+    assert project.bytes == x + h + small + mask and project.flops == 2 * 4096 * 768 * 16
+    assert gemm.bytes == x + w + h + small + y
+    assert gemm.flops == 2 * 4096 * 768 * 768 + 2 * 4096 * 768 * 16
+    floor = (x + w + y) / (1008 * 0.85e3)
+    assert cost.microseconds([gemm], "sm_89", torch.bfloat16, tf32=False) > floor
+
+
+def test_the_cost_model_prefers_what_the_design_expects():
+    big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
+    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, layers=3)
+    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, layers=3)
+    assert choose(big).strategy == "hybrid"
+    assert choose(small).strategy == "fused"
+    assert choose(dropped).strategy == "split"
