@@ -1,0 +1,157 @@
+"""What a run leaves behind: JSON, CSV, a plot, and the table printed at the end.
+
+Every file is written aside and renamed, ``result.json`` last: where it exists, the run is whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+RESULT, ARGUMENTS, PLOT = "result.json", "arguments.json", "plot.png"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to, and rename it once the block has ended well.
+
+    Works for files and directories. A block that raises leaves ``path`` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield aside
+        if aside.is_dir() and path.exists():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as indented JSON."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote; raise ``ValueError`` naming a file that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); --overwrite starts anew") from error
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same keys; floats keep every digit."""
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_directory(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a directory."""
+    with replacing(path) as aside:
+        write(aside)
+
+
+def write_plot(path: Path, result: Mapping[str, Any], losses: Sequence[float]) -> None:
+    """Draw the training loss of every step and the validation numbers of every epoch."""
+    from matplotlib.figure import Figure  # no pyplot: it would choose a display
+
+    history = result["history"]
+    metric = result["primary_metric"]
+    per_epoch = len(losses) / max(len(history), 1)
+    ends = [round(row["epoch"] * per_epoch) for row in history]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="train, each step"
+    )
+    left.plot(ends, [row["train_loss"] for row in history], "o-", label="train, epoch mean")
+    if "validation_loss" in history[0]:
+        left.plot(ends, [row["validation_loss"] for row in history], "s-", label="validation")
+        values = [row[f"validation_{metric}"] for row in history]
+        right.plot([row["epoch"] for row in history], values, "s-", label="validation")
+    if "test" in result["metrics"]:
+        test = result["metrics"]["test"][metric]
+        right.plot([history[-1]["epoch"]], [test], "*", markersize=12, label=f"test {test:.3f}")
+    if metric == "accuracy":
+        baseline = next(reversed(result["baseline"]["splits"].values()))
+        right.axhline(baseline, color="0.5", linestyle="--", label=f"majority class {baseline:.3f}")
+    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    right.set(
+        xlabel="epoch",
+        ylabel=metric,
+        xticks=[row["epoch"] for row in history][:: max(1, len(history) // 8)],
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.suptitle(f"{result['task']}, {result['model_name']}, {result['method']}", fontsize=10)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=150)
+
+
+def print_parameters(result: Mapping[str, Any]) -> None:
+    """Print what trains and what is frozen, before a step is made."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="parameters", title_justify="left")
+    table.add_column("group")
+    for column in ("trainable", "total", "share"):
+        table.add_column(column, justify="right")
+    for group, count in result["parameters"].items():
+        if count["total"]:
+            share = count["trainable"] / count["total"]
+            table.add_row(group, f"{count['trainable']:,}", f"{count['total']:,}", f"{share:.2%}")
+    console = Console(highlight=False)
+    console.print(table)
+    strategies = sorted({row["strategy"] for row in result["fused"]})
+    if result["fused"]:
+        console.print(f"{len(result['fused'])} layers with LoRA, strategy {', '.join(strategies)}")
+    for row in result["skipped"]:
+        console.print(f"left alone: {row['name']} ({row['reason']})")
+
+
+def print_result(result: Mapping[str, Any], directory: Path) -> None:
+    """Print the table of a finished run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['task']} · {result['model_name']} · {result['method']} on {result['device']}"
+    table = Table(title=title, title_justify="left")
+    names = list(next(iter(result["metrics"].values())))
+    table.add_column("split")
+    table.add_column("rows scored", justify="right")
+    for name in (*names, result["baseline"]["name"]):
+        table.add_column(name, justify="right")
+    for split, metrics in result["metrics"].items():
+        numbers = [f"{metrics[name]:.4f}" for name in names]
+        baseline = f"{result['baseline']['splits'][split]:.4f}"
+        table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
+    console = Console(highlight=False)
+    console.print(table)
+    counts, memory = result["parameters"], result["peak_memory"]
+    console.print(
+        f"trained {counts['all']['trainable']:,} of {counts['all']['total']:,} parameters "
+        f"(LoRA {counts['lora']['trainable']:,}, head {counts['head']['trainable']:,}) in "
+        f"{result['seconds']:.0f} s, {result['samples_per_second']:.0f} samples/s, "
+        f"peak memory {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
+    )
+    for split, count in result["repeated_texts"].items():
+        if count:
+            console.print(f"note: {count} {split} rows have a text that is in train too")
+    console.print(f"{directory}/: {RESULT}, {PLOT}, history.csv, steps.csv, {result['saved']}/")
