@@ -75,13 +75,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A row of STRATEGIES; `summary` is the line that `explain` prints."""
+    """A row of STRATEGIES: `summary` is what `explain` prints, `kernels` the tiles that it uses."""
 
     name: str
     forward: Callable[..., strategies.Forward]
     backward: Callable[..., strategies.Backward]
     supports: Callable[[Problem], str | None]
     summary: str
+    kernels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -151,22 +152,25 @@ def _library_supports(problem: Problem) -> str | None:
     return None
 
 
+_COLUMNS = ("output_gradients", "input_gradients")
 _ROWS = (
     Strategy(
         "library", strategies.library_forward, strategies.library_backward, _library_supports,
-        "the vendor's GEMM, then a rank-R product added in place",
+        "the vendor's GEMM, then a rank-R product added in place", (),
     ),
     Strategy(
         "split", strategies.split_forward, strategies.split_backward, _triton_supports,
         "x lora_A^T once, then one GEMM seeded with the rank-R product",
+        ("project", "low_rank_gemm", *_COLUMNS),
     ),
     Strategy(
         "fused", strategies.fused_forward, strategies.fused_backward, _fused_supports,
-        "one launch: each tile of x feeds x W^T and x lora_A^T",
+        "one launch: each tile of x feeds x W^T and x lora_A^T", ("fused_gemm", *_COLUMNS),
     ),
     Strategy(
         "hybrid", strategies.hybrid_forward, strategies.hybrid_backward, _triton_supports,
         "the rank-R product first, then the vendor's GEMM accumulates onto it",
+        ("project", "low_rank", *_COLUMNS),
     ),
 )  # fmt: skip
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in _ROWS})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .dispatch import Choice, Problem, choose
+from .dispatch import STRATEGIES, Choice, Problem, choose
 from .injection import TYPICAL_TOKENS, fused_layers
 from .peft import fused_peft_layers
 
@@ -28,8 +28,10 @@ class Explanation:
             lines.append(f"{same[0]}{more}")
             lines.append(f"    {problem}")
             lines.append(f"    {choice.strategy}: {choice.reason}")
-            if choice.tile is not None:
-                lines.append(f"    {choice.tile}")
+            for kernel in STRATEGIES[choice.strategy].kernels:
+                m, n, k, warps, stages = getattr(choice.tile, kernel)
+                tile = "x".join(str(size) for size in (m, n, k) if size)
+                lines.append(f"      {kernel:<17} {tile} tiles, {warps} warps, {stages} stages")
         return "\n".join(lines)
 
 

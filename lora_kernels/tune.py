@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .dispatch import STRATEGIES, Choice, Problem, choose
 from .strategies import Layers, Wanted
-from .tuning import KERNELS, Tile, Tuned, store_rows, table_path
+from .tuning import Tile, Tuned, store_rows, table_path
 
 
 class Shape(NamedTuple):
@@ -208,13 +208,13 @@ def _search(
     """Vary one kernel's tile at a time, keeping the best."""
     tiles: Any = choice.tile
     if tiles is not None:
-        for kernel in KERNELS:
+        for kernel in STRATEGIES[choice.strategy].kernels:
             for tile in CANDIDATES[kernel]:
                 trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
                 faster = _measured(problem, trial, device, measure)
                 if faster < time:
                     time, tiles = faster, trial.tile
-    kept = {} if tiles is None else {kernel: getattr(tiles, kernel) for kernel in KERNELS}
+    kept = {name: getattr(tiles, name) for name in STRATEGIES[choice.strategy].kernels}
     return Tuned(choice.strategy, kept, time)
 
 

@@ -122,7 +122,7 @@ def judge(
 ) -> None:
     """AssertionError if `actual` is further from `exact` than the contract allows.
 
-    `independent` is how many errors are independent, where one error (of an element of h, say) shows
+    `independent` is how many errors are independent, where one error (of an element of h) shows
     in many elements; by default all are.
     """
     assert actual.shape == exact.shape, f"{name}: {list(actual.shape)}, not {list(exact.shape)}"

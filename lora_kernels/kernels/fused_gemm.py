@@ -38,6 +38,7 @@ def _fused_gemm(
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     ks = tl.arange(0, BLOCK_K).to(INDEX)
+    step = tl.full((), BLOCK_K, INDEX)
     row_inside = (rows < M)[:, None]
     column_inside = (columns < N)[None, :]
     rank_inside = ranks < R
@@ -67,9 +68,9 @@ def _fused_gemm(
             a = tl.load(a_tile_ptrs, mask=a_inside, other=0.0)
             acc = dot(x, w, acc, PRECISION)
             h = dot(x, cast(a, x.dtype), h, PRECISION)
-            x_tile_ptrs += BLOCK_K * stride_xk
-            w_tile_ptrs += BLOCK_K * stride_wk
-            a_tile_ptrs += BLOCK_K * stride_ak
+            x_tile_ptrs += step * stride_xk
+            w_tile_ptrs += step * stride_wk
+            a_tile_ptrs += step * stride_ak
         u = cast(h * h_scale, h_ptr.dtype.element_ty)
         tl.store(
             h_ptr + (at * M + rows)[:, None] * R + ranks[None, :],
@@ -119,7 +120,7 @@ def fused_gemm(
         w[0].stride(0), w[0].stride(1), a[0].stride(0), a[0].stride(1),
         v[0].stride(0), v[0].stride(1), 0 if mask is None else mask.stride(1),
         h_scale, scale,
-        INDEX=index_type((*x, *w, *outs)), HAS_BIAS=bias is not None,
+        INDEX=index_type((*x, *w, a[0], v[0], h, *outs)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -87,11 +87,13 @@ def _column_gradient(
 
 
 @triton.jit(do_not_specialize=["parts", "lengths"])
-def _add_parts(part_ptrs, out_ptrs, parts, lengths, scale, BLOCK: tl.constexpr):
+def _add_parts(
+    part_ptrs, out_ptrs, parts, lengths, scale, INDEX: tl.constexpr, BLOCK: tl.constexpr
+):
     for job in tl.static_range(len(lengths)):
         if tl.program_id(1) == job:
-            length = lengths[job]
-            index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            length = lengths[job].to(INDEX)
+            index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
             acc = tl.zeros((BLOCK,), dtype=tl.float32)
             for part in range(0, parts[job]):
@@ -109,7 +111,8 @@ def _sum(jobs: list[tuple[Tensor, Tensor]], scale: float) -> None:
     lengths = tuple(out.numel() for _, out in jobs)
     _add_parts[(max(triton.cdiv(length, block) for length in lengths), len(jobs))](
         tuple(parts for parts, _ in jobs), tuple(out for _, out in jobs),
-        tuple(parts.shape[0] for parts, _ in jobs), lengths, scale, BLOCK=block,
+        tuple(parts.shape[0] for parts, _ in jobs), lengths, scale,
+        INDEX=index_type(parts for parts, _ in jobs), BLOCK=block,
     )  # fmt: skip
 
 
@@ -151,6 +154,8 @@ def _launch(
     R: int, rank_major: bool, tile: Tile, precision: str, splits: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Partial sums g [splits, columns of all segments, R] and d [blocks of columns, G, M, R]."""
+    if len({each.stride(1) for each in t}) > 1:  # a stride of 1 must be known to the compiler
+        t = tuple(each.contiguous() for each in t)
     G, M = len(t), t[0].shape[0]
     Ps = tuple(each.shape[1] for each in t)
     blocks_p = triton.cdiv(max(Ps), tile.n)
@@ -165,8 +170,8 @@ def _launch(
         tuple(each.stride(0) for each in t), t[0].stride(1),
         0 if b is None else b[0].stride(0), 0 if b is None else b[0].stride(1),
         0 if mask is None else mask.stride(1),
-        INDEX=index_type((*t, *(b or ()))), HAS_MASK=mask is not None, WANT_G=s is not None,
-        WANT_D=b is not None, RANK_MAJOR=rank_major, PRECISION=precision,
+        INDEX=index_type((*t, s, *(b or ()), g, d)), HAS_MASK=mask is not None,
+        WANT_G=s is not None, WANT_D=b is not None, RANK_MAJOR=rank_major, PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -64,6 +64,7 @@ def _low_rank_gemm(
 
     if GEMM:
         ks = tl.arange(0, BLOCK_K).to(INDEX)
+        step = tl.full((), BLOCK_K, INDEX)
         for term in tl.static_range(TERMS):
             K = Ks[term]
             stride_xk = stride_xks[term]
@@ -79,8 +80,8 @@ def _low_rank_gemm(
                 x = tl.load(x_tile_ptrs, mask=x_inside, other=0.0)
                 w = tl.load(w_tile_ptrs, mask=w_inside, other=0.0)
                 acc = dot(x, w, acc, PRECISION)
-                x_tile_ptrs += BLOCK_K * stride_xk
-                w_tile_ptrs += BLOCK_K * stride_wk
+                x_tile_ptrs += step * stride_xk
+                w_tile_ptrs += step * stride_wk
 
     if HAS_BIAS:
         bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)
@@ -115,7 +116,7 @@ def low_rank_gemm(
         w[0].stride(0), w[0].stride(1), v[0].stride(0), v[0].stride(1),
         0 if mask is None else mask.stride(1),
         scale,
-        GEMM=gemm, INDEX=index_type((*x, *w, *outs)), HAS_BIAS=bias is not None,
+        GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *outs)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -84,7 +84,7 @@ def project(
         M, K, R,
         x.stride(0), x.stride(1), lora_A[0].stride(0), lora_A[0].stride(1), stride_mask,
         scale, masks.threshold(dropout),
-        INDEX=index_type((x, lora_A[0])), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
+        INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
         PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,

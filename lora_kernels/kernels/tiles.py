@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def index_type(tensors: Iterable[Tensor | None]) -> Any:
     """The integer for offsets into `tensors`: int64 costs registers, so int32 if that holds all."""
     for t in tensors:
-        if t is not None and t.shape[0] * t.stride(0) + t.shape[1] * t.stride(1) >= 1 << 31:
+        if t is not None and sum(map(operator.mul, t.shape, t.stride())) >= 1 << 31:
             return tl.int64
     return tl.int32
 
