@@ -47,12 +47,13 @@ class Group:
 
     def output(self, layer: FusedLoRALinear, x: Tensor) -> Tensor | None:
         """y of one member; None if it must be computed alone."""
-        if self.misses >= _PATIENCE:
-            return None
+        compiling = torch.compiler.is_compiling()
+        if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
+            return None  # a change of an inference tensor cannot be seen
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         call = (
-            0 if torch.compiler.is_compiling() else x._version,  # which no graph can compare
+            0 if compiling else x._version,  # which no graph can compare
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if autocast else None,
             layer.training,

@@ -135,12 +135,15 @@ class FusedLoRALinear(nn.Module):
         if type(layer) is not nn.Linear and not is_conv1d(layer):
             return f"{type(layer).__name__} is not a plain Linear or Conv1D"
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        if not weight.is_floating_point():
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             return f"its weight is {weight.dtype}"
         if weight.layout is not torch.strided:
             return f"its weight is {weight.layout}"
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        hooks = layer._forward_hooks, layer._forward_pre_hooks
+        if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)):
             return "it has hooks, which would be lost"
+        if "forward" in vars(layer):
+            return "its forward is patched, which would be lost"
         if hasattr(layer, "parametrizations"):
             return "it is parametrized"
         return None
@@ -171,8 +174,8 @@ class FusedLoRALinear(nn.Module):
         self.group: Any = None  # the siblings that read the same x (`groups.Group`)
         self._unmerged: nn.Parameter | None = None
         self._cast: Tensor | None = None  # weight in the dtype of autocast
-        self._cast_of: Tensor | None = None
-        self._cast_version = 0
+        self._cast_of: tuple[Tensor, ...] = ()  # a tuple, since a Parameter would be one of ours
+        self._cast_state: Any = None
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
@@ -205,17 +208,22 @@ class FusedLoRALinear(nn.Module):
         held = self._cast
         if held is None or held.dtype is not dtype or self._stale():
             held = self._cast = self.weight.detach().to(dtype)
-            self._cast_of = self.weight
+            self._cast_of = (self.weight,)
             if not torch.compiler.is_compiling():
-                self._cast_version = self.weight._version
+                self._cast_state = self._weight_state()
         return held.T if self.conv1d else held
 
     def _stale(self) -> bool:
         # A compiled graph cannot ask for the version; loading and moving forget the copy
         # themselves.
-        if self._cast_of is not self.weight:
+        if not self._cast_of or self._cast_of[0] is not self.weight:
             return True
-        return not torch.compiler.is_compiling() and self._cast_version != self.weight._version
+        return not torch.compiler.is_compiling() and self._cast_state != self._weight_state()
+
+    def _weight_state(self) -> tuple[int, int]:
+        # In-place changes count versions, `weight.data = ...` gives other memory.
+        version = 0 if self.weight.is_inference() else self.weight._version
+        return version, self.weight.data_ptr()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
         self._cast = None
@@ -229,7 +237,7 @@ class FusedLoRALinear(nn.Module):
         return {
             **self.__dict__,
             "_cast": None,
-            "_cast_of": None,
+            "_cast_of": (),
         }  # a copy or a file holds the weight once
 
     @property

@@ -73,13 +73,11 @@ def library_forward(
     """cuBLAS or oneDNN: the frozen GEMM, then the rank-R product added in place."""
     M, K = x.shape
     G, R = len(layers.weight), layers.lora_A[0].shape[0]
-    mask = keep = None
-    if seed is not None:
-        mask, keep = masks.draw(seed, G, M, K, dropout)
+    mask = None if seed is None else masks.draw(seed, G, M, K, dropout)
     h = x.new_empty(G, M, R)
     ys = []
     for g, (weight, lora_A, lora_B) in enumerate(zip(layers.weight, *layers[2:], strict=True)):
-        dropped_x = x if keep is None else x * keep[g]
+        dropped_x = x if mask is None else x * masks.unpack(mask[g], K, x.dtype)
         _product(dropped_x, lora_A.to(x.dtype).T, 1 / (1 - dropout), out=h[g])
         if layers.bias is None:
             y = x @ weight.T
@@ -100,20 +98,23 @@ def library_backward(
     for g, (dy_g, lora_A, lora_B) in enumerate(zip(dy, *layers[2:], strict=True)):
         if wanted.dx or wanted.dlora_A:
             dh = _product(dy_g, lora_B.to(dy_g.dtype), scale)
-            keep = None if mask is None else masks.unpack(mask[g], lora_A.shape[1])
+            keep = None
+            if mask is not None:
+                keep = masks.unpack(mask[g], lora_A.shape[1], dy_g.dtype)
             if wanted.dx:
                 dx = dy_g @ layers.weight[g] if dx is None else dx.addmm_(dy_g, layers.weight[g])
                 if keep is None:
                     dx.addmm_(dh, lora_A.to(dy_g.dtype))
                 else:
-                    dx.add_(_product(dh, lora_A.to(dy_g.dtype), keep_scale).mul_(keep))
+                    dx.addcmul_(_product(dh, lora_A.to(dy_g.dtype), keep_scale), keep)
             if wanted.dlora_A:
                 assert x is not None
                 dropped_x = x if keep is None else x * keep
                 dlora_A.append(_product(dh.T, dropped_x, keep_scale).to(lora_A.dtype))
         if wanted.dlora_B:
             assert h is not None
-            dlora_B.append(_product(dy_g.T, h[g], scale).to(lora_B.dtype))
+            # Transposed: the vendor's product of a tall dy^T by a thin h is many times slower.
+            dlora_B.append(_product(h[g].T, dy_g, scale).T.to(lora_B.dtype).contiguous())
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
 
 

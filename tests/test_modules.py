@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, lora_linear, reference
+from lora_kernels.groups import group_siblings
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ["linear", "conv1d"]
@@ -67,6 +68,15 @@ def test_state_dict_keys_are_those_of_the_layer_and_two_more(kind):
     original = base(kind)
     keys = set(original.state_dict())
     assert set(FusedLoRALinear.from_linear(original).state_dict()) == keys | {"lora_A", "lora_B"}
+
+
+def test_autocast_leaves_no_trace_among_parameters_and_keys():
+    layer = adapted()
+    names, keys = [n for n, _ in layer.named_parameters()], list(layer.state_dict())
+    with autocast():
+        layer(batch())
+    assert layer._cast is not None
+    assert [n for n, _ in layer.named_parameters()] == names and list(layer.state_dict()) == keys
 
 
 def test_a_layer_without_bias_has_none():
@@ -176,7 +186,6 @@ def test_a_merged_layer_gives_the_same_y_and_unmerging_the_same_bits(kind):
     unmerged = layer(x).detach()
     layer.merge()
     assert layer.merged and not torch.equal(layer.weight, before)
-    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
     judge("merged", layer(x).detach(), eager, exact)
     assert not layer.train()(x).isnan().any() and torch.equal(layer(x), layer(x))  # no dropout
     once = layer.weight
@@ -186,6 +195,15 @@ def test_a_merged_layer_gives_the_same_y_and_unmerging_the_same_bits(kind):
     layer.unmerge()
     assert layer.weight is weight and torch.equal(layer.weight, before) and not layer.merged
     assert torch.equal(layer(x).detach(), unmerged)
+
+
+def test_a_merged_state_is_not_taken_for_a_base_and_its_update():
+    """Loaded into a plain LoRA layer, a merged weight would get the update a second time."""
+    layer, merged = adapted(), adapted()
+    merged.merge()
+    for target, source in ((layer, merged), (merged, layer)):
+        with pytest.raises(RuntimeError, match="_unmerged"):
+            target.load_state_dict(source.state_dict())
 
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
@@ -381,6 +399,22 @@ def test_autocast_is_the_half_layer_with_wide_adapters(dtype):
     exact, eager = expected(given, case, None)
     for name in exact:
         judge(name, actual[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "autocast"])
+def test_inference_mode(enabled):
+    """Its tensors count no versions, neither an x nor a weight that was made in it."""
+    layer, x = adapted(dropout=0.5).eval(), batch().detach()
+    siblings = nn.ModuleDict({"query": adapted().eval(), "key": adapted().eval()})
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+        expected = [layer(x), siblings.query(x), siblings.key(2 * x)]
+        assert group_siblings(siblings)
+        with torch.inference_mode():
+            inner = x.clone()
+            assert torch.equal(layer(inner), expected[0])
+            assert torch.equal(siblings.query(inner), expected[1])
+            assert torch.equal(siblings.key(inner.mul_(2)), expected[2]), "x has changed"
+            assert not FusedLoRALinear(20, 24, device=DEVICE)(inner).isnan().any()
 
 
 # ---------------------------------------------------------------- what backward saves

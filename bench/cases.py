@@ -1,0 +1,222 @@
+"""What the kernel suite measures: rows of real layers, and the axes M, R, dropout and dtype.
+
+Layers of one shape are one row (a query is a key is a value): `also` names the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from lora_kernels.dispatch import Problem
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A frozen linear layer of a known model, or several that read the same x (then N has several).
+
+    `children` are the attribute names in the model; groups of siblings are found by them.
+    """
+
+    name: str
+    K: int
+    N: tuple[int, ...]
+    children: tuple[str, ...]
+    conv1d: bool = False
+    bias: bool = True
+    also: str = ""
+
+
+def _encoder(name: str, hidden: int, wide: int, suffix: str = "") -> tuple[Layer, ...]:
+    """The layers of a RoBERTa-like encoder."""
+    q, k, v = (f"{child}{suffix}" for child in ("query", "key", "value"))
+    return (
+        Layer(f"{name}.{q}", hidden, (hidden,), (q,), also=f"{k}, {v}, attention.output.dense"),
+        Layer(f"{name}.up", hidden, (wide,), ("dense",), also="intermediate.dense"),
+        Layer(f"{name}.down", wide, (hidden,), ("dense",), also="output.dense"),
+        Layer(f"{name}.qkv", hidden, (hidden,) * 3, (q, k, v)),
+    )
+
+
+def _gpt2(name: str, hidden: int) -> tuple[Layer, ...]:
+    """The layers of a GPT-2 block: transformers' Conv1D, whose weight is [K, N]."""
+    return (
+        Layer(f"{name}.c_attn", hidden, (3 * hidden,), ("c_attn",), conv1d=True),
+        Layer(f"{name}.attn.c_proj", hidden, (hidden,), ("c_proj",), conv1d=True),
+        Layer(f"{name}.c_fc", hidden, (4 * hidden,), ("c_fc",), conv1d=True),
+        Layer(f"{name}.mlp.c_proj", 4 * hidden, (hidden,), ("c_proj",), conv1d=True),
+    )
+
+
+def _llama(name: str, hidden: int, key: int, wide: int) -> tuple[Layer, ...]:
+    """The layers of a Llama block: no bias, grouped-query attention."""
+    rows = (
+        ("q_proj", hidden, (hidden,), ("q_proj",), "o_proj"),
+        ("k_proj", hidden, (key,), ("k_proj",), "v_proj"),
+        ("up_proj", hidden, (wide,), ("up_proj",), "gate_proj"),
+        ("down_proj", wide, (hidden,), ("down_proj",), ""),
+        ("qkv", hidden, (hidden, key, key), ("q_proj", "k_proj", "v_proj"), ""),
+    )
+    return tuple(
+        Layer(f"{name}.{layer}", K, N, children, bias=False, also=also)
+        for layer, K, N, children, also in rows
+    )
+
+
+LAYERS: dict[str, Layer] = {
+    layer.name: layer
+    for layer in (
+        *_encoder("roberta-base", 768, 3072),
+        *_encoder("roberta-large", 1024, 4096),
+        *_gpt2("gpt2", 768),
+        *_gpt2("gpt2-medium", 1024),
+        *_gpt2("gpt2-large", 1280),
+        *_gpt2("gpt2-xl", 1600),
+        *_encoder("deberta-v2-xlarge", 1536, 6144, "_proj")[:3],
+        *_llama("llama-8b", 4096, 1024, 14336),
+    )
+}
+
+TOKENS = (512, 2048, 4096, 8192)
+RANKS = (1, 3, 8, 16, 64)
+DROPOUTS = (0.0, 0.1)
+# Name in the records -> torch's dtype; tf32 is float32 with tensor cores allowed.
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+DIRECTIONS = ("forward", "forward_backward")
+MODES = ("graph", "eager")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer at one size: M tokens, rank R, dropout on the LoRA branch, a key of DTYPES."""
+
+    layer: Layer
+    M: int
+    R: int = 16
+    dropout: float = 0.1
+    dtype: str = "bfloat16"
+    directions: tuple[str, ...] = DIRECTIONS
+    modes: tuple[str, ...] = MODES
+
+    def __str__(self) -> str:
+        return f"{self.layer.name} M={self.M} R={self.R} p={self.dropout} {self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of x and of the frozen weight."""
+        return DTYPES[self.dtype]
+
+    def problems(self, device: torch.device) -> list[Problem]:
+        """What each projection asks of `lora_kernels.dispatch.choose`."""
+        return [
+            Problem.on(
+                device, self.M, N, self.layer.K, self.R, self.torch_dtype, dropout=self.dropout > 0
+            )
+            for N in self.layer.N
+        ]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row of the table of targets: bf16, dropout 0.1, R = 16, forward and backward, graph replay.
+
+    `floor` is the most time over the frozen layer's; `peft` and `compiled` the least speed-up
+    against eager PEFT and against PEFT under torch.compile.
+    """
+
+    title: str
+    layers: tuple[str, ...]
+    tokens: tuple[int, ...]
+    floor: float
+    peft: float
+    compiled: float
+
+
+_LARGE = ("roberta-large.query", "roberta-large.up", "roberta-large.down")
+_MEDIUM = ("gpt2-medium.c_attn", "gpt2-medium.attn.c_proj", "gpt2-medium.c_fc")
+GOALS = (
+    Goal(
+        "4096x4096, 4096x14336, M = 4096-8192",
+        ("llama-8b.q_proj", "llama-8b.up_proj"),
+        (4096, 8192),
+        *(1.12, 1.3, 1.1),
+    ),
+    Goal(
+        "RoBERTa-large / GPT-2 medium layers, M = 4096",
+        (*_LARGE, *_MEDIUM, "gpt2-medium.mlp.c_proj"),
+        (4096,),
+        *(1.35, 1.8, 1.2),
+    ),
+    Goal(
+        "RoBERTa-base q+k+v group, M = 2048-4096",
+        ("roberta-base.qkv",),
+        (2048, 4096),
+        *(1.6, 2.5, 1.3),
+    ),
+)
+
+
+def quick() -> tuple[Case, ...]:
+    """Every row of GOALS, as one measurement each, and RoBERTa-base as users run it."""
+    rows = [
+        Case(LAYERS[name], M, directions=("forward_backward",), modes=("graph",))
+        for goal in GOALS
+        for name in goal.layers
+        for M in goal.tokens
+    ]
+    rows.sort(key=lambda case: case.layer.K * sum(case.layer.N) * case.M)
+    usual = Case(LAYERS["roberta-base.query"], 2048, R=8, directions=("forward_backward",))
+    return (usual, *rows)
+
+
+def full() -> tuple[Case, ...]:
+    """Every layer at every size; `quick`'s rows first, so that a cut run still fills the table."""
+    sizes = product(LAYERS.values(), TOKENS, RANKS, DROPOUTS, ("bfloat16", "float16", "float32"))
+    rows = [Case(*size) for size in sizes]
+    first = {str(case) for case in quick()}
+    return tuple(sorted(rows, key=lambda case: str(case) not in first))
+
+
+def small() -> tuple[Case, ...]:
+    """What two CPU cores can do: RoBERTa-base, few tokens, eager."""
+    names = ("roberta-base.query", "roberta-base.up", "roberta-base.down", "roberta-base.qkv")
+    sizes = product(names, ("float32", "bfloat16"), DROPOUTS)
+    return tuple(
+        Case(LAYERS[name], 512, 8, dropout, dtype, ("forward_backward",), ("eager",))
+        for name, dtype, dropout in sizes
+    )
+
+
+def tiny() -> tuple[Case, ...]:
+    """Ragged toys for tests of the suite itself; their times mean nothing."""
+    alone = Layer("tiny.query", 24, (16,), ("query",))
+    conv1d = Layer("tiny.c_attn", 16, (48,), ("c_attn",), conv1d=True)
+    group = Layer("tiny.qkv", 24, (16, 16, 16), ("query", "key", "value"))
+    return (
+        Case(alone, 33, 3, 0.1, "float32", modes=("eager",)),
+        Case(conv1d, 33, 8, 0.0, "float32", modes=("eager",)),
+        Case(group, 33, 3, 0.1, "bfloat16", modes=("eager",)),
+    )
+
+
+def part_of(cases: tuple[Case, ...], part: str | None) -> tuple[Case, ...]:
+    """Part "2/5" of the cases: every fifth from the second on. ValueError for another form."""
+    if part is None:
+        return cases
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part {part!r} is not like 2/5")
+    return cases[int(index) - 1 :: int(count)]
+
+
+def measurements(case: Case) -> Iterator[tuple[str, str]]:
+    """(direction, mode) of everything to time in a case."""
+    return product(case.directions, case.modes)

@@ -1,0 +1,210 @@
+"""Whole fine-tuning steps: forward, backward and optimizer, of models built from their configs.
+
+Batches are full: every sequence has the same length and no padding, so no mask is given. Peak
+memory counts from the model's arrival on the device to the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import timing, training_run
+from .kernels import explain_error
+from .records import RESULTS, Results, Row
+from .subjects import METHODS, MODELS, PRECISIONS, Method, Model, Precision, Recipe
+
+QUICK = {
+    "models": ("roberta-base", "roberta-large", "gpt2-medium"),
+    "precisions": ("bf16",),
+}
+TINY_BATCH, TINY_LENGTH = 2, 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m bench end_to_end`."""
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="three models, in bf16")
+    parser.add_argument("--tiny", action="store_true", help="two small layers: tests the suite")
+    parser.add_argument("--rank", type=int, default=Recipe.rank)
+    parser.add_argument("--dropout", type=float, default=Recipe.dropout, help="LoRA's")
+    parser.add_argument("--steps", type=int, default=timing.SAMPLES, help="steps to time")
+    parser.add_argument("--again", action="store_true", help="measure what the file holds already")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument(
+        "--train-run", nargs=argparse.REMAINDER, metavar="FLAGS",
+        help="instead: one real run by PEFT and one by us, with these flags of models.train",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every combination that the file does not hold; 1 if any failed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.train_run is not None:
+        return training_run.run(arguments.train_run, device, arguments.results)
+    quick: dict[str, Any] = QUICK if arguments.quick else {}
+    models = arguments.models or quick.get("models", MODELS)
+    precisions = arguments.precisions or quick.get("precisions", PRECISIONS)
+    recipe = Recipe(arguments.rank, arguments.dropout)
+    results = Results("end_to_end", device, arguments.results)
+    failed = 0
+    for name in models:
+        for precision in precisions:
+            for method in arguments.methods or METHODS:
+                subject = (MODELS[name], METHODS[method], PRECISIONS[precision])
+                if results.has(_key(*subject, arguments.tiny)) and not arguments.again:
+                    continue
+                steps, tiny = arguments.steps, arguments.tiny
+                row = measure(*subject, recipe, device, steps=steps, tiny=tiny)
+                results.add([row])
+                print(_line(row), flush=True)
+                failed += row["status"] == "failed"
+    print(f"rows in {results.path}")
+    return 1 if failed else 0
+
+
+def _key(model: Model, method: Method, precision: Precision, tiny: bool) -> Row:
+    return {
+        "model": f"tiny-{model.name}" if tiny else model.name,
+        "method": method.name,
+        "provider": method.provider,
+        "precision": precision.name,
+        "batch": TINY_BATCH if tiny else model.batch,
+        "length": TINY_LENGTH if tiny else model.length,
+    }
+
+
+def measure(
+    model: Model, method: Method, precision: Precision, recipe: Recipe, device: torch.device, *,
+    steps: int, tiny: bool,
+) -> Row:  # fmt: skip
+    """One row: a model trained by one method in one precision."""
+    row = _key(model, method, precision, tiny)
+    row |= {"rank": recipe.rank, "lora_dropout": recipe.dropout, "targets": list(model.targets)}
+    if method.graph and device.type != "cuda":
+        return row | {"status": "unavailable", "reason": "CUDA graphs need a GPU"}
+    if precision.scaled and device.type != "cuda":
+        return row | {"status": "unavailable", "reason": "fp16 is not trained on a CPU"}
+    try:
+        return row | _measure(model, method, precision, recipe, device, steps, tiny)
+    except Exception as error:
+        return row | {"status": "failed", "reason": explain_error(error)}
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(
+    row: Model, method: Method, precision: Precision, recipe: Recipe, device: torch.device,
+    steps: int, tiny: bool,
+) -> Row:  # fmt: skip
+    torch.manual_seed(0)
+    model = row.build(device, precision.weights, tiny=tiny)
+    model.requires_grad_(False)
+    model = method.attach(model, row, recipe)
+    batch = TINY_BATCH if tiny else row.batch
+    length = TINY_LENGTH if tiny else row.length
+    vocabulary = 100 if tiny else 50000  # below every padding token but RoBERTa's 1
+    inputs = {
+        "input_ids": torch.randint(5, vocabulary, (batch, length), device=device),
+        "labels": torch.randint(0, 2, (batch,), device=device),
+    }
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    step = training_step(model, inputs, method, precision, device)
+    timed = timing.captured(step) if method.graph else step
+    taken = timing.sample(timed, device, steps)
+    middle = len(taken) // 2
+    median, p20, p80 = (value / 1e3 for value in timing.spread(taken))
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    loss = float(step.loss)  # type: ignore[attr-defined]
+    if not loss < float("inf"):
+        raise FloatingPointError(f"the loss is {loss}")
+    found: Row = {
+        "status": "timed",
+        "samples_per_second": round(batch / median * 1e3, 2),
+        "step_ms": round(median, 4),
+        "p20_ms": round(p20, 4),
+        "p80_ms": round(p80, 4),
+        "noise": round(timing.noise(taken[:middle] or taken, taken[middle:]), 4),
+        "peak_memory_bytes": memory,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "samples": len(taken),
+    }
+    if device.type == "cuda":
+        found |= _profile(timed, median)
+    return found
+
+
+def training_step(
+    model: nn.Module, inputs: dict[str, torch.Tensor], method: Method, precision: Precision,
+    device: torch.device,
+) -> Callable[[], None]:  # fmt: skip
+    """One optimizer step as a function of nothing, so that a CUDA graph can hold all of it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True, capturable=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
+    call: Callable[..., Any] = torch.compile(model) if method.compiled else model
+
+    def casting() -> Any:
+        if precision.autocast is None:
+            return contextlib.nullcontext()
+        # A graph must not replay casts that were cached outside it.
+        return torch.autocast(device.type, precision.autocast, cache_enabled=not method.graph)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with casting():
+            loss = call(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        step.loss = loss.detach()  # type: ignore[attr-defined]
+
+    return step
+
+
+def _profile(step: Callable[[], object], step_ms: float) -> Row:
+    """Launches by the host and kernels on the device in one step; the GPU's busy share of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    launches = kernels = 0
+    busy_us = 0.0
+    for event in profiled.events() or ():
+        if "LaunchKernel" in event.name or "GraphLaunch" in event.name:
+            launches += 1
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kernels += not event.name.startswith(("Memcpy", "Memset"))
+            busy_us += event.time_range.elapsed_us()
+    return {
+        "launches": launches,
+        "kernels": kernels,
+        "busy_share": round(min(1.0, busy_us / 1e3 / step_ms), 4),
+    }
+
+
+def _line(row: Row) -> str:
+    name = f"{row['model']:<24}{row['precision']:<15}{row['method']:<14}"
+    if row["status"] != "timed":
+        return f"{name}{row['status']}: {row['reason']}"
+    memory = row["peak_memory_bytes"]
+    text = f"{name}{row['step_ms']:>10.2f} ms {row['samples_per_second']:>9.1f} samples/s"
+    if memory is not None:
+        text += f" {memory / 2**20:>8.0f} MiB {row['launches']:>6} launches"
+        text += f" {row['busy_share']:>5.0%} busy"
+    return text

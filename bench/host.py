@@ -1,0 +1,309 @@
+"""What needs no GPU: speed on the CPU against eager PEFT, Python overhead a call, import time.
+
+Two CPU cases: the six linear layers of a RoBERTa-base encoder layer alone, and a RoBERTa-base cut
+to two layers with attention and all. Everything linear has LoRA; providers take turns sample by
+sample, so that a drift of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import timing
+from .providers import attach_lora, attach_peft
+from .records import RESULTS, ROOT, Results, Row
+from .subjects import MODELS
+
+CPU = torch.device("cpu")
+TOKENS, RANK = 512, 8
+PROVIDERS = ("floor", "peft", "library")
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16-autocast": torch.bfloat16}
+DROPOUTS = (0.0, 0.1)
+CALLS = 100  # of a tiny layer in one sample
+IMPORT_GOAL_MS = 50.0
+# (precision, dropout) -> how many times faster than eager PEFT.
+GOALS = {("bf16-autocast", 0.0): 1.05, ("bf16-autocast", 0.1): 1.3}
+
+
+class Linears(nn.Module):
+    """The linear layers of one encoder layer, each on an input of its own but for q, k and v."""
+
+    def __init__(self, hidden: int, wide: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
+        self.output = nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(hidden, wide), nn.Linear(wide, hidden)
+
+    def forward(self, x: Tensor, context: Tensor, normed: Tensor, wide: Tensor) -> list[Tensor]:
+        """y of each."""
+        attention = [self.query(x), self.key(x), self.value(x), self.output(context)]
+        return [*attention, self.up(normed), self.down(wide)]
+
+
+TARGETS = ("query", "key", "value", "output", "up", "down")
+ENCODER_TARGETS = MODELS["roberta-base"].targets
+
+
+class Subject(NamedTuple):
+    """A model, its targets, and `step`: forward and backward of it."""
+
+    model: nn.Module
+    targets: Sequence[str]
+    step: Callable[[nn.Module], list[Tensor]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m bench host`."""
+    parser.add_argument("--quick", action="store_true", help="ten samples, the linears alone")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: tests the suite")
+    parser.add_argument("--samples", type=int, default=timing.SAMPLES)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write, print; 1 if a provider is wrong."""
+    samples = 10 if arguments.quick else arguments.samples
+    results = Results("host", CPU, arguments.results)
+    found = []
+    for case in ("linears",) if arguments.quick else ("linears", "encoder"):
+        for precision in PRECISIONS:
+            for dropout in DROPOUTS:
+                rows = measure(case, precision, dropout, samples, tiny=arguments.tiny)
+                results.add(rows)
+                found += rows
+                print(_lines(rows), flush=True)
+    for rows in (overhead(samples), import_time(1 if arguments.tiny else 7)):
+        results.add(rows)
+        found += rows
+        print(_lines(rows), flush=True)
+    print(f"rows in {results.path}")
+    return 1 if any(row["status"] == "wrong" for row in found) else 0
+
+
+def linears(tiny: bool) -> Subject:
+    """The six linear layers."""
+    hidden, wide, tokens = (32, 64, 24) if tiny else (768, 3072, TOKENS)
+    model = Linears(hidden, wide)
+    inputs = [torch.randn(tokens, width) for width in (hidden, hidden, hidden, wide)]
+    directions = [torch.randn(tokens, N) for N in (*[hidden] * 4, wide, hidden)]
+
+    @cache
+    def given(held: torch.dtype, half: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """x and dy of each; under autocast a LayerNorm gives float32, attention and GELU half."""
+        dtypes = (held, half, held, half)
+        leaves = [x.to(d, copy=True) for x, d in zip(inputs, dtypes, strict=True)]
+        return [x.requires_grad_() for x in leaves], [d.to(half) for d in directions]
+
+    def step(model: nn.Module) -> list[Tensor]:
+        held = next(model.parameters()).dtype
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else held
+        leaves, grads = given(held, half)
+        ys = model(*leaves)
+        torch.autograd.backward(ys, grads)
+        found = [*(y.detach() for y in ys), *(x.grad for x in leaves)]
+        for x in leaves:
+            x.grad = None
+        return found  # type: ignore[return-value]
+
+    return Subject(model, TARGETS, step)
+
+
+def encoder(tiny: bool) -> Subject:
+    """A RoBERTa-base classifier of two layers; TOKENS tokens in sequences of 128."""
+    row = MODELS["roberta-base"]
+    two = type(row)(**{**vars(row), "config": {**row.config, "num_hidden_layers": 2}})
+    model = two.build(CPU, torch.float32, tiny=tiny)
+    shape = (2, 16) if tiny else (TOKENS // 128, 128)
+    ids, labels = torch.randint(5, 100, shape), torch.zeros(shape[0], dtype=torch.long)
+
+    def step(model: nn.Module) -> list[Tensor]:
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        return [loss.detach()]
+
+    return Subject(model, ENCODER_TARGETS, step)
+
+
+SUBJECTS = {"linears": linears, "encoder": encoder}
+
+
+def attach(provider: str, subject: Subject, dropout: float) -> nn.Module:
+    """A copy of the subject's model with LoRA by a provider; lora_B is random, not zero."""
+    model = copy.deepcopy(subject.model).requires_grad_(False).train()
+    if provider == "peft":
+        attach_peft(model, subject.targets, RANK, dropout)
+    elif provider != "floor":
+        attach_lora(model, subject.targets, RANK, dropout, strategy=provider)
+    draw = torch.Generator().manual_seed(1)
+    named = sorted((n.replace(".default.weight", ""), p) for n, p in model.named_parameters())
+    for name, parameter in named:
+        if "lora_" in name:
+            parameter.data.normal_(0, parameter.shape[1] ** -0.5 / 2, generator=draw)
+    if provider == "floor":  # or an encoder's backward would have nothing to do
+        for embedding in model.modules():
+            if isinstance(embedding, nn.LayerNorm):
+                embedding.requires_grad_(True)
+                break
+    return model
+
+
+def measure(case: str, precision: str, dropout: float, samples: int, *, tiny: bool) -> list[Row]:
+    """The rows of one case in one precision with one dropout."""
+    torch.manual_seed(0)
+    subject = SUBJECTS[case](tiny)
+    models = {name: attach(name, subject, dropout) for name in PROVIDERS}
+    casting = _casting(PRECISIONS[precision])
+
+    def runner(model: nn.Module) -> timing.Run:
+        def once() -> None:
+            with casting():
+                subject.step(model)
+            model.zero_grad(set_to_none=True)
+
+        return once
+
+    rows = [
+        {"case": case, "provider": name, "precision": precision, "dropout": dropout,
+         "status": "timed", "reason": None, "R": RANK}
+        for name in PROVIDERS
+    ]  # fmt: skip
+    wrong = ""
+    if case == "linears" and not dropout:  # masks differ: the kernel suite checks with dropout
+        wrong = _wrong(subject, models, casting)
+    if wrong:
+        rows[-1] |= {"status": "wrong", "reason": wrong}
+        del models["library"]
+    taken = take_turns({name: runner(model) for name, model in models.items()}, samples)
+    for row in rows:
+        if row["provider"] in taken:
+            row |= summary(taken[row["provider"]])
+    return rows
+
+
+def _casting(dtype: torch.dtype | None) -> Callable[[], Any]:
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast("cpu", dtype)
+
+
+def _wrong(subject: Subject, models: dict[str, nn.Module], casting: Callable[[], Any]) -> str:
+    """What is wrong with ours: further from PEFT in float64 than PEFT itself in this precision."""
+    exact = subject.step(copy.deepcopy(models["peft"]).double())
+    outputs = {}
+    for name in ("peft", "library"):
+        with casting():
+            outputs[name] = subject.step(models[name])
+        models[name].zero_grad(set_to_none=True)
+    for i, truth in enumerate(exact):
+        rms = {
+            name: (found[i].double() - truth).square().mean().sqrt().item()
+            for name, found in outputs.items()
+        }
+        if not rms["library"] <= 1.1 * rms["peft"] + 1e-12:
+            return f"output {i}: RMS error {rms['library']:.2e}, PEFT's {rms['peft']:.2e}"
+    return ""
+
+
+def take_turns(runs: dict[str, timing.Run], samples: int) -> dict[str, list[float]]:
+    """Samples in microseconds, one of each in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        timing.sample(run, CPU, 1, warm_up=2)
+    for _ in range(samples):
+        for name, run in runs.items():
+            taken[name] += timing.sample(run, CPU, 1, warm_up=0)
+    return taken
+
+
+def summary(taken: list[float], calls: int = 1) -> Row:
+    """The columns of a row; every other sample against the rest gives the noise."""
+    median, p20, p80 = (value / calls for value in timing.spread(taken))
+    noise = timing.noise(taken[::2], taken[1::2]) if len(taken) > 1 else None
+    return {
+        "median_us": round(median, 3),
+        "p20_us": round(p20, 3),
+        "p80_us": round(p80, 3),
+        "samples": len(taken),
+        "noise": None if noise is None else round(noise, 4),
+    }
+
+
+def overhead(samples: int) -> list[Row]:
+    """Forward and backward of a 16 x 16 layer on one token: next to no arithmetic."""
+    subject = Subject(nn.Sequential(), ("query",), lambda model: [])
+    subject.model.add_module("query", nn.Linear(16, 16))
+    x = torch.randn(1, 16, requires_grad=True)
+    direction = torch.randn(1, 16)
+
+    def runner(model: nn.Module) -> timing.Run:
+        wanted = [x, *(p for n, p in model.named_parameters() if "lora_" in n)]
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                torch.autograd.grad(model(x), wanted, direction)
+
+        return calls
+
+    models = {name: attach(name, subject, 0.0) for name in PROVIDERS}
+    taken = take_turns({name: runner(model) for name, model in models.items()}, samples)
+    return [
+        {"case": "overhead of a call", "provider": name, "precision": "fp32", "dropout": 0.0,
+         "status": "timed", "reason": None, **summary(found, CALLS)}
+        for name, found in taken.items()
+    ]  # fmt: skip
+
+
+def import_time(runs: int = 7) -> list[Row]:
+    """What `import lora_kernels` adds to `import torch`, each time in a fresh process."""
+    code = (
+        "import time, torch; wall, cpu = time.perf_counter(), time.process_time(); "
+        "import lora_kernels; "
+        "print((time.perf_counter() - wall) * 1e6, (time.process_time() - cpu) * 1e6)"
+    )
+    taken, busy = [], []  # where other programs run, the wall clock also counts waiting for a core
+    for _ in range(runs + 1):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        wall, cpu = map(float, done.stdout.split())
+        taken.append(wall)
+        busy.append(cpu)
+    row: Row = {"case": "import", "provider": "lora_kernels", "precision": None, "dropout": None}
+    row |= {"status": "timed", "reason": None, "cpu_us": round(statistics.median(busy[1:]), 1)}
+    return [row | summary(taken[1:])]  # the first run compiles
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    title = f"\n{first['case']}"
+    if first["precision"]:
+        title += f", {first['precision']}, dropout {first['dropout']}"
+    peft = next((row["median_us"] for row in rows if row["provider"] == "peft"), None)
+    lines = [title]
+    for row in rows:
+        if row["status"] != "timed":
+            lines.append(f"  {row['provider']:<14}{row['status']}: {row['reason']}")
+            continue
+        spread = f"({row['p20_us']:.1f} - {row['p80_us']:.1f})"
+        line = f"  {row['provider']:<14}{row['median_us']:>12.1f} us  {spread}"
+        if peft and row["provider"] == "library":
+            line += f"  PEFT / this: {peft / row['median_us']:.2f}"
+            goal = GOALS.get((first["precision"], first["dropout"]))
+            if goal and first["case"] in SUBJECTS:
+                line += f" (goal {goal})"
+        if row["case"] == "import":
+            line += f"  (goal {IMPORT_GOAL_MS:.0f} ms; processor time {row['cpu_us']:.1f} us)"
+        lines.append(line)
+    return "\n".join(lines)

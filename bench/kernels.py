@@ -1,0 +1,295 @@
+"""The kernel suite: every case by every provider, checked, then timed in interleaved rounds.
+
+Each provider is timed twice: the first half of the rounds against the second gives the noise, and a
+difference between two providers inside it is printed as a tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import choose
+
+from . import cases, timing
+from .cases import Case, measurements
+from .check import check
+from .costs import minimum
+from .providers import Built, Provider, providers
+from .records import RESULTS, Results, Row
+from .table import goals_table, print_case
+
+# A CPU shared with others drifts within seconds: more rounds, of fewer samples each.
+ROUNDS = {"cuda": 2, "cpu": 6}
+# No table shows these, and compiling takes most of a quick run.
+NOT_QUICK = ("peft-bf16-adapter-compile", "loralib")
+QUICK_SECONDS = 225.0  # then the quick run begins no new case; another call goes on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m bench kernels`."""
+    parser.add_argument("--quick", action="store_true", help="the tables' cases, within 4 minutes")
+    parser.add_argument("--only", default="", help="regular expression over case names")
+    parser.add_argument("--providers", nargs="+", help="names of providers (default: all)")
+    parser.add_argument("--part", help="2/5: every fifth case, from the second on")
+    parser.add_argument("--again", action="store_true", help="measure what the file holds already")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument(
+        "--samples", type=int, default=timing.SAMPLES, help="samples of each of the two timings"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; 1 if any provider is wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = cases.part_of(select(device, arguments.quick, arguments.only), arguments.part)
+    if arguments.list:
+        print(*rows, sep="\n")
+        return 0
+    known = providers()
+    unknown = set(arguments.providers or ()) - set(known)
+    if unknown:
+        raise ValueError(f"unknown providers {sorted(unknown)}: one of {', '.join(known)}")
+    usual = [name for name in known if not (arguments.quick and name in NOT_QUICK)]
+    chosen = [known[name] for name in arguments.providers or usual]
+    deadline = time.monotonic() + QUICK_SECONDS if arguments.quick else None
+    return suite(
+        rows, chosen, device, Results("kernels", device, arguments.results),
+        samples=arguments.samples, again=arguments.again, deadline=deadline,
+    )  # fmt: skip
+
+
+def select(device: torch.device, quick: bool, only: str) -> tuple[Case, ...]:
+    """The cases for a device; on a CPU the small ones."""
+    rows = cases.small() if device.type == "cpu" else cases.quick() if quick else cases.full()
+    if device.type == "cpu" and quick:
+        rows = tuple(case for case in rows if case.layer.name.endswith((".query", ".qkv")))
+    return tuple(case for case in rows if re.search(only, str(case)))
+
+
+def suite(
+    rows: Sequence[Case], chosen: Sequence[Provider], device: torch.device, results: Results, *,
+    samples: int = timing.SAMPLES, again: bool = False, deadline: float | None = None,
+) -> int:  # fmt: skip
+    """Run cases that the file does not hold yet; the number of wrong or failed measurements."""
+    bad = 0
+    for done, case in enumerate(rows):
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"{len(rows) - done} cases left: the same command goes on with them")
+            break
+        todo = [p for p in chosen if again or not _all_there(results, case, p, device)]
+        if not todo:
+            continue
+        if all(p.name != "floor" for p in todo):  # every ratio needs the floor of its own run
+            todo.insert(0, providers()["floor"])
+        found = measure(case, todo, device, samples)
+        results.add(found)
+        print_case(case, found)
+        bad += sum(row["status"] in ("wrong", "failed") for row in found)
+    print(goals_table(results.rows()))
+    print(f"rows in {results.path}")
+    return 1 if bad else 0
+
+
+def _all_there(results: Results, case: Case, provider: Provider, device: torch.device) -> bool:
+    return all(
+        results.has(_key(case, provider, direction, mode))
+        for direction, mode in measurements(case)
+        if mode == "eager" or device.type == "cuda"
+    )
+
+
+def _key(case: Case, provider: Provider, direction: str, mode: str) -> Row:
+    return {
+        "case": case.layer.name,
+        "provider": provider.name,
+        "mode": mode,
+        "direction": direction,
+        "M": case.M,
+        "N": sum(case.layer.N),
+        "K": case.layer.K,
+        "R": case.R,
+        "dtype": case.dtype,
+        "dropout": case.dropout,
+    }
+
+
+@dataclass
+class _Entry:
+    """A provider in one case: what was built, or why not, and its samples by (direction, mode)."""
+
+    provider: Provider
+    built: Built | None = None
+    status: str = "timed"
+    reason: str | None = None
+    error_ratio: float | None = None
+    rounds: dict[tuple[str, str], list[list[float]]] = field(default_factory=dict)
+    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    peak: dict[str, int | None] = field(default_factory=dict)
+
+
+def measure(
+    case: Case, chosen: Sequence[Provider], device: torch.device, samples: int = timing.SAMPLES
+) -> list[Row]:
+    """The rows of one case: each provider checked, then all timed."""
+    with timing.matmul_precision(case.dtype == "tf32"):
+        entries = [_prepare(case, provider, device) for provider in chosen]
+        ring = buffers(case, device)
+        gc.collect()  # of what the checks left behind
+        rounds = ROUNDS[device.type]
+        for _ in range(rounds):
+            for entry in entries:
+                if entry.built is not None:
+                    _time(entry, case, ring, device, -(-2 * samples // rounds))
+        rates = _rates(case, device)
+    return _rows(case, entries, device, rates)
+
+
+def _prepare(case: Case, provider: Provider, device: torch.device) -> _Entry:
+    entry = _Entry(provider)
+    reason = provider.refuses(case, device)
+    if reason is not None:
+        entry.status, entry.reason = "unavailable", reason
+        return entry
+    try:
+        built = provider.build(case, device)
+        verdict = check(built, case, device, provider.slack)
+    except Exception as error:
+        entry.status, entry.reason = "failed", explain_error(error)
+        return entry
+    entry.error_ratio = round(verdict.ratio, 3)
+    if verdict.wrong:
+        entry.status, entry.reason = "wrong", verdict.wrong
+    else:
+        entry.built = built
+    return entry
+
+
+def explain_error(error: Exception) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
+
+
+Ring = list[tuple[Tensor, tuple[Tensor, ...]]]
+
+
+def buffers(case: Case, device: torch.device) -> Ring:
+    """(x, dy of each projection), more of them than the cache holds."""
+    widths = case.layer.K + sum(case.layer.N)
+    count = timing.buffer_count(device, case.M * widths * case.torch_dtype.itemsize)
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(case.M, width, device=device, dtype=case.torch_dtype)
+
+    return [
+        (normal(case.layer.K).requires_grad_(), tuple(normal(N) for N in case.layer.N))
+        for _ in range(count)
+    ]
+
+
+def one_pass(built: Built, ring: Ring, direction: str) -> Callable[[], object]:
+    """One call for each buffer: all forwards, then all backwards in reverse."""
+    wanted = built.trained
+
+    def forward() -> None:
+        for x, _ in ring:
+            built.call(x)
+
+    def forward_backward() -> None:
+        calls = [(x, built.call(x), dy) for x, dy in ring]
+        while calls:
+            x, ys, dy = calls.pop()
+            torch.autograd.grad(ys, [x, *wanted], dy)
+
+    return forward if direction == "forward" else forward_backward
+
+
+def _time(entry: _Entry, case: Case, ring: Ring, device: torch.device, samples: int) -> None:
+    assert entry.built is not None
+    for direction, mode in measurements(case):
+        if (direction, mode) in entry.failures or (mode == "graph" and device.type != "cuda"):
+            continue
+        try:
+            run = one_pass(entry.built, ring, direction)
+            if direction not in entry.peak:
+                alone = one_pass(entry.built, ring[:1], direction)
+                entry.peak[direction] = timing.peak_bytes(alone, device)
+            timed = timing.captured(run) if mode == "graph" else run
+            taken = timing.sample(timed, device, samples)
+            each = [total / len(ring) for total in taken]
+            entry.rounds.setdefault((direction, mode), []).append(each)
+        except Exception as error:
+            entry.failures[direction, mode] = explain_error(error)
+        finally:
+            run = timed = None  # type: ignore[assignment]  # a graph's memory goes with it
+            if device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def _rates(case: Case, device: torch.device) -> tuple[float, float]:
+    bandwidth = timing.copy_bandwidth(device)
+    return bandwidth, timing.matrix_rate(device, case.torch_dtype, case.dtype == "tf32")
+
+
+def _rows(
+    case: Case, entries: Sequence[_Entry], device: torch.device, rates: tuple[float, float]
+) -> list[Row]:
+    bandwidth, rate = rates
+    floors = {
+        key: timing.spread(list(chain(*rounds))).median
+        for entry in entries
+        if entry.provider.name == "floor"
+        for key, rounds in entry.rounds.items()
+    }
+    found = []
+    for entry in entries:
+        for direction, mode in measurements(case):
+            if mode == "graph" and device.type != "cuda":
+                continue
+            row = _key(case, entry.provider, direction, mode)
+            row |= {"status": entry.status, "reason": entry.reason, "also": case.layer.also}
+            if entry.provider.name == "auto":
+                row["strategy"] = ", ".join(_choices(case, device))
+            row |= {"error_ratio": entry.error_ratio, "peak_bytes": entry.peak.get(direction)}
+            row |= {"copy_gb_per_s": round(bandwidth, 1), "matrix_tflops": round(rate, 3)}
+            rounds = entry.rounds.get((direction, mode), [])
+            if (direction, mode) in entry.failures:
+                row |= {"status": "failed", "reason": entry.failures[direction, mode]}
+            elif rounds:
+                first, second = _halves(rounds)
+                median, p20, p80 = timing.spread(first + second)
+                cost = minimum(case, direction)
+                attainable = max(cost.bytes / bandwidth / 1e3, cost.flops / rate / 1e6)
+                row |= {
+                    "median_us": round(median, 3),
+                    "p20_us": round(p20, 3),
+                    "p80_us": round(p80, 3),
+                    "samples": len(first) + len(second),
+                    "noise": round(timing.noise(first, second), 4),
+                    "attainable_share": round(attainable / median, 4),
+                }
+                if (direction, mode) in floors:
+                    row["floor_ratio"] = round(median / floors[direction, mode], 4)
+            found.append(row)
+    return found
+
+
+def _halves(rounds: list[list[float]]) -> tuple[list[float], list[float]]:
+    middle = len(rounds) // 2
+    return list(chain(*rounds[:middle])), list(chain(*rounds[middle:]))
+
+
+def _choices(case: Case, device: torch.device) -> list[str]:
+    """What `auto` picks, without repetition."""
+    return list(dict.fromkeys(choose(problem).strategy for problem in case.problems(device)))

@@ -1,0 +1,205 @@
+"""Predicted times for cards by their datasheets, and how far off they are where measured.
+
+    time = sum over kernels of max(bytes / (memory * e_m), flops / (rate * e_r)) + launches * gap
+
+`costs` declares the bytes and FLOPs. e_m and e_r, the attainable shares of the datasheet, are those
+that the kernel suite measured (the card's own, else the median of all with results), else assumed.
+The time is that of CUDA-graph replay. What a small card keeps in cache between kernels is not
+modelled, so where x and y fit in L2 (marked *) the prediction is high.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from . import cases
+from .cards import CARDS, Card, card_of
+from .cases import LAYERS, Case
+from .costs import COSTS, Kernel, kernels_of
+from .records import RESULTS, Row, every_row
+
+ASSUMED_MEMORY, ASSUMED_RATE = 0.85, 0.70
+GAP_US = 1.0  # between two kernels of a replayed graph
+TRITON = ("split", "fused", "hybrid")
+
+
+class Efficiency(NamedTuple):
+    """Attainable shares of the datasheet's numbers, and where they come from."""
+
+    memory: float
+    rate: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A provider's time in a case on a card, in microseconds, and how many launches it has."""
+
+    microseconds: float
+    launches: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m bench roofline`."""
+    parser.add_argument("--gpu", help=f"one of {', '.join(CARDS)} (default: all)")
+    parser.add_argument("--case", action="append", help="a layer's name (default: the goals')")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16")
+    parser.add_argument("--kernels", action="store_true", help="list each kernel's bytes and FLOPs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the predictions, then their error wherever a card was measured."""
+    if arguments.gpu and card_of(arguments.gpu) is None:
+        raise ValueError(f"no datasheet row for {arguments.gpu!r}: one of {', '.join(CARDS)}")
+    names = arguments.case or list(dict.fromkeys(n for g in cases.GOALS for n in g.layers))
+    unknown = [name for name in names if name not in LAYERS]
+    if unknown:
+        raise ValueError(f"unknown layer {unknown[0]!r}: one of {', '.join(LAYERS)}")
+    size = (arguments.tokens, arguments.rank, arguments.dropout, arguments.dtype)
+    chosen = [Case(LAYERS[name], *size) for name in names]
+    measured = [row for row in every_row("kernels", arguments.results) if row["device"] == "cuda"]
+    chosen_card = card_of(arguments.gpu) if arguments.gpu else None
+    for card in [chosen_card] if chosen_card else CARDS.values():
+        print(table(card, chosen, efficiency(card, arguments.dtype, measured)))
+        if arguments.kernels:
+            print("\n".join(kernel_lines(chosen[0])))
+    print(errors(measured))
+    return 0
+
+
+def efficiency(card: Card, dtype: str, measured: Iterable[Row]) -> Efficiency:
+    """The card's own attainable shares if measured, else the others' median, else assumed."""
+    shares: dict[str, tuple[list[float], list[float]]] = {}
+    for row in measured:
+        other = card_of(row["gpu"])
+        if other is not None and row["dtype"] == dtype and row.get("matrix_tflops"):
+            memory, rate = shares.setdefault(other.name, ([], []))
+            memory.append(row["copy_gb_per_s"] / other.memory)
+            rate.append(row["matrix_tflops"] / other.rate(dtype))
+    medians = {
+        name: (statistics.median(memory), statistics.median(rate))
+        for name, (memory, rate) in shares.items()
+    }
+    if card.name in medians:
+        return Efficiency(*medians[card.name], f"measured on {card.name}")
+    if medians:
+        memory, rate = (statistics.median(values) for values in zip(*medians.values(), strict=True))
+        return Efficiency(memory, rate, f"measured on {', '.join(medians)}")
+    return Efficiency(ASSUMED_MEMORY, ASSUMED_RATE, "assumed: no card has been measured")
+
+
+def predict(
+    card: Card, provider: str, case: Case, direction: str, share: Efficiency
+) -> Prediction | None:
+    """The time of a provider; None where it has no declared cost or the card cannot run it."""
+    if provider not in COSTS or refusal(card, provider, case):
+        return None
+    kernels = kernels_of(provider, case, direction)
+    total = sum(_time(card, kernel, case.dtype, share) for kernel in kernels)
+    return Prediction(total + GAP_US * len(kernels), len(kernels))
+
+
+def refusal(card: Card, provider: str, case: Case) -> str | None:
+    """Why a card cannot run a provider in a case; None if it can."""
+    if card.arch == "sm_75" and case.dtype == "bfloat16":
+        return "no fast bfloat16 on sm_75"
+    if card.arch == "sm_75" and provider in TRITON:
+        return "Triton has no matrix instructions for sm_75"
+    if provider == "fused" and case.dropout:
+        return "fused takes no dropout"
+    return None
+
+
+def _time(card: Card, kernel: Kernel, dtype: str, share: Efficiency) -> float:
+    rate = card.fp32 if kernel.exact else card.rate(dtype)
+    memory_us = kernel.bytes / (card.memory * share.memory * 1e3)
+    return max(memory_us, kernel.flops / (rate * share.rate * 1e6))
+
+
+def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
+    """Predictions of forward + backward: microseconds on the floor, then each provider's ratio."""
+    lines = [
+        f"\n{card.name} ({card.arch}): PREDICTION, not a measurement",
+        f"  {card.memory:g} GB/s x {share.memory:.2f}, {card.rate(chosen[0].dtype):g} TFLOP/s x "
+        f"{share.rate:.2f} ({share.source}); {GAP_US:g} us a launch; datasheet: {card.source}",
+        f"  {'forward + backward':<46}{'floor us':>10}"
+        + "".join(f"{name:>19}" for name in COSTS if name != "floor"),
+    ]
+    for case in chosen:
+        found = {name: predict(card, name, case, "forward_backward", share) for name in COSTS}
+        floor = found.pop("floor")
+        if floor is None:
+            lines.append(f"  {case!s:<46}{refusal(card, 'floor', case)}")
+            continue
+        mark = "*" if _fits_cache(card, case) else " "
+        cells = "".join(
+            f"{'-' if p is None else f'{p.microseconds / floor.microseconds:.2f} x':>19}"
+            for p in found.values()
+        )
+        lines.append(f"  {f'{case} {mark}':<46}{floor.microseconds:>10.1f}{cells}")
+    return "\n".join(lines)
+
+
+def _fits_cache(card: Card, case: Case) -> bool:
+    width = case.layer.K + sum(case.layer.N)
+    return case.M * width * case.torch_dtype.itemsize < card.l2 * 2**20
+
+
+def kernel_lines(case: Case) -> list[str]:
+    """Each launch of each provider in one case, as declared."""
+    lines = [f"\n  declared for {case}, forward + backward"]
+    for name in COSTS:
+        if name == "fused" and case.dropout:
+            continue
+        kernels = kernels_of(name, case, "forward_backward")
+        total = sum(kernel.bytes for kernel in kernels) / 1e6
+        lines.append(f"  {name}: {len(kernels)} launches, {total:.1f} MB")
+        lines += [
+            f"    {k.name:<18}{k.bytes / 1e6:>10.2f} MB{k.flops / 1e9:>10.2f} GFLOP"
+            for k in kernels
+        ]
+    return lines
+
+
+def errors(measured: Sequence[Row]) -> str:
+    """Predicted over measured on every card that has a datasheet row and results."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in measured:
+        card = card_of(row["gpu"])
+        if card is None or row["mode"] != "graph" or not row.get("median_us"):
+            continue
+        case = case_of(row)
+        if case is None:
+            continue
+        share = efficiency(card, row["dtype"], measured)
+        predicted = predict(card, row["provider"], case, row["direction"], share)
+        if predicted is not None:
+            error = predicted.microseconds / row["median_us"] - 1
+            found.setdefault((card.name, row["provider"]), []).append(error)
+    if not found:
+        return "\nchecked against no card: there are no GPU results yet"
+    lines = ["\nerror of the predictions where measured (predicted / measured - 1)"]
+    for (card_name, provider), values in found.items():
+        size = statistics.median(map(abs, values))
+        lines.append(
+            f"  {card_name:<14}{provider:<20}median {statistics.median(values):+.0%}, median size "
+            f"{size:.0%}, from {min(values):+.0%} to {max(values):+.0%} over {len(values)} rows"
+        )
+    return "\n".join(lines)
+
+
+def case_of(row: Row) -> Case | None:
+    """The case of a result row; None if its layer is no longer a row."""
+    layer = LAYERS.get(row["case"])
+    if layer is None:
+        return None
+    return Case(layer, row["M"], row["R"], row["dropout"], row["dtype"])

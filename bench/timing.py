@@ -1,0 +1,158 @@
+"""How a call is timed, and how fast this machine copies and multiplies.
+
+On a GPU by device events, eagerly or by replaying a CUDA graph; on a CPU by the clock. A sample is
+one pass over a ring of buffers larger than the last-level cache: forward over all of them, then
+backward in reverse, as a model runs its layers, so that backward finds x where training finds it.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[], object]
+SAMPLES = 30
+MAX_BUFFERS = 64
+
+
+class Spread(NamedTuple):
+    """Median and the 20th and 80th percentile, in microseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(samples: list[float]) -> Spread:
+    """The spread of samples; they are few, so percentiles are samples themselves."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Spread(
+        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    )
+
+
+def noise(first: list[float], second: list[float]) -> float:
+    """The relative difference between two timings of the same thing."""
+    a, b = statistics.median(first), statistics.median(second)
+    return abs(a - b) / min(a, b)
+
+
+def is_tie(a: float, b: float, noise_a: float, noise_b: float) -> bool:
+    """Whether two medians differ by no more than the noise of either."""
+    return abs(a - b) / min(a, b) <= max(noise_a, noise_b)
+
+
+def buffer_count(device: torch.device, bytes_each: int) -> int:
+    """How many buffers of that size outgrow the cache; two at least."""
+    if device.type != "cuda":
+        return 2
+    wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MAX_BUFFERS, -(-wanted // max(1, bytes_each))))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(run: Run, device: torch.device, count: int, warm_up: int = 3) -> list[float]:
+    """Microseconds of `count` runs, after `warm_up` unmeasured ones."""
+    for _ in range(warm_up):
+        run()
+    synchronize(device)
+    gc.disable()  # a collection inside a sample would be charged to whoever runs then
+    try:
+        timer = _device_time if device.type == "cuda" else _clock_time
+        return [timer(run) for _ in range(count)]
+    finally:
+        gc.enable()
+
+
+def _device_time(run: Run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _clock_time(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
+
+
+def captured(run: Run) -> Run:
+    """`run` as the replay of a CUDA graph; kernels compile and libraries warm up before capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """The most memory a run allocates above what is allocated before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    run()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Attainable GB/s of memory: bytes read plus bytes written by a large copy."""
+    size = 32 << 20
+    if device.type == "cuda":
+        size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = statistics.median(sample(lambda: target.copy_(source), device, SAMPLES)) * 1e-6
+    return 2 * size / seconds / 1e9
+
+
+@cache
+def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Attainable TFLOP/s: a square matrix product of the vendor's library."""
+    n = 1024 if device.type != "cuda" else 4096 if dtype is torch.float32 else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    count = SAMPLES if device.type == "cuda" else 10
+    with matmul_precision(tf32):
+        seconds = statistics.median(sample(lambda: torch.mm(a, b, out=out), device, count)) * 1e-6
+    return 2 * n**3 / seconds / 1e12
+
+
+class matmul_precision:  # noqa: N801 - used as a function
+    """Context: let float32 products use tensor cores (TF32), or not."""
+
+    def __init__(self, tf32: bool) -> None:
+        self.wanted = "high" if tf32 else "highest"
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.wanted)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_float32_matmul_precision(self.before)

@@ -1,0 +1,236 @@
+"""End to end, host, roofline and plots: each subcommand runs on a CPU, small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import end_to_end, host, plots, records, roofline, training_run
+from bench.cards import CARDS, card_of
+from bench.cases import LAYERS, Case
+from bench.costs import COSTS, kernels_of, minimum
+from bench.subjects import METHODS, MODELS, PRECISIONS
+
+CPU = torch.device("cpu")
+
+
+def end_to_end_row(**changes):
+    row = {"suite": "end_to_end", "model": "roberta-base", "method": "peft", "provider": "peft"}
+    row |= {"precision": "bf16", "batch": 16, "length": 128, "status": "timed"}
+    return row | {"samples_per_second": 100.0, "step_ms": 160.0, **changes}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_end_to_end_steps(tmp_path, name, capsys):
+    methods = ("full", "peft", "lora", "lora-graph")
+    arguments = ["end_to_end", "--tiny", "--models", name, "--methods", *methods, "--steps", "1"]
+    arguments += ["--precisions", "bf16-autocast", "--results", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = {row["method"]: row for row in records.read(path)}
+    assert path.name.startswith("cpu-") and path.name.endswith("-end-to-end.json")
+    for method in methods:
+        assert set(records.FIELDS["end_to_end"]) <= set(rows[method])
+        assert rows[method]["model"] == f"tiny-{name}"
+    assert rows["lora-graph"]["status"] == "unavailable"
+    assert rows["lora"]["samples_per_second"] > 0
+    # Both kinds of LoRA train the same parameters.
+    assert rows["lora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
+    capsys.readouterr()
+    assert command.main(arguments) == 0  # nothing is measured again
+    assert "samples/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", [name for name, row in PRECISIONS.items() if not row.scaled])
+def test_a_step_trains(precision):
+    torch.manual_seed(0)
+    row, method = MODELS["gpt2"], METHODS["lora"]
+    model = row.build(CPU, PRECISIONS[precision].weights, tiny=True)
+    model = method.attach(model, row, end_to_end.Recipe(dropout=0.0))
+    inputs = {"input_ids": torch.randint(5, 100, (2, 8)), "labels": torch.tensor([0, 1])}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step = end_to_end.training_step(model, inputs, method, PRECISIONS[precision], CPU)
+    step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_B" in name for name in changed)
+    assert all("lora_" in name or "score" in name for name in changed)
+
+
+def test_training_run_puts_both_side_by_side(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fake(command, **_):
+        calls.append(command)
+        directory = command[command.index("--output-dir") + 1]
+        method = command[command.index("--method") + 1]
+        result = {"task": "toy", "model": "/somewhere/toy-model", "metrics": {"test": {"acc": 0.5}}}
+        result |= {"seconds": 2.0 if method == "lora" else 3.0, "samples_per_second": 10.0}
+        training_run.Path(directory).mkdir()
+        (training_run.Path(directory) / "result.json").write_text(json.dumps(result))
+        return training_run.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(training_run.subprocess, "run", fake)
+    flags = ["--results", str(tmp_path), "--train-run", "--task", "toy", "--epochs", "1"]
+    assert command.main(["end_to_end", *flags]) == 0
+    assert [c[c.index("--method") + 1] for c in calls] == ["peft", "lora"]
+    assert all(c[3:7] == ["--task", "toy", "--epochs", "1"] for c in calls)
+    assert "test acc 0.5000" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    assert {row["model"] for row in records.read(path)} == {"toy-model"}
+    assert command.main(["end_to_end", "--train-run", "--method", "full"]) == 2
+
+
+def test_host_suite(tmp_path, capsys):
+    arguments = ["host", "--tiny", "--samples", "2", "--results", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = records.read(path)
+    assert {row["case"] for row in rows} == {"linears", "encoder", "overhead of a call", "import"}
+    assert all(row["median_us"] > 0 and row["status"] == "timed" for row in rows)
+    assert len(rows) == 2 * 2 * 2 * 3 + 3 + 1
+    assert "goal 50 ms" in capsys.readouterr().out
+
+
+def test_host_suite_refuses_a_wrong_layer(monkeypatch):
+    real = host.attach
+
+    def spoilt(provider, subject, dropout):
+        model = real(provider, subject, dropout)
+        if provider == "library":
+            model.up.lora_B.data.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(host, "attach", spoilt)
+    rows = host.measure("linears", "bf16-autocast", 0.0, 1, tiny=True)
+    assert [row["status"] for row in rows] == ["timed", "timed", "wrong"]
+    assert "median_us" not in rows[-1]
+
+
+# 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: worked out by hand.
+HAND = Case(LAYERS["roberta-base.query"], 4096, 16, 0.1, "bfloat16")
+MK = MN = 4096 * 768
+NK, MR, RK = 768 * 768, 4096 * 16, 16 * 768
+
+
+def test_floor_bytes_and_flops_by_hand():
+    forward, backward = kernels_of("floor", HAND, "forward_backward")
+    assert forward.bytes == backward.bytes == 2 * (MK + NK + MN) == 13_762_560
+    assert forward.flops == 2 * 4096 * 768 * 768 == 4_831_838_208
+    assert minimum(HAND, "forward_backward").bytes == 2 * 13_762_560
+
+
+def test_split_bytes_by_hand():
+    kernels = {k.name: k for k in kernels_of("split", HAND, "forward_backward")}
+    mask = MK // 8
+    assert kernels["project"].bytes == 2 * MK + 4 * RK + 2 * MR + mask == 6_864_896
+    assert kernels["seeded gemm"].bytes == 13_762_560 + 2 * MR + 4 * 768 * 16
+    assert kernels["seeded gemm"].flops == 4_831_838_208 + 2 * 4096 * 768 * 16
+    partial_dh, partial_g = 4 * MR * 6, 4 * 16 * 768 * 16  # 768 / 128 blocks, 4096 / 256 ranges
+    expected = 2 * MN + 2 * MR + 4 * 768 * 16 + partial_dh + partial_g
+    assert kernels["output gradients"].bytes == expected
+    assert kernels["seeded dx"].bytes == 13_762_560 + 2 * MR + 4 * RK + mask
+    assert len(kernels) == 8
+
+
+def test_prediction_by_hand():
+    card = CARDS["RTX 3070"]
+    share = roofline.Efficiency(0.5, 0.5, "test")
+    found = roofline.predict(card, "floor", HAND, "forward", share)
+    memory_us = 13_762_560 / (448e9 * 0.5) * 1e6
+    compute_us = 4_831_838_208 / (40.6e12 * 0.5) * 1e6
+    assert found.launches == 1
+    assert found.microseconds == pytest.approx(max(memory_us, compute_us) + roofline.GAP_US)
+
+
+def test_more_work_never_costs_less():
+    share = roofline.Efficiency(0.85, 0.7, "test")
+    for card in CARDS.values():
+        if card.arch == "sm_75":
+            continue
+        for name in LAYERS:
+            case = Case(LAYERS[name], 4096)
+            floor = roofline.predict(card, "floor", case, "forward_backward", share)
+            group = len(case.layer.N) > 1  # ours may read x once where the floor reads it thrice
+            for provider in COSTS:
+                found = roofline.predict(card, provider, case, "forward_backward", share)
+                if found is not None and provider != "floor" and not group:
+                    assert found.microseconds > floor.microseconds, (card.name, name, provider)
+
+
+def test_cards_are_told_apart():
+    assert card_of("NVIDIA GeForce RTX 3070 Ti") is CARDS["RTX 3070 Ti"]
+    assert card_of("NVIDIA GeForce RTX 3070") is CARDS["RTX 3070"]
+    assert card_of("NVIDIA H200") is CARDS["H200"]
+    assert card_of("CPU AMD EPYC") is None
+
+
+def test_roofline_prints_predictions(tmp_path, capsys):
+    results = ["--results", str(tmp_path)]
+    assert command.main(["roofline", "--gpu", "RTX 3070", "--kernels", *results]) == 0
+    out = capsys.readouterr().out
+    assert "RTX 3070 (sm_86): PREDICTION, not a measurement" in out
+    assert "assumed: no card has been measured" in out
+    assert "checked against no card" in out
+    assert command.main(["roofline", "--gpu", "RTX 2080 Ti", *results]) == 0
+    assert "no fast bfloat16 on sm_75" in capsys.readouterr().out
+    assert command.main(["roofline", "--gpu", "GTX 1080"]) == 2
+    assert command.main(["roofline", "--case", "nothing"]) == 2
+
+
+def kernel_row(**changes):
+    row = {"suite": "kernels", "case": HAND.layer.name, "provider": "floor", "mode": "graph"}
+    row |= {"direction": "forward_backward", "M": 4096, "N": 768, "K": 768, "R": 16, "noise": 0.0}
+    row |= {"dtype": "bfloat16", "dropout": 0.1, "status": "timed", "median_us": 50.0}
+    row |= {"floor_ratio": 1.0, "gpu": "NVIDIA H200", "device": "cuda"}
+    return row | {"copy_gb_per_s": 2400.0, "matrix_tflops": 494.7, **changes}
+
+
+def test_roofline_is_checked_against_measured_cards(tmp_path, capsys):
+    rows = [kernel_row(), kernel_row(provider="split", median_us=80.0)]
+    share = roofline.efficiency(CARDS["H200"], "bfloat16", rows)
+    assert share == roofline.Efficiency(0.5, 0.5, "measured on H200")
+    assert roofline.efficiency(CARDS["RTX 3070"], "bfloat16", rows).source == "measured on H200"
+    records.write(tmp_path / "nvidia-h200-kernels.json", rows)
+    assert command.main(["roofline", "--gpu", "H200", "--results", str(tmp_path)]) == 0
+    predicted = roofline.predict(CARDS["H200"], "split", HAND, "forward_backward", share)
+    error = predicted.microseconds / 80 - 1
+    assert f"split               median {error:+.0%}" in capsys.readouterr().out
+
+
+def test_plots_are_made_of_what_was_measured(tmp_path, capsys):
+    assert command.main(["plots", "--results", str(tmp_path)]) == 1
+    assert "no picture" in capsys.readouterr().out
+    records.write(
+        tmp_path / "nvidia-h200-kernels.json",
+        [
+            kernel_row(case=case, M=M, provider=name, median_us=us, floor_ratio=us / 50)
+            for case in ("roberta-base.query", "roberta-base.up")
+            for M in (2048, 4096)
+            for name, us in (("floor", 50.0), ("peft", 150.0), ("auto", 60.0))
+        ],
+    )
+    records.write(
+        tmp_path / "nvidia-h200-end-to-end.json",
+        [
+            {**end_to_end_row(method=m), "gpu": "NVIDIA H200", "peak_memory_bytes": 2**31}
+            for m in ("full", "peft", "lora")
+        ],
+    )
+    assert command.main(["plots", "--results", str(tmp_path)]) == 0
+    made = {path.name for path in tmp_path.iterdir() if path.suffix in (".svg", ".png")}
+    names = ("overhead", "speed-up", "end-to-end")
+    assert made == {f"nvidia-h200-{name}.{kind}" for name in names for kind in ("svg", "png")}
+    svg = (tmp_path / "nvidia-h200-overhead.svg").read_text()
+    assert "NVIDIA H200" in svg and "python -m bench kernels" in svg and "peft" in svg
+    first = {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    plots.run(_plot_arguments(tmp_path))
+    assert first == {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
+
+
+def _plot_arguments(folder):
+    import argparse
+
+    return argparse.Namespace(results=folder, output=None)
