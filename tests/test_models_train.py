@@ -165,14 +165,14 @@ def test_labels_stay_with_their_texts_up_to_the_model(arguments, tokenizer):
 
 
 def test_the_label_check_sees_permuted_labels(arguments, tokenizer, monkeypatch):
-    original = module._tokenise
+    original = module.tokens.tokenise
 
     def shifted(split, *rest):
         tokens = original(split, *rest)
         labels = tokens["labels"][:]
         return tokens.remove_columns("labels").add_column("labels", labels[1:] + labels[:1])
 
-    monkeypatch.setattr(module, "_tokenise", shifted)
+    monkeypatch.setattr(module.tokens, "tokenise", shifted)
     spy = Spy()
     train(arguments(epochs=1), callbacks=(spy,))
     with pytest.raises(AssertionError, match="label of another"):
