@@ -139,6 +139,10 @@ def lora_linears(
     if torch.compiler.is_compiling():
         y = ops.forward(rows, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy)[2:]
         return tuple(y) if x.dim() == 2 else tuple(each.view(*x.shape[:-1], -1) for each in y)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
+        )
     row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, dropout > 0, G, strategy)
     call = _Call(scale, dropout, seed, row, tiles, G)
     y = _LoRALinears.apply(rows, call, *weights, *lora_A, *lora_B, *biases)

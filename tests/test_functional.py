@@ -204,6 +204,16 @@ def test_a_second_derivative_is_refused():
         dx.sum().backward()
 
 
+def test_torch_func_is_refused_in_words():
+    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float32)
+
+    def loss(lora_A):
+        return lora_linear(given.x, given.weight, lora_A, given.lora_B).sum()
+
+    with pytest.raises(RuntimeError, match="torch.func"):
+        torch.func.grad(loss)(given.lora_A.detach())
+
+
 def bad(**changes):
     """A fitting call with some arguments replaced."""
     arguments = {
