@@ -17,8 +17,9 @@ from .cases import Case
 TILE = 128  # columns of an output tile: how often the fused kernel repeats x lora_A^T
 SPLITS = 64  # row ranges of a column gradient, at most; one for 256 rows
 # Bytes an element of x that plain torch moves in lora_kernels.masks: `draw` walks over its int64
-# lanes (2 bytes an element) 60 bytes' worth and packs in 8; `unpack` writes and reads 7.
-DRAW_BYTES, UNPACK_BYTES = 68, 7
+# lanes (2 bytes an element) 60 bytes' worth and packs in 8; `unpack` looks bytes up: 1.1, and x's
+# own 2 bytes out.
+DRAW_BYTES, UNPACK_BYTES = 68, 3
 
 
 class Kernel(NamedTuple):
