@@ -9,6 +9,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # pytest workers where there is no GPU; on a GPU the tests share it in one process.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# Half of what nproc counts, since that is often two a core.
+THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? 1 : n / 2)))
 ARGS ?=
 
 DEMO_EXTRAS := models,demo
@@ -23,8 +25,9 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, WORKERS=2, ARGS='more arguments'"
 
+# The model is small: on a CPU more threads than cores would only wait for one another.
 demo: $(VENV)/.installed-demo ## make the environment, install, fine-tune the embedded default into runs/demo
-	$(RUN) -m models.train --output-dir runs/demo $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(RUN) -m models.train --epochs 2 --learning-rate 2e-3 --output-dir runs/demo $(ARGS)
 
 test: lint types pytest ## make the environment, install, check style, types and behaviour
 

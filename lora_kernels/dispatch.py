@@ -211,12 +211,16 @@ def _best(problem: Problem) -> tuple[str, str, Mapping[str, Tile]]:
         return "library", refusal, {}
     if problem.gpu:
         row = load_table(table_path(problem.gpu)).get(problem.key)
-        if row is not None and row.strategy in STRATEGIES:
+        if row is not None and _can(row.strategy, problem):
             return row.strategy, f"measured on this card: {row.median_us:.0f} us", row.tiles
     times = sorted((predict(problem, name), name) for name in STRATEGIES)
     (best, name), (second, other) = times[:2]
     reason = f"cost model: {best:.0f} us forward + backward, {other} {second:.0f} us"
     return name, f"{STRATEGIES[name].summary} ({reason})", {}
+
+
+def _can(strategy: str, problem: Problem) -> bool:
+    return strategy in STRATEGIES and STRATEGIES[strategy].supports(problem) is None
 
 
 def predict(problem: Problem, strategy: str) -> float:

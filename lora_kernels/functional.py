@@ -120,7 +120,8 @@ def lora_linears(
     """`lora_linear` for a group of layers that read the same x at one rank, scale and dropout.
 
     `biases` has one for each layer, or is empty. One read of x serves all, and one dx sums over
-    all; every layer draws a dropout mask of its own.
+    all; every layer draws a dropout mask of its own. Layers that differ in rank or layout run
+    one by one.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
@@ -129,6 +130,18 @@ def lora_linears(
     G = len(weights)
     for g in range(G):
         check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout)
+    if G > 1 and not all(_one_layout(tensors) for tensors in (weights, lora_A, lora_B)):
+        options: Any = {
+            "scale": scale,
+            "dropout": dropout,
+            "training": training,
+            "strategy": strategy,
+        }
+        one = (slice(g, g + 1) for g in range(G))
+        alone = (
+            lora_linears(x, weights[g], lora_A[g], lora_B[g], biases[g], **options) for g in one
+        )
+        return tuple(y for (y,) in alone)
     R, K = lora_A[0].shape
     N = max(weight.shape[0] for weight in weights) if G > 1 else weights[0].shape[0]
     if not training:
@@ -138,7 +151,11 @@ def lora_linears(
     seed = masks.draw_seed(x.device) if dropout else None
     if torch.compiler.is_compiling():
         y = ops.forward(rows, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy)[2:]
-        return tuple(y) if x.dim() == 2 else tuple(each.view(*x.shape[:-1], -1) for each in y)
+        return (
+            tuple(y)
+            if x.dim() == 2
+            else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
+        )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
@@ -147,6 +164,15 @@ def lora_linears(
     call = _Call(scale, dropout, seed, row, tiles, G)
     y = _LoRALinears.apply(rows, call, *weights, *lora_A, *lora_B, *biases)
     return y if x.dim() == 2 else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
+
+
+def _one_layout(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether kernels may take the strides, the dtype and the rank of the first for all."""
+    first = tensors[0]
+    stride, dtype, last = first.stride(), first.dtype, first.shape[1]
+    return all(
+        t.stride() == stride and t.dtype is dtype and t.shape[1] == last for t in tensors[1:]
+    )
 
 
 def check(

@@ -220,6 +220,23 @@ def test_copies_and_pickles_hold_their_own_group(x):
         torch.testing.assert_close(twin(x), model(x))
 
 
+def test_members_of_another_layout_or_rank_are_computed_one_by_one():
+    """A parameter replaced after grouping must not be read with its sibling's strides."""
+    given = members((24, 24), 4, torch.float32)
+    x, (first, second) = given[0].x, given
+    third = inputs(Case(M=70, N=24, K=48, R=5), torch.float32, 7)
+    second.lora_B = second.lora_B.detach().T.contiguous().T
+    second.weight = second.weight.T.contiguous().T
+    for group in ((first, second), (first, third)):
+        together = lora_linears(
+            x, *(tuple(getattr(m, n) for m in group) for n in ("weight", "lora_A", "lora_B")), (),
+            scale=0.5, dropout=0.0, training=True, strategy="split",
+        )  # fmt: skip
+        for y, m in zip(together, group, strict=True):
+            exact = reference.forward(x, m.weight, m.lora_A, m.lora_B, scale=0.5)
+            torch.testing.assert_close(y, exact)
+
+
 def test_layers_that_differ_are_left_alone():
     assert group_siblings(Attention(key=8)) == (("query", "value"),)
     assert group_siblings(nn.ModuleDict({"crossattention": Attention()})) == ()

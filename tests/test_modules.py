@@ -377,7 +377,9 @@ def test_the_frozen_weight_is_cast_once_under_autocast(kind):
         assert casts.count == 1
     with Casts(layer.weight.numel()) as casts, autocast(torch.float16):
         layer(batch())
+        layer(batch())
     assert casts.count == 1, "another dtype of autocast is another copy"
+    assert torch.equal(layer._cast, layer.weight.half()), "of the weight, not of the other copy"
     half = adapted(kind, dtype=torch.bfloat16)
     with Casts(layer.weight.numel()) as casts, autocast():
         half(batch())

@@ -47,6 +47,11 @@ def test_a_measured_row_is_chosen_and_says_so():
     assert "cost model" in choose(other).reason
 
 
+def test_a_row_that_cannot_is_not_chosen():
+    store_rows(tuning.table_path(PROBLEM.gpu), PROBLEM.gpu, {PROBLEM.key: row("fused")})
+    assert PROBLEM.dropout and choose(PROBLEM).strategy != "fused"
+
+
 def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
     import dataclasses
 
