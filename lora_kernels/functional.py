@@ -38,7 +38,7 @@ class _LoRALinears(torch.autograd.Function):
         y, h, mask = strategy.forward(x, _layers(G, parameters), scale, dropout, seed, tiles)
         wants_dx, wants_dA, wants_dB = _wanted(ctx, G)
         ctx.save_for_backward(
-            x if wants_dA else None,
+            x if wants_dA or True in ctx.needs_input_grad[_FIRST : _FIRST + G] else None,
             h if wants_dB else None,
             mask if wants_dx or wants_dA else None,
             *(parameters[:G] if wants_dx else (None,) * G),
@@ -58,10 +58,11 @@ class _LoRALinears(torch.autograd.Function):
             dx, dlora_A, dlora_B = strategy.backward(
                 dy, x, _layers(G, parameters), h, mask, scale, dropout, wanted, tiles
             )
-        needs_bias = ctx.needs_input_grad[_FIRST + 3 * G :]
-        dbias = (d.sum(0) if needed else None for d, needed in zip(dy, needs_bias, strict=False))
+        needs = ctx.needs_input_grad[_FIRST:]
+        dweight = (d.T @ x if needed else None for d, needed in zip(dy, needs[:G], strict=True))
+        dbias = (d.sum(0) if needed else None for d, needed in zip(dy, needs[3 * G :]))  # noqa: B905
         nothing = (None,) * G
-        return dx, None, *nothing, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+        return dx, None, *dweight, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
 
 
 _FIRST = 2  # the place of the first parameter among the arguments of apply
@@ -93,14 +94,15 @@ def lora_linear(
 
         y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
 
-    x [..., K], weight [N, K] (frozen; any strides, so a Conv1D weight is passed as `weight.T`),
+    x [..., K], weight [N, K] (any strides, so a Conv1D weight is passed as `weight.T`; LoRA freezes
+    it, and one that asks for a gradient gets it by a plain product),
     bias [N], lora_A [R, K], lora_B [N, R] -> y [..., N]. D is dropout with probability `dropout`,
     on the low-rank branch alone and only if `training`. x and weight share one of fp16, bf16, fp32,
     fp64; lora_A and lora_B may be of any floating dtype and get their gradients in it. Under
     torch.autocast x and weight are cast to its dtype.
 
     Raises ValueError for shapes that do not fit, a rank below 1, mixed devices, a dropout outside
-    [0, 1), an unknown strategy or a weight that asks for a gradient; TypeError for dtypes that do
+    [0, 1), an unknown strategy; TypeError for dtypes that do
     not fit. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in Hugging Face PEFT.
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
@@ -215,11 +217,6 @@ def check(
         devices = [str(t.device) for t in (x, weight, bias, lora_A, lora_B) if t is not None]
         raise ValueError(
             f"x, weight, (bias,) lora_A and lora_B must share one device: got {devices}"
-        )
-    if weight.requires_grad:
-        raise ValueError(
-            "weight asks for a gradient, but LoRA's base weight is frozen: call "
-            "weight.requires_grad_(False)"
         )
 
 

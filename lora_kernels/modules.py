@@ -202,6 +202,8 @@ class FusedLoRALinear(nn.Module):
         device = x.device.type
         if not torch.is_autocast_enabled(device) or weight.dtype is torch.float64:
             return weight
+        if weight.requires_grad:  # unfrozen by hand: the cast is part of the graph
+            return weight
         dtype = torch.get_autocast_dtype(device)
         if weight.dtype is dtype:
             return weight

@@ -93,8 +93,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, lora_A, lora_B, biases, _, *call = inputs
     G, needs = len(weights), ctx.needs_input_grad  # flat here, the lists laid end to end
     ctx.wanted = needs[0], any(needs[1 + G : 1 + 2 * G]), any(needs[1 + 2 * G : 1 + 3 * G])
+    ctx.needs_weight = needs[1 : 1 + G]
     ctx.needs_bias, ctx.G, ctx.call = needs[1 + 3 * G : 1 + 3 * G + len(biases)], G, call
-    ctx.save_for_backward(x if ctx.wanted[1] else None, *output[:2], *weights, *lora_A, *lora_B)
+    needs_x = ctx.wanted[1] or any(ctx.needs_weight)
+    ctx.save_for_backward(x if needs_x else None, *output[:2], *weights, *lora_A, *lora_B)
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
@@ -106,7 +108,7 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     nothing = [None] * G
     return (
         dx if wanted_x else None,
-        nothing,
+        [d.T @ x if needed else None for d, needed in zip(dy, ctx.needs_weight, strict=True)],
         dlora[:G] if wanted_A else nothing,
         dlora[G:] if wanted_B else nothing,
         [d.sum(0) if needed else None for d, needed in zip(dy, ctx.needs_bias, strict=False)],
