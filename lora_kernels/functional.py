@@ -94,16 +94,16 @@ def lora_linear(
 
         y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
 
-    x [..., K], weight [N, K] (any strides, so a Conv1D weight is passed as `weight.T`; LoRA freezes
-    it, and one that asks for a gradient gets it by a plain product),
-    bias [N], lora_A [R, K], lora_B [N, R] -> y [..., N]. D is dropout with probability `dropout`,
-    on the low-rank branch alone and only if `training`. x and weight share one of fp16, bf16, fp32,
-    fp64; lora_A and lora_B may be of any floating dtype and get their gradients in it. Under
-    torch.autocast x and weight are cast to its dtype.
+    x [..., K], weight [N, K] (any strides, so a Conv1D weight is passed as `weight.T`), bias [N],
+    lora_A [R, K], lora_B [N, R] -> y [..., N]. D is dropout with probability `dropout`, on the
+    low-rank branch alone and only if `training`. x and weight share one of fp16, bf16, fp32, fp64;
+    lora_A and lora_B may be of any floating dtype and get their gradients in it. Under
+    torch.autocast x and weight are cast to its dtype. LoRA freezes weight; one that asks for a
+    gradient gets it, by a plain product.
 
     Raises ValueError for shapes that do not fit, a rank below 1, mixed devices, a dropout outside
-    [0, 1), an unknown strategy; TypeError for dtypes that do
-    not fit. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in Hugging Face PEFT.
+    [0, 1) or an unknown strategy; TypeError for dtypes that do not fit; RuntimeError under
+    torch.func. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in Hugging Face PEFT.
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
