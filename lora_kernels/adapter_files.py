@@ -13,14 +13,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .columns import Ranges
+
 
 @dataclass(frozen=True)
 class LayerValues:
-    """lora_A [R, K] and lora_B [N, R] of one layer; alpha is None where the file does not say."""
+    """lora_A [R, K] and lora_B [N, R] of one layer; alpha is None where the file does not say.
+
+    With `columns`, LoRA on those alone, unfolded: R is the rank summed over them (see `columns`).
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float | None
+    columns: Ranges | None = None
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,25 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .adapter_files import Adapter, write_files
+from .adapter_files import Adapter, LayerValues, write_files
+from .columns import check_columns, fold
 from .injection import describe, fused_layers, inject, refuse_injected
 from .loralib_format import read_loralib
-from .modules import FusedLoRALinear, LoRAConfig
+from .modules import FusedLoRALinear, LoRAConfig, features_of
 from .peft_format import (
     CONFIG_NAME,
     PICKLE_NAME,
     PREFIX,
     WEIGHTS_NAME,
+    columns_metadata,
     peft_config,
     read_peft,
     trained_by_peft,
 )
 from .report import Report
-from .targets import features_of, find_train, near_misses, why_not
+from .targets import find_train, near_misses, why_not
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -54,8 +56,11 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to save")
     config = peft_config(model, layers, _trained(model))
-    state = {f"{PREFIX}{path}.lora_A.weight": layer.lora_A for path, layer in layers.items()}
-    state |= {f"{PREFIX}{path}.lora_B.weight": layer.lora_B for path, layer in layers.items()}
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        lora_A, lora_B = layer.unfolded()
+        state[f"{PREFIX}{name}.lora_A.weight"] = lora_A
+        state[f"{PREFIX}{name}.lora_B.weight"] = lora_B
     for name in trained_by_peft(model, config["modules_to_save"] or ()):
         module = model.get_submodule(name)
         state |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
@@ -63,7 +68,8 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     tensors = {
         key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
     }
-    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    metadata = {"format": "pt", **columns_metadata(layers)}
+    content = safetensors.torch.save(tensors, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_files(Path(path), {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
 
@@ -81,9 +87,9 @@ def load_adapter(
     A plain model gets LoRA layers first, as the file says; a model that has them gets values only.
     Everything is checked before anything is changed. Loaded parameters train; call
     `model.requires_grad_(False)` to freeze them. A loralib file does not say its `alpha`: pass it
-    for a plain model. Its `MergedLinear` (query, key and value in one weight) becomes one LoRA of
-    the summed rank with a block-diagonal lora_B, which computes the same; where only some segments
-    have LoRA, pass `enable_lora` as in loralib. Pickles are read with weights_only=True.
+    for a plain model. Its `MergedLinear` (query, key and value in one weight) becomes LoRA on
+    columns of that weight; where only some segments have LoRA, pass `enable_lora` as in loralib.
+    Pickles are read with weights_only=True.
 
     Raises:
         FileNotFoundError: nothing at `path`, or a file of the directory is missing.
@@ -107,10 +113,8 @@ def load_adapter(
     train = _trained(model) if injected else list(adapter.train)
     _check_fit(model, adapter, train)
     if not injected:
-        ranks = {
-            name: (values.lora_A.shape[0], values.alpha or 0.0)
-            for name, values in adapter.layers.items()
-        }
+        ranks = {name: _rank(values, adapter.rslora) for name, values in adapter.layers.items()}
+        columns = {name: values.columns for name, values in adapter.layers.items()}
         rank, common_alpha = Counter(ranks.values()).most_common(1)[0][0]
         config = LoRAConfig(
             rank=rank,
@@ -121,15 +125,25 @@ def load_adapter(
             train=adapter.train,
             strategy=strategy,
         )
-        inject(model, config, ranks)
+        inject(model, config, ranks, columns=columns)
     state = model.state_dict()
     with torch.no_grad():
         for name, layer in fused_layers(model).items():
-            layer.lora_A.copy_(adapter.layers[name].lora_A)
-            layer.lora_B.copy_(adapter.layers[name].lora_B)
+            lora_A, lora_B = adapter.layers[name].lora_A, adapter.layers[name].lora_B
+            layer.lora_A.copy_(lora_A)
+            layer.lora_B.copy_(fold(lora_B, layer.columns) if layer.columns else lora_B)
         for key, value in adapter.others.items():
             state[key].copy_(value)
     return describe(model)
+
+
+def _rank(values: LayerValues, rslora: bool) -> tuple[int, float]:
+    """(rank, alpha) of the layer that these values make, at the scale of the file."""
+    rank, alpha = values.lora_A.shape[0], values.alpha or 0.0
+    if values.columns is None:
+        return rank, alpha
+    ranges = len(values.columns)
+    return rank // ranges, alpha / (math.sqrt(ranges) if rslora else ranges)
 
 
 def _read(
@@ -184,13 +198,21 @@ def _check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None
             continue
         layer = modules[path]
         K, N = features_of(layer)
-        rank = layer.rank if isinstance(layer, FusedLoRALinear) else values.lora_A.shape[0]
+        fused = isinstance(layer, FusedLoRALinear)
+        rank = len(layer.lora_A if fused else values.lora_A)
         for name, found, wanted in (
             ("lora_A", list(values.lora_A.shape), [rank, K]),
             ("lora_B", list(values.lora_B.shape), [N, rank]),
         ):
             if found != wanted:
                 problems.append(f"{path}.{name} is {found} in the file and {wanted} in the model")
+        columns = layer.columns if isinstance(layer, FusedLoRALinear) else values.columns
+        if columns and not problems:
+            try:
+                check_columns(columns, N)
+                fold(values.lora_B, columns)
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
         if isinstance(layer, FusedLoRALinear):
             if layer.merged:
                 problems.append(f"{path} is merged: unmerge it first")
@@ -225,7 +247,8 @@ def _alpha_problem(
     """The file's scale must be the layer's: the same values would mean another update."""
     if alpha is None:
         return []
-    scale = alpha / (math.sqrt(layer.rank) if rslora else layer.rank)
+    rank = len(layer.lora_A)  # of the file, where columns are unfolded
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
     if math.isclose(scale, layer.scale, rel_tol=1e-6):
         return []
     theirs, ours = f"alpha={alpha}, rslora={rslora}", f"alpha={layer.alpha}, rslora={layer.rslora}"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .columns import segments
 from .dispatch import STRATEGIES, Problem, choose, interpreting
 from .strategies import Layers, Wanted
 
@@ -50,7 +51,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class Specimen(NamedTuple):
-    """A layer whose training step is compiled; ragged sizes and every flag occur in some row."""
+    """A layer whose training step is compiled; ragged sizes and every flag occur in some row.
+
+    With `sliced`, `layers` of N / 3 columns each are adapted, as in GPT-2's c_attn.
+    """
 
     M: int
     N: int
@@ -60,6 +64,7 @@ class Specimen(NamedTuple):
     bias: bool
     conv1d: bool = False
     layers: int = 1
+    sliced: bool = False
 
 
 SPECIMENS = (
@@ -69,6 +74,7 @@ SPECIMENS = (
     Specimen(1000, 771, 773, 3, 0.1, bias=True),
     Specimen(4096, 768, 768, 8, 0.1, bias=True, layers=3),
     Specimen(4096, 768, 768, 8, 0.0, bias=True, layers=3),
+    Specimen(4096, 2304, 768, 8, 0.1, bias=True, conv1d=True, layers=2, sliced=True),
 )
 
 
@@ -158,9 +164,10 @@ def absent_card(arch: str) -> Iterator[_AbsentCard]:
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on meta tensors: every launch that a step on the card makes."""
-    M, N, K, R, dropout, bias, conv1d, G = specimen
+    M, N, K, R, dropout, bias, conv1d, G, sliced = specimen
     tf32 = dtype is torch.float32
-    choice = choose(Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G), strategy)
+    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, sliced=sliced)
+    choice = choose(problem, strategy)
     if choice.strategy != strategy or choice.tile is None:
         return  # a library, or refused (`fused` with dropout, say)
     row = STRATEGIES[strategy]
@@ -171,15 +178,19 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     x = tensor(M, K)
+    weights, stacked, width, columns = G, 1, N, None
+    if sliced:
+        weights, stacked, width, columns = 1, G, N * G // 3, segments(N, 3)[-G:]
     layers = Layers(
-        tuple(tensor(K, N).T if conv1d else tensor(N, K) for _ in range(G)),
-        tuple(tensor(N) for _ in range(G)) if bias else None,
-        tuple(tensor(R, K, dtype=adapter) for _ in range(G)),
-        tuple(tensor(N, R, dtype=adapter) for _ in range(G)),
+        tuple(tensor(K, N).T if conv1d else tensor(N, K) for _ in range(weights)),
+        tuple(tensor(N) for _ in range(weights)) if bias else None,
+        tuple(tensor(stacked * R, K, dtype=adapter) for _ in range(weights)),
+        tuple(tensor(width, R, dtype=adapter) for _ in range(weights)),
+        columns,
     )
     seed = tensor(1, dtype=torch.int64) if dropout else None
     _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tile)
-    dy = tuple(tensor(M, N) for _ in range(G))
+    dy = tuple(tensor(M, N) for _ in range(weights))
     row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tile)
 
 
@@ -226,7 +237,7 @@ def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
     blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
     flags = [n.lower() for n, v in constants.items() if v is True]
     layout = "conv1d" if compiled.specimen.conv1d else "linear"
-    layers = f"x{compiled.specimen.layers}"
+    layers = f"{'of' if compiled.specimen.sliced else 'x'}{compiled.specimen.layers}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
     tile = "-".join([*blocks, *depth, *flags, layout, layers])
     registers = spills = matrix = occupancy = None

@@ -35,7 +35,8 @@ from .tuning import (
 class Problem:
     """One call: y [M, N] from x [M, K] at rank R, for so many `layers` (N is the widest of them).
 
-    `arch` is "cpu", "sm_86", "gfx942", ...
+    With `sliced` they are so many ranges of the columns of a single weight. `arch` is "cpu",
+    "sm_86", "gfx942", ...
     """
 
     M: int
@@ -48,15 +49,17 @@ class Problem:
     tf32: bool = False
     layers: int = 1
     gpu: str = ""  # the card's name, for its tuned table
+    sliced: bool = False
 
     @classmethod
     def on(
         cls, device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, *,
-        dropout: bool, layers: int = 1,
+        dropout: bool, layers: int = 1, sliced: bool = False,
     ) -> Problem:  # fmt: skip
         """The problem on a device of this machine, with torch's own setting for TF32."""
         tf32 = dtype is torch.float32 and device.type == "cuda" and _tf32_allowed()
-        return cls(M, N, K, R, dtype, architecture(device), dropout, tf32, layers, _gpu(device))
+        arch, gpu = architecture(device), _gpu(device)
+        return cls(M, N, K, R, dtype, arch, dropout, tf32, layers, gpu, sliced)
 
     @property
     def key(self) -> str:
@@ -64,12 +67,14 @@ class Problem:
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         dropout = "-dropout" if self.dropout else ""
         rank = rank_block(self.R)
-        return f"{self.layers}x-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
+        count = f"{self.layers}{'-of' if self.sliced else 'x'}"
+        return f"{count}-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
 
     def __str__(self) -> str:
         dropout = ", dropout" if self.dropout else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        layers = f"{self.layers} layers, " if self.layers > 1 else ""
+        kind = "column ranges" if self.sliced else "layers"
+        layers = f"{self.layers} {kind}, " if self.layers > 1 or self.sliced else ""
         return f"{layers}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
 
 
@@ -145,6 +150,8 @@ def _triton_supports(problem: Problem) -> str | None:
 def _fused_supports(problem: Problem) -> str | None:
     if problem.dropout:
         return "dropout: x lora_A^T and x W^T would need different tiles of x"
+    if problem.sliced:
+        return "columns: every one of them, adapted or not, would pay for x lora_A^T"
     return _triton_supports(problem)
 
 
@@ -228,7 +235,8 @@ def predict(problem: Problem, strategy: str) -> float:
     if STRATEGIES[strategy].supports(problem) is not None:
         return math.inf
     p, size = problem, problem.dtype.itemsize
-    shape = p.M, p.N, p.K, p.R, size, p.layers, p.dropout
+    N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all
+    shape = p.M, N, p.K, p.R, size, p.layers, p.dropout
     tiles = _shipped(p)
     processors = cost.DATASHEETS.get(p.arch, cost.DEFAULT_SHEET).processors
     launches = cost.forward_launches(strategy, *shape)
@@ -252,17 +260,17 @@ def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Til
 @lru_cache(maxsize=8192)
 def _plan(
     device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
-    layers: int, strategy: str, precision: str | None,
+    layers: int, sliced: bool, strategy: str, precision: str | None,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
-    problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers)
+    problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
     choice = choose(problem, strategy)
     return STRATEGIES[choice.strategy], choice.tile
 
 
 def plan(
     device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
-    layers: int, strategy: str,
+    layers: int, sliced: bool, strategy: str,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
     """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
     precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    return _plan(device, bucket(M), N, K, R, dtype, dropout, layers, strategy, precision)
+    return _plan(device, bucket(M), N, K, R, dtype, dropout, layers, sliced, strategy, precision)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import masks, ops
+from .columns import Ranges, check_columns, widths
 from .dispatch import Strategy, check_strategy, plan
 from .strategies import Layers, Wanted
 from .tuning import Tiles
@@ -23,7 +24,8 @@ class _Call(NamedTuple):
     seed: Tensor | None
     strategy: Strategy
     tiles: Tiles | None
-    G: int
+    G: int  # how many weights; with `columns`, one
+    columns: Ranges | None
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -34,8 +36,9 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
-        scale, dropout, seed, strategy, tiles, G = call
-        y, h, mask = strategy.forward(x, _layers(G, parameters), scale, dropout, seed, tiles)
+        scale, dropout, seed, strategy, tiles, G, columns = call
+        layers = _layers(G, parameters, columns)
+        y, h, mask = strategy.forward(x, layers, scale, dropout, seed, tiles)
         wants_dx, wants_dA, wants_dB = _wanted(ctx, G)
         ctx.save_for_backward(
             x if wants_dA or True in ctx.needs_input_grad[_FIRST : _FIRST + G] else None,
@@ -51,12 +54,12 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
         x, h, mask, *parameters = ctx.saved_tensors
-        scale, dropout, _, strategy, tiles, G = ctx.call
+        scale, dropout, _, strategy, tiles, G, columns = ctx.call
         wanted = _wanted(ctx, G)
         dx = dlora_A = dlora_B = None
         if any(wanted):
             dx, dlora_A, dlora_B = strategy.backward(
-                dy, x, _layers(G, parameters), h, mask, scale, dropout, wanted, tiles
+                dy, x, _layers(G, parameters, columns), h, mask, scale, dropout, wanted, tiles
             )
         needs = ctx.needs_input_grad[_FIRST:]
         dweight = (d.T @ x if needed else None for d, needed in zip(dy, needs[:G], strict=True))
@@ -68,9 +71,9 @@ class _LoRALinears(torch.autograd.Function):
 _FIRST = 2  # the place of the first parameter among the arguments of apply
 
 
-def _layers(G: int, parameters: Sequence[Tensor]) -> Layers:
+def _layers(G: int, parameters: Sequence[Tensor], columns: Ranges | None) -> Layers:
     weight, lora_A, lora_B, bias = (tuple(parameters[i * G : (i + 1) * G]) for i in range(4))
-    return Layers(weight, bias or None, lora_A, lora_B)
+    return Layers(weight, bias or None, lora_A, lora_B, columns)
 
 
 def _wanted(ctx: Any, G: int) -> Wanted:
@@ -118,12 +121,15 @@ def lora_linear(
 def lora_linears(
     x: Tensor, weights: tuple[Tensor, ...], lora_A: tuple[Tensor, ...], lora_B: tuple[Tensor, ...],
     biases: tuple[Tensor, ...], *, scale: float, dropout: float, training: bool, strategy: str,
+    columns: Ranges | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`lora_linear` for a group of layers that read the same x at one rank, scale and dropout.
 
     `biases` has one for each layer, or is empty. One read of x serves all, and one dx sums over
     all; every layer draws a dropout mask of its own. Layers that differ in rank or layout run
-    one by one.
+    one by one. With `columns`, ascending (start, stop), the only weight has LoRA on those ranges of
+    its N columns: lora_A [G R, K] and lora_B [sum of widths, R] hold the ranges' adapters stacked,
+    and each range draws a mask of its own.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
@@ -131,7 +137,7 @@ def lora_linears(
         x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
     G = len(weights)
     for g in range(G):
-        check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout)
+        check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout, columns)
     if G > 1 and not all(_one_layout(tensors) for tensors in (weights, lora_A, lora_B)):
         options: Any = {
             "scale": scale,
@@ -144,15 +150,19 @@ def lora_linears(
             lora_linears(x, weights[g], lora_A[g], lora_B[g], biases[g], **options) for g in one
         )
         return tuple(y for (y,) in alone)
-    R, K = lora_A[0].shape
+    R, K = lora_B[0].shape[1], lora_A[0].shape[1]
     N = max(weight.shape[0] for weight in weights) if G > 1 else weights[0].shape[0]
+    count, sliced = (G, False) if columns is None else (len(columns), True)
     if not training:
         dropout = 0.0
     check_strategy(strategy)
     rows = x if x.dim() == 2 else x.reshape(-1, K)
     seed = masks.draw_seed(x.device) if dropout else None
     if torch.compiler.is_compiling():
-        y = ops.forward(rows, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy)[2:]
+        flat = [edge for each in columns or () for edge in each]
+        y = ops.forward(
+            rows, weights, lora_A, lora_B, biases, seed, flat, scale, dropout, strategy
+        )[2:]
         return (
             tuple(y)
             if x.dim() == 2
@@ -162,8 +172,9 @@ def lora_linears(
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
         )
-    row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, dropout > 0, G, strategy)
-    call = _Call(scale, dropout, seed, row, tiles, G)
+    drops = dropout > 0
+    row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, drops, count, sliced, strategy)
+    call = _Call(scale, dropout, seed, row, tiles, G, columns)
     y = _LoRALinears.apply(rows, call, *weights, *lora_A, *lora_B, *biases)
     return y if x.dim() == 2 else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
 
@@ -178,8 +189,9 @@ def _one_layout(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float,
+    columns: Ranges | None = None,
+) -> None:  # fmt: skip
     """One error that names the values, for inputs that do not fit."""
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
@@ -187,15 +199,20 @@ def check(
             f"{_shape(x)}, {_shape(weight)}, {_shape(lora_A)}, {_shape(lora_B)}"
         )
     N, K = weight.shape
-    R = lora_A.shape[0]
+    R, rows, width = lora_A.shape[0], lora_A.shape[0], N
+    if columns is not None:
+        check_columns(columns, N)
+        R, width = lora_B.shape[1], sum(widths(columns))
+        rows = len(columns) * R
     if x.shape[-1] != K:
         raise ValueError(f"x has {x.shape[-1]} features, but weight {_shape(weight)} takes K = {K}")
     if R < 1:
         raise ValueError(f"the rank must be at least 1: lora_A is {_shape(lora_A)}")
-    if lora_A.shape[1] != K or lora_B.shape[0] != N or lora_B.shape[1] != R:
+    if lora_A.shape != (rows, K) or lora_B.shape != (width, R):
+        where = "" if columns is None else f" with LoRA on columns {list(columns)}"
         raise ValueError(
-            f"for weight {_shape(weight)} and rank {R}, lora_A must be [{R}, {K}] and lora_B "
-            f"[{N}, {R}]: got {_shape(lora_A)} and {_shape(lora_B)}"
+            f"for weight {_shape(weight)} and rank {R}{where}, lora_A must be [{rows}, {K}] and "
+            f"lora_B [{width}, {R}]: got {_shape(lora_A)} and {_shape(lora_B)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias must be [{N}]: got {_shape(bias)}")

@@ -107,7 +107,7 @@ def _alike(names: tuple[str, ...], children: Mapping[str, nn.Module | None]) -> 
     sets: dict[Any, list[str]] = {}
     for name in names:
         layer = children.get(name)
-        if isinstance(layer, FusedLoRALinear) and layer.group is None:
+        if isinstance(layer, FusedLoRALinear) and layer.group is None and not layer.columns:
             weight = layer.weight
             key = (
                 layer.in_features, layer.rank, layer.scale, layer.dropout, layer.strategy,

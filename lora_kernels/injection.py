@@ -7,9 +7,11 @@ model is touched, and then swaps layers and freezes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
+from .columns import Ranges
 from .dispatch import choose
 from .groups import group_siblings
 from .modules import FusedLoRALinear, LoRAConfig
@@ -27,7 +29,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     Afterwards exactly the LoRA parameters and the modules named in `config.train` have
     `requires_grad`. Names in `targets` and `train` are module names or path suffixes of whole
     components (`"q"` is `...attn.q`, never `...seq`), or `re:` and a regular expression for the
-    whole path. `targets="all-linear"` takes every linear layer but the task head and the output
+    whole path; part of a layer is named as if it were inside it (`"c_attn.q"` of GPT-2).
+    `targets="all-linear"` takes every linear layer but the task head and the output
     embedding; `targets=None` takes the row of the model's family.
 
     Raises:
@@ -39,8 +42,10 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     """
     refuse_injected(model)
     train = find_train(model, config.train)
-    targets, skipped = find_targets(model, config.targets, train)
-    return inject(model, config, dict.fromkeys(targets, (config.rank, config.alpha)), skipped)
+    columns, skipped = find_targets(model, config.targets, train)
+    return inject(
+        model, config, dict.fromkeys(columns, (config.rank, config.alpha)), skipped, columns
+    )
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -95,8 +100,12 @@ def inject(
     config: LoRAConfig,
     ranks: Mapping[str, tuple[int, float]],
     skipped: Iterable[SkippedRow] = (),
+    columns: Mapping[str, Ranges | None] = MappingProxyType({}),
 ) -> Report:
-    """Swap the layers at `ranks` (path -> rank, alpha) and freeze the rest; choices are checked."""
+    """Swap the layers at `ranks` (path -> rank, alpha) and freeze the rest; choices are checked.
+
+    `columns` says which of them get LoRA on ranges of their columns alone.
+    """
     train = find_train(model, config.train)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -110,6 +119,7 @@ def inject(
                 dropout=config.dropout,
                 rslora=config.rslora,
                 strategy=config.strategy,
+                columns=columns.get(path),
             )
     except Exception:
         for parameter, flag in flags.items():
@@ -143,7 +153,8 @@ def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
     choice = choose(layer.problem(TYPICAL_TOKENS), layer.strategy)
-    return FusedRow(name, choice.strategy, choice.reason)
+    where = f"columns {layer.columns}: " if layer.columns else ""
+    return FusedRow(name, choice.strategy, where + choice.reason)
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

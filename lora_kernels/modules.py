@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .columns import Range, Ranges, check_columns, unfold, widths
 from .dispatch import Problem, check_strategy
-from .functional import lora_linear
+from .functional import lora_linears
 
 
 def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
@@ -67,6 +68,14 @@ def is_conv1d(layer: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """(K, N) of a linear layer."""
+    if is_conv1d(layer):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
 class FusedLoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update, as one fused operation.
 
@@ -77,6 +86,10 @@ class FusedLoRALinear(nn.Module):
     [K, N] if that was a Conv1D), lora_A [R, K] (Kaiming-uniform, as in PEFT) and lora_B [N, R]
     (zero, so that training starts at the base model). x [..., K] -> y [..., N]. Raises as
     `lora_linear` does.
+
+    With `columns` only those ranges of y's columns have LoRA, each as a layer of its own (query and
+    value of GPT-2's c_attn): lora_A [ranges * R, K] and lora_B [sum of widths, R] hold one below
+    the other, as loralib's MergedLinear does.
 
     >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
     """
@@ -101,7 +114,7 @@ class FusedLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype)
+        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None)
 
     @classmethod
     def from_linear(
@@ -113,12 +126,17 @@ class FusedLoRALinear(nn.Module):
         dropout: float = 0.0,
         rslora: bool = False,
         strategy: str = "auto",
+        columns: Iterable[Range] | None = None,
     ) -> FusedLoRALinear:
         """Wrap an `nn.Linear` or a transformers `Conv1D`; weight and bias are the layer's own, now
         frozen.
 
         lora_A and lora_B are fp32 at least, whatever the base (small updates vanish in half
-        precision). Raises TypeError, with the reason, for a layer that `supports` refuses.
+        precision). `columns` are the (start, stop) of y's columns that get LoRA; None means all, as
+        one. Raises TypeError, with the reason, for a layer that `supports` refuses; ValueError for
+        columns that are not ascending ranges of y's.
+
+        >>> FusedLoRALinear.from_linear(attn.c_attn, rank=4, columns=[(0, 768), (1536, 2304)])
         """
         refusal = cls.supports(layer)
         if refusal is not None:
@@ -126,7 +144,8 @@ class FusedLoRALinear(nn.Module):
         self = cls.__new__(cls)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype)
+        ranges = None if columns is None else tuple((start, stop) for start, stop in columns)
+        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges)
         return self
 
     @staticmethod
@@ -150,15 +169,17 @@ class FusedLoRALinear(nn.Module):
 
     def _adopt(
         self, layer: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool,
-        strategy: str, dtype: torch.dtype,
+        strategy: str, dtype: torch.dtype, columns: Ranges | None,
     ) -> None:  # fmt: skip
         _check(rank, alpha, dropout, strategy)
+        if columns is not None:
+            check_columns(columns, features_of(layer)[1])
         nn.Module.__init__(self)
         self.conv1d = is_conv1d(layer)
         self.base_class = type(layer)
         weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-        self.out_features, self.in_features = weight.T.shape if self.conv1d else weight.shape
+        self.in_features, self.out_features = features_of(layer)
         self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
         self.rslora, self.strategy = rslora, strategy
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
@@ -168,8 +189,10 @@ class FusedLoRALinear(nn.Module):
         self.weight = weight
         self.register_parameter("bias", bias)
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
+        self.columns = columns
+        ranges = ((0, self.out_features),) if columns is None else columns
+        self.lora_A = nn.Parameter(torch.empty(len(ranges) * rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(sum(widths(ranges)), rank, **options))
         self.train(layer.training)
         self.group: Any = None  # the siblings that read the same x (`groups.Group`)
         self._unmerged: nn.Parameter | None = None
@@ -191,10 +214,13 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
             return nn.functional.linear(x.to(weight.dtype), weight, bias)
-        return lora_linear(
-            x, weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale,
+        biases = () if self.bias is None else (self.bias,)
+        (y,) = lora_linears(
+            x, (weight,), (self.lora_A,), (self.lora_B,), biases, scale=self.scale,
             dropout=self.dropout, training=self.training, strategy=self.strategy,
+            columns=self.columns,
         )  # fmt: skip
+        return y
 
     def weight_as(self, x: Tensor) -> Tensor:
         """weight as [N, K] in the call's dtype; a cast copy for autocast is made once and held."""
@@ -257,7 +283,8 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             return
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        lora_A, lora_B = self.unfolded()
+        update = self.scale * (lora_B.to(wide) @ lora_A.to(wide))
         merged = self.weight.to(wide) + (update.T if self.conv1d else update)
         self._unmerged = self.weight
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
@@ -266,6 +293,12 @@ class FusedLoRALinear(nn.Module):
         """Undo `merge`, to the bit. Does nothing if not merged."""
         if self._unmerged is not None:
             self.weight, self._unmerged = self._unmerged, None
+
+    def unfolded(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B as one LoRA of the whole layer (see `columns`), of rank len(lora_A)."""
+        if self.columns is None:
+            return self.lora_A, self.lora_B
+        return self.lora_A, unfold(self.lora_B, self.columns, self.out_features)
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the class that was replaced, sharing weight (merged or not) and bias."""
@@ -288,7 +321,8 @@ class FusedLoRALinear(nn.Module):
         return Problem.on(
             self.weight.device, M, max(member.out_features for member in members),
             self.in_features, self.rank, dtype or self.weight.dtype,
-            dropout=self.training and self.dropout > 0, layers=len(members),
+            dropout=self.training and self.dropout > 0,
+            layers=len(self.columns or members), sliced=self.columns is not None,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -296,6 +330,7 @@ class FusedLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.rank}, alpha={self.alpha}, "
             f"dropout={self.dropout}, strategy={self.strategy!r}"
+            + (f", columns={self.columns}" if self.columns else "")
             + (", rslora=True" if self.rslora else "")
             + (", merged" if self.merged else "")
         )

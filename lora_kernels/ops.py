@@ -7,6 +7,7 @@ They compute what the autograd Function of `functional` computes, by the same st
 uses that Function, which costs the host less; a compiled graph holds these, so there is no break in
 it. The strategy is chosen when the operator runs, not when it is traced, so a graph with dynamic
 shapes stays one graph. Gradients that are not wanted, and the mask without dropout, are empty.
+`columns` holds the adapted ranges of a weight's columns end to end; it is empty without them.
 """
 
 from __future__ import annotations
@@ -24,35 +25,38 @@ from .strategies import Layers, Wanted
 
 def _layers(
     weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-    biases: Sequence[Tensor] = (),
+    biases: Sequence[Tensor], columns: Sequence[int],
 ) -> Layers:  # fmt: skip
-    return Layers(tuple(weights), tuple(biases) or None, tuple(lora_A), tuple(lora_B))
+    ranges = tuple(zip(columns[::2], columns[1::2], strict=True)) or None
+    return Layers(tuple(weights), tuple(biases) or None, tuple(lora_A), tuple(lora_B), ranges)
 
 
-def _plan(x: Tensor, layers: Layers, dropout: float, strategy: str) -> Any:
-    R, K = layers.lora_A[0].shape
-    N = max(lora_B.shape[0] for lora_B in layers.lora_B)
-    G = len(layers.lora_A)
-    return plan(x.device, x.shape[0], N, K, R, x.dtype, dropout > 0, G, strategy)
+def _plan(x: Tensor, layers: Layers, N: int, dropout: float, strategy: str) -> Any:
+    lora_A, _ = layers.adapters()
+    (R, K), G = lora_A[0].shape, len(lora_A)
+    sliced = layers.columns is not None
+    return plan(x.device, x.shape[0], N, K, R, x.dtype, dropout > 0, G, sliced, strategy)
 
 
 @torch.library.custom_op("lora_kernels::forward", mutates_args=())
 def forward(
     x: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-    biases: Sequence[Tensor], seed: Tensor | None, scale: float, dropout: float, strategy: str,
+    biases: Sequence[Tensor], seed: Tensor | None, columns: Sequence[int], scale: float,
+    dropout: float, strategy: str,
 ) -> list[Tensor]:  # fmt: skip
     """[h, mask, *y] of a group of layers, a pure function of its inputs; see `strategies`."""
-    layers = _layers(weights, lora_A, lora_B, biases)
-    row, tiles = _plan(x, layers, dropout, strategy)
+    layers = _layers(weights, lora_A, lora_B, biases, columns)
+    N = max(weight.shape[0] for weight in weights)
+    row, tiles = _plan(x, layers, N, dropout, strategy)
     y, h, mask = row.forward(x, layers, scale, dropout, seed, tiles)
     return [h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, *y]
 
 
 @forward.register_fake
-def _(x, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy):  # type: ignore[no-untyped-def]
-    M, K, G = x.shape[0], x.shape[1], len(weights)
+def _(x, weights, lora_A, lora_B, biases, seed, columns, scale, dropout, strategy):  # type: ignore[no-untyped-def]
+    M, K, G = x.shape[0], x.shape[1], len(columns) // 2 or len(weights)
     shape = (G, M, masks.packed_width(K)) if dropout else (0,)
-    h = x.new_empty(G, M, lora_A[0].shape[0])
+    h = x.new_empty(G, M, lora_B[0].shape[1])
     mask = x.new_empty(shape, dtype=torch.uint8)
     return [h, mask, *(x.new_empty(M, weight.shape[0]) for weight in weights)]
 
@@ -60,12 +64,12 @@ def _(x, weights, lora_A, lora_B, biases, seed, scale, dropout, strategy):  # ty
 @torch.library.custom_op("lora_kernels::backward", mutates_args=())
 def backward(
     dy: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor], lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor], h: Tensor, mask: Tensor, scale: float, dropout: float, strategy: str,
-    want_x: bool, want_A: bool, want_B: bool,
+    lora_B: Sequence[Tensor], h: Tensor, mask: Tensor, columns: Sequence[int], scale: float,
+    dropout: float, strategy: str, want_x: bool, want_A: bool, want_B: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, *dlora_A, *dlora_B] of a group of layers; see `strategies`."""
-    layers = _layers(weights, lora_A, lora_B)
-    row, tiles = _plan(dy[0], layers, dropout, strategy)
+    layers = _layers(weights, lora_A, lora_B, (), columns)
+    row, tiles = _plan(dy[0], layers, max(each.shape[1] for each in dy), dropout, strategy)
     dx, dlora_A, dlora_B = row.backward(
         tuple(dy), x, layers, h, mask if dropout else None, scale, dropout,
         Wanted(want_x, want_A, want_B), tiles,
@@ -79,7 +83,20 @@ def backward(
 
 @backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    dy, x, weights, lora_A, lora_B, h, mask, scale, dropout, strategy, want_x, want_A, want_B
+    dy,
+    x,
+    weights,
+    lora_A,
+    lora_B,
+    h,
+    mask,
+    columns,
+    scale,
+    dropout,
+    strategy,
+    want_x,
+    want_A,
+    want_B,
 ):
     M, K = dy[0].shape[0], lora_A[0].shape[1]
     return [
@@ -112,7 +129,9 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
         dlora[:G] if wanted_A else nothing,
         dlora[G:] if wanted_B else nothing,
         [d.sum(0) if needed else None for d, needed in zip(dy, ctx.needs_bias, strict=False)],
-        *(None for _ in ("seed", *ctx.call)),
+        None,
+        None if ctx.call[0] else [],  # torch takes an empty list for one of tensors
+        *(None for _ in ctx.call[1:]),
     )
 
 

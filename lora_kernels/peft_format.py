@@ -7,6 +7,7 @@ their path.
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -14,12 +15,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from torch import nn
 
 from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
+from .columns import Ranges
 from .modules import FusedLoRALinear
 from .targets import inside, is_layer
 
+COLUMNS_KEY = "lora_kernels.columns"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -123,6 +127,7 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
     pairs, others = split_lora(tensors, ".weight", directory)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     layers: dict[str, LayerValues] = {}
+    columns = read_columns(_weights_file(directory))
     for path, (lora_A, lora_B) in pairs.items():
         wanted = _by_pattern(config.get("rank_pattern"), path, rank)
         if lora_A.shape[0] != wanted:
@@ -130,9 +135,8 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
                 f"{directory}: {path}.lora_A is {list(lora_A.shape)}, but "
                 f"{CONFIG_NAME} gives rank {wanted}"
             )
-        layers[path] = LayerValues(
-            lora_A, lora_B, _by_pattern(config.get("alpha_pattern"), path, alpha)
-        )
+        alpha_of_layer = _by_pattern(config.get("alpha_pattern"), path, alpha)
+        layers[path] = LayerValues(lora_A, lora_B, alpha_of_layer, columns.get(path))
     targets = config.get("target_modules")
     if targets and targets != "all-linear":
         linear = [name for name, module in model.named_modules() if name and is_layer(module)]
@@ -187,6 +191,25 @@ def _weights_file(directory: Path) -> Path:
     raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
 
 
+def columns_metadata(layers: Mapping[str, FusedLoRALinear]) -> dict[str, str]:
+    """What a safetensors file of unfolded layers says beside its tensors, and PEFT does not read:
+    which of them have LoRA on some columns alone."""
+    columns = {path: layer.columns for path, layer in layers.items() if layer.columns}
+    return {COLUMNS_KEY: json.dumps(columns)} if columns else {}
+
+
+def read_columns(path: Path) -> dict[str, Ranges]:
+    """Path of a layer -> its columns, for those that have LoRA on some columns alone."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(COLUMNS_KEY, "{}")
+    return {
+        name: tuple((int(start), int(stop)) for start, stop in columns)
+        for name, columns in json.loads(text).items()
+    }
+
+
 def peft_config(
     model: nn.Module, layers: Mapping[str, FusedLoRALinear], train: Iterable[str]
 ) -> dict[str, Any]:
@@ -194,11 +217,16 @@ def peft_config(
     train = sorted(train)
     rslora = all(layer.rslora for layer in layers.values())
     # Where only some layers are rank-stabilised, an alpha for each says the same.
+    # So does the alpha of a layer that is unfolded, at the rank summed over its columns.
+    ranks = {path: len(layer.lora_A) for path, layer in layers.items()}
     alphas = {
-        path: _number(layer.alpha if rslora or not layer.rslora else layer.scale * layer.rank)
+        path: _number(
+            layer.alpha
+            if layer.columns is None and rslora == layer.rslora
+            else layer.scale * (math.sqrt(ranks[path]) if rslora else ranks[path])
+        )
         for path, layer in layers.items()
     }
-    ranks = {path: layer.rank for path, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     dropouts = {layer.dropout for layer in layers.values()}
     if len(dropouts) > 1:

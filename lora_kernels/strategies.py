@@ -1,11 +1,13 @@
 """How layers are computed: each strategy is a forward and a backward over the same arguments.
 
-    forward(x, layers, scale, dropout, seed, tiles) -> (y of each layer, h [G, M, R], mask [G, M, K
-    / 8]) backward(dy of each, x, layers, h, mask, scale, dropout, wanted, tiles) -> (dx, dlora_A,
-    dlora_B)
+    forward(x, layers, scale, dropout, seed, tiles)
+        -> (y of each layer, h [G, M, R], mask [G, M, K / 8])
+    backward(dy of each, x, layers, h, mask, scale, dropout, wanted, tiles)
+        -> (dx, dlora_A, dlora_B)
 
 `layers` are G >= 1 layers that read the same x [M, K] at one rank, scale and dropout probability (a
-single layer is a group of one): weights [N_g, K] of any strides, lora_A [R, K], lora_B [N_g, R].
+single layer is a group of one): weights [N_g, K] of any strides, lora_A [R, K], lora_B [N_g, R]. Or
+they are one weight [N, K] with LoRA on G ranges of its columns of y, each as a layer of its own.
 `seed` (int64 [1], on the device; None without dropout) decides the masks, so each is a pure
 function. h and the packed mask are what backward gets besides the inputs. `wanted` names the
 gradients to compute; x, h and the weights may be None where no wanted gradient reads them. The
@@ -21,18 +23,37 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .tuning import Tiles, splits_for
+from .columns import Ranges, complement, widths
+from .tuning import Tile, Tiles, splits_for
 
 Tensors = tuple[Tensor, ...]
 
 
 class Layers(NamedTuple):
-    """The parameters of G layers that share x, a tuple each; bias is None if they have none."""
+    """The parameters of G layers that share x, a tuple each; bias is None if they have none.
+
+    With `columns`, G ranges of the columns of y that are adapted, there is one weight, one bias,
+    and one lora_A [G R, K] and lora_B [sum of widths, R] that hold the ranges' adapters stacked.
+    """
 
     weight: Tensors
     bias: Tensors | None
     lora_A: Tensors
     lora_B: Tensors
+    columns: Ranges | None = None
+
+    def adapters(self) -> tuple[Tensors, Tensors]:
+        """lora_A [R, K] and lora_B [N_g, R] of each of the G."""
+        if self.columns is None:
+            return self.lora_A, self.lora_B
+        (lora_A,), (lora_B,) = self.lora_A, self.lora_B
+        return lora_A.split(lora_B.shape[1]), lora_B.split(widths(self.columns))
+
+    def adapted(self, y: Tensors) -> Tensors:
+        """The [M, N_g] that each adapter adds to, of the outputs or of their gradients."""
+        if self.columns is None:
+            return y
+        return tuple(y[0][:, start:stop] for start, stop in self.columns)
 
 
 class Wanted(NamedTuple):
@@ -72,19 +93,21 @@ def library_forward(
 ) -> Forward:  # fmt: skip
     """cuBLAS or oneDNN: the frozen GEMM, then the rank-R product added in place."""
     M, K = x.shape
-    G, R = len(layers.weight), layers.lora_A[0].shape[0]
+    lora_A, lora_B = layers.adapters()
+    G, R = len(lora_A), lora_A[0].shape[0]
     mask = None if seed is None else masks.draw(seed, G, M, K, dropout)
     h = x.new_empty(G, M, R)
-    ys = []
-    for g, (weight, lora_A, lora_B) in enumerate(zip(layers.weight, *layers[2:], strict=True)):
-        dropped_x = x if mask is None else x * masks.unpack(mask[g], K, x.dtype)
-        _product(dropped_x, lora_A.to(x.dtype).T, 1 / (1 - dropout), out=h[g])
+    y = []
+    for g, weight in enumerate(layers.weight):
         if layers.bias is None:
-            y = x @ weight.T
+            y.append(x @ weight.T)
         else:
-            y = torch.addmm(layers.bias[g].to(x.dtype), x, weight.T)
-        ys.append(y.addmm_(h[g], lora_B.to(x.dtype).T, alpha=scale))
-    return Forward(tuple(ys), h, mask)
+            y.append(torch.addmm(layers.bias[g].to(x.dtype), x, weight.T))
+    for g, y_g in enumerate(layers.adapted(tuple(y))):
+        dropped_x = x if mask is None else x * masks.unpack(mask[g], K, x.dtype)
+        _product(dropped_x, lora_A[g].to(x.dtype).T, 1 / (1 - dropout), out=h[g])
+        y_g.addmm_(h[g], lora_B[g].to(x.dtype).T, alpha=scale)
+    return Forward(tuple(y), h, mask)
 
 
 def library_backward(
@@ -94,15 +117,19 @@ def library_backward(
     """The same products by hand: dy W lands in dx, and the rank-R product is added in place."""
     keep_scale = 1 / (1 - dropout)
     dx: Tensor | None = None
+    if wanted.dx:
+        for dy_g, weight in zip(dy, layers.weight, strict=True):
+            dx = dy_g @ weight if dx is None else dx.addmm_(dy_g, weight)
     dlora_A, dlora_B = [], []
-    for g, (dy_g, lora_A, lora_B) in enumerate(zip(dy, *layers[2:], strict=True)):
+    for g, (dy_g, lora_A, lora_B) in enumerate(
+        zip(layers.adapted(dy), *layers.adapters(), strict=True)
+    ):
         if wanted.dx or wanted.dlora_A:
             dh = _product(dy_g, lora_B.to(dy_g.dtype), scale)
             keep = None
             if mask is not None:
                 keep = masks.unpack(mask[g], lora_A.shape[1], dy_g.dtype)
-            if wanted.dx:
-                dx = dy_g @ layers.weight[g] if dx is None else dx.addmm_(dy_g, layers.weight[g])
+            if dx is not None:
                 if keep is None:
                     dx.addmm_(dh, lora_A.to(dy_g.dtype))
                 else:
@@ -115,6 +142,8 @@ def library_backward(
             assert h is not None
             # Transposed: oneDNN's dy^T h takes 7.6 ms, h^T dy 0.44 (EPYC, N = 3072, fp32).
             dlora_B.append(_product(h[g].T, dy_g, scale).T.to(lora_B.dtype).contiguous())
+    if layers.columns is not None:
+        dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
 
 
@@ -129,12 +158,37 @@ def _project(
     x: Tensor, layers: Layers, dropout: float, seed: Tensor | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor | None]:
     return _kernels().project(
-        x, layers.lora_A, tile=tiles.project, precision=tiles.precision, dropout=dropout, seed=seed
+        x,
+        layers.adapters()[0],
+        tile=tiles.project,
+        precision=tiles.precision,
+        dropout=dropout,
+        seed=seed,
     )
 
 
 def _transposed(tensors: Tensors) -> Tensors:
     return tuple(t.T for t in tensors)
+
+
+def _seeded_gemm(
+    x: Tensor, h: Tensor, layers: Layers, scale: float, tile: Tile, precision: str,
+    gemm: bool = True,
+) -> Tensors:  # fmt: skip
+    """y of each layer, or without `gemm` only bias and rank-R product of it; one launch."""
+    weight, bias, outs, y = layers.weight, layers.bias, None, None
+    if layers.columns is not None:  # the ranges as segments, then those that LoRA leaves alone
+        N = weight[0].shape[0]
+        ranges = (*layers.columns, *complement(layers.columns, N))
+        y = (x.new_empty(x.shape[0], N),)
+        outs = tuple(y[0][:, start:stop] for start, stop in ranges)
+        weight = tuple(weight[0][start:stop] for start, stop in ranges)
+        bias = None if bias is None else tuple(bias[0][start:stop] for start, stop in ranges)
+    outs = _kernels().low_rank_gemm(
+        (x,), weight, h, layers.adapters()[1], scale=scale, bias=bias, gemm=gemm, outs=outs,
+        tile=tile, precision=precision,
+    )  # fmt: skip
+    return outs if y is None else y
 
 
 def split_forward(
@@ -144,10 +198,7 @@ def split_forward(
     """Two launches: h and the masks, then the GEMMs, each seeded with h lora_B^T."""
     assert tiles is not None
     h, mask = _project(x, layers, dropout, seed, tiles)
-    y = _kernels().low_rank_gemm(
-        (x,), layers.weight, h, layers.lora_B, scale=scale, bias=layers.bias,
-        tile=tiles.low_rank_gemm, precision=tiles.precision,
-    )  # fmt: skip
+    y = _seeded_gemm(x, h, layers, scale, tiles.low_rank_gemm, tiles.precision)
     return Forward(y, h, mask)
 
 
@@ -171,10 +222,7 @@ def hybrid_forward(
     """Bias and rank-R products are written first; the vendor's GEMMs accumulate onto them."""
     assert tiles is not None
     h, mask = _project(x, layers, dropout, seed, tiles)
-    y = _kernels().low_rank_gemm(
-        (x,), layers.weight, h, layers.lora_B, scale=scale, bias=layers.bias, gemm=False,
-        tile=tiles.low_rank, precision=tiles.precision,
-    )  # fmt: skip
+    y = _seeded_gemm(x, h, layers, scale, tiles.low_rank, tiles.precision, gemm=False)
     for y_g, weight in zip(y, layers.weight, strict=True):
         y_g.addmm_(x, weight.T)
     return Forward(y, h, mask)
@@ -184,23 +232,28 @@ def hybrid_forward(
 InputGradient = Callable[[Tensors, Layers, Tensor, Tensor | None, float, Tiles], Tensor]
 
 
+def _seeded_dx(
+    dy: Tensors, layers: Layers, dh: Tensor, mask: Tensor | None, dropout: float, tile: Tile,
+    precision: str, gemm: bool = True,
+) -> Tensor:  # fmt: skip
+    """dx of all layers, or without `gemm` only its rank-R products; one launch."""
+    (dx,) = _kernels().low_rank_gemm(
+        dy, _transposed(layers.weight), dh, _transposed(layers.adapters()[0]), mask=mask, gemm=gemm,
+        scale=1 / (1 - dropout), tile=tile, precision=precision,
+    )  # fmt: skip
+    return dx
+
+
 def _split_dx(
     dy: Tensors, layers: Layers, dh: Tensor, mask: Tensor | None, dropout: float, tiles: Tiles
 ) -> Tensor:
-    (dx,) = _kernels().low_rank_gemm(
-        dy, _transposed(layers.weight), dh, _transposed(layers.lora_A), scale=1 / (1 - dropout),
-        mask=mask, tile=tiles.low_rank_gemm, precision=tiles.precision,
-    )  # fmt: skip
-    return dx
+    return _seeded_dx(dy, layers, dh, mask, dropout, tiles.low_rank_gemm, tiles.precision)
 
 
 def _hybrid_dx(
     dy: Tensors, layers: Layers, dh: Tensor, mask: Tensor | None, dropout: float, tiles: Tiles
 ) -> Tensor:
-    (dx,) = _kernels().low_rank_gemm(
-        dy, _transposed(layers.weight), dh, _transposed(layers.lora_A), scale=1 / (1 - dropout),
-        mask=mask, gemm=False, tile=tiles.low_rank, precision=tiles.precision,
-    )  # fmt: skip
+    dx = _seeded_dx(dy, layers, dh, mask, dropout, tiles.low_rank, tiles.precision, gemm=False)
     for dy_g, weight in zip(dy, layers.weight, strict=True):
         dx.addmm_(dy_g, weight)
     return dx
@@ -255,12 +308,15 @@ def fused_backward(
 def _output_gradients(
     dy: Tensors, layers: Layers, h: Tensor | None, scale: float, want_dh: bool, wanted: Wanted,
     tiles: Tiles,
-) -> Any:  # fmt: skip
-    tile = tiles.output_gradients
-    return _kernels().output_gradients(
-        dy, h if wanted.dlora_B else None, layers.lora_B, scale=scale, want_dh=want_dh,
+) -> tuple[Any, Tensors | None]:  # fmt: skip
+    dy, lora_B, tile = layers.adapted(dy), layers.adapters()[1], tiles.output_gradients
+    dh, dlora_B = _kernels().output_gradients(
+        dy, h if wanted.dlora_B else None, lora_B, scale=scale, want_dh=want_dh,
         tile=tile, precision=tiles.precision, splits=_splits(dy, tile),
     )  # fmt: skip
+    if dlora_B is None or len(layers.lora_B) == 1:
+        return dh, None if dlora_B is None else (dlora_B,)
+    return dh, dlora_B.split([each.shape[0] for each in lora_B])
 
 
 def _input_gradients(
@@ -268,10 +324,11 @@ def _input_gradients(
 ) -> Tensors:
     assert x is not None
     tile = tiles.input_gradients
-    return _kernels().input_gradients(
+    dlora_A = _kernels().input_gradients(
         x, dh, mask=mask, dropout=dropout, dtype=layers.lora_A[0].dtype,
-        tile=tile, precision=tiles.precision, splits=_splits((x,) * len(layers.weight), tile),
+        tile=tile, precision=tiles.precision, splits=_splits((x,) * len(dh), tile),
     )  # fmt: skip
+    return dlora_A.unbind() if layers.columns is None else (dlora_A.flatten(0, 1),)
 
 
 def _splits(tensors: Tensors, tile: Any) -> int:

@@ -1,7 +1,8 @@
 """Which modules of a model a name means: rows of model families, targets for LoRA, heads to train.
 
 A name is a module's path or a suffix of whole components (`"q"` is `...attn.q`, never `...seq`), or
-`re:` and a regular expression for the whole path.
+`re:` and a regular expression for the whole path. A projection that a layer computes beside others
+(the query in GPT-2's `c_attn`) is named as if it were a module inside it: `c_attn.q`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from .modules import FusedLoRALinear, is_conv1d
+from .columns import Range, Ranges, segments
+from .modules import FusedLoRALinear, features_of, is_conv1d
 from .report import SkippedRow
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the `model_type`s it covers, its usual LoRA targets, the names of its task heads."""
+    """One row: the `model_type`s it covers, its usual LoRA targets, the names of its task heads.
+
+    `parts` names the equal ranges of the columns of a layer that computes several projections in
+    one: `c_attn.q` is a target like any other.
+    """
 
     name: str
     model_types: tuple[str, ...]
     targets: tuple[str, ...]
     head: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
@@ -43,7 +50,7 @@ FAMILIES = (
     # No DeBERTa checkpoint holds the pooler of its classifier, so it is part of the head.
     Family("deberta-v2", ("deberta-v2",), ("query_proj", "value_proj"), ("pooler", *_HEAD)),
     Family("distilbert", ("distilbert",), ("q_lin", "v_lin"), ("pre_classifier", *_HEAD)),
-    Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD)),
+    Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD), {"c_attn": ("q", "k", "v")}),
     Family("llama", _LLAMA, ("q_proj", "v_proj"), ("score", *_HEAD)),
 )
 
@@ -68,8 +75,9 @@ def heads_of(model: nn.Module) -> tuple[str, ...]:
 
 def find_targets(
     model: nn.Module, targets: tuple[str, ...] | None, train: Mapping[str, str]
-) -> tuple[list[str], list[SkippedRow]]:
-    """The paths to fuse, and the matched modules that are left alone with the reason."""
+) -> tuple[dict[str, Ranges | None], list[SkippedRow]]:
+    """The paths to fuse, each with the columns that get LoRA (None: all, as one), and the matched
+    modules that are left alone with the reason."""
     if targets is None:
         targets = _default_targets(model)
     if targets == ("all-linear",):
@@ -77,8 +85,9 @@ def find_targets(
         excluded = _outputs(model)
     else:
         matched, excluded = _match(model, targets), {}
+    matched, columns = _whole_layers(matched, _parts(model))
     trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
-    fused: list[str] = []
+    fused: dict[str, Ranges | None] = {}
     skipped: list[SkippedRow] = []
     for path in matched:
         reason = excluded.get(path.split(".")[0]) or excluded.get(path) or why_not(model, path)
@@ -87,7 +96,7 @@ def find_targets(
         elif reason is None and id(model.get_submodule(path).weight) in trained:
             reason = "its weight is tied to one that is trained in full"
         if reason is None:
-            fused.append(path)
+            fused[path] = columns.get(path)
         else:
             skipped.append(SkippedRow(path, reason))
     if not fused:
@@ -169,14 +178,6 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, FusedLoRALinear)) or is_conv1d(module)
 
 
-def features_of(layer: nn.Module) -> tuple[int, int]:
-    """(K, N) of a linear layer."""
-    if is_conv1d(layer):
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return weight.shape[0], weight.shape[1]
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
-
-
 def _default_targets(model: nn.Module) -> tuple[str, ...]:
     if family := family_of(model):
         return family.targets
@@ -191,9 +192,10 @@ def _default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _match(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
-    """Path -> the target that names it, for modules of any kind; each target must match."""
-    paths = [name for name, _ in model.named_modules() if name]
-    linear = [name for name, module in model.named_modules() if is_layer(module)]
+    """Path -> the target that names it, for modules and parts of any kind; each must match."""
+    parts = list(_parts(model))
+    paths = [name for name, _ in model.named_modules() if name] + parts
+    linear = [name for name, module in model.named_modules() if is_layer(module)] + parts
     matched: dict[str, str] = {}
     for target in targets:
         found = [path for path in paths if name_matches(target, path)]
@@ -201,6 +203,47 @@ def _match(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"target {target!r} matches no layer{near_misses(target, linear)}")
         matched |= {path: target for path in found if path not in matched}
     return {path: matched[path] for path in paths if path in matched}
+
+
+def _parts(model: nn.Module) -> dict[str, tuple[str, Range]]:
+    """Path of each named part -> (path of its layer, its columns), by the rows of `FAMILIES`."""
+    family = family_of(model)
+    found: dict[str, tuple[str, Range]] = {}
+    for path, module in model.named_modules() if family and family.parts else ():
+        owner, _, name = path.rpartition(".")
+        names = family.parts.get(name, ()) if family else ()
+        # Cross-attention has a query layer of its own, and key and value alone in this one.
+        if (
+            names
+            and is_layer(module)
+            and not vars(model.get_submodule(owner)).get("is_cross_attention")
+        ):
+            columns = segments(features_of(module)[1], len(names))
+            for part, segment in zip(names, columns, strict=True):
+                found[f"{path}.{part}"] = path, segment
+    return found
+
+
+def _whole_layers(
+    matched: Mapping[str, str], parts: Mapping[str, tuple[str, Range]]
+) -> tuple[dict[str, str], dict[str, Ranges]]:
+    """The matches with parts replaced by their layers, and the columns of those layers."""
+    layers: dict[str, str] = {}
+    columns: dict[str, Ranges] = {}
+    for path, target in matched.items():
+        if path not in parts:
+            layers[path] = target
+            continue
+        owner, columns_of_part = parts[path]
+        if owner not in matched:
+            layers.setdefault(owner, target)
+            columns[owner] = (*columns.get(owner, ()), columns_of_part)
+        elif matched[owner] != target:
+            raise ValueError(
+                f"targets {matched[owner]!r} and {target!r} ask for {owner} as a whole and for a "
+                "part of it"
+            )
+    return layers, {path: tuple(sorted(ranges)) for path, ranges in columns.items()}
 
 
 def _outputs(model: nn.Module) -> dict[str, str]:

@@ -18,17 +18,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .columns import segments, widths
 from .dispatch import STRATEGIES, Choice, Problem, choose
 from .strategies import Layers, Wanted
 from .tuning import Tile, Tuned, store_rows, table_path
 
 
 class Shape(NamedTuple):
-    """One linear layer of a model, or so many that read the same x: y [M, N] from x [M, K]."""
+    """One linear layer of a model, or so many that read the same x: y [M, N] from x [M, K].
+
+    With `sliced`, one layer with LoRA on so many thirds of its columns.
+    """
 
     N: int
     K: int
     layers: int = 1
+    sliced: bool = False
 
 
 def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
@@ -38,7 +43,8 @@ def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
 
 def _gpt2(hidden: int) -> tuple[Shape, ...]:
     up, down = Shape(4 * hidden, hidden), Shape(hidden, 4 * hidden)
-    return Shape(3 * hidden, hidden), Shape(hidden, hidden), up, down
+    c_attn = (Shape(3 * hidden, hidden), Shape(3 * hidden, hidden, 2, sliced=True))
+    return *c_attn, Shape(hidden, hidden), up, down
 
 
 MODELS: Mapping[str, tuple[Shape, ...]] = {
@@ -89,8 +95,8 @@ def problems_of(
     """
     shapes = MODELS[model] if model in MODELS else _shapes_of_config(model)
     return [
-        Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers)
-        for N, K, layers in shapes
+        Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
+        for N, K, layers, sliced in shapes
         for dtype in dtypes
         for dropout in (False, True)
     ]
@@ -121,11 +127,18 @@ def training_step(problem: Problem, choice: Choice, device: torch.device) -> Ste
         tensor = torch.randn(*shape, generator=draw, device=device) * shape[-1] ** -0.5
         return tensor.to(problem.dtype)
 
-    layers = Layers(
-        tuple(normal(N, K) for _ in range(G)), tuple(normal(N) for _ in range(G)),
-        tuple(normal(R, K) for _ in range(G)), tuple(normal(N, R) for _ in range(G)),
-    )  # fmt: skip
-    x, dy = normal(M, K), tuple(normal(M, N) for _ in range(G))
+    if problem.sliced:
+        columns = segments(N, max(3, G))[-G:]
+        layers = Layers(
+            (normal(N, K),), (normal(N),), (normal(G * R, K),), (normal(sum(widths(columns)), R),),
+            columns,
+        )  # fmt: skip
+    else:
+        layers = Layers(
+            tuple(normal(N, K) for _ in range(G)), tuple(normal(N) for _ in range(G)),
+            tuple(normal(R, K) for _ in range(G)), tuple(normal(N, R) for _ in range(G)),
+        )  # fmt: skip
+    x, dy = normal(M, K), tuple(normal(M, N) for _ in layers.weight)
     dropout = 0.1 if problem.dropout else 0.0
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
     row, tiles = STRATEGIES[choice.strategy], choice.tile

@@ -14,12 +14,20 @@ def arguments(dtype=torch.float32, dropout=0.0, G=2):
     given = [inputs(Case(M=20, N=24, K=16, R=3), dtype, seed) for seed in range(G)]
     tensors = [[getattr(m, n) for m in given] for n in ("weight", "lora_A", "lora_B", "bias")]
     seed = torch.tensor([7], device=DEVICE) if dropout else None
-    return given[0].x, *tensors, seed, 0.5, dropout, "library"
+    return given[0].x, *tensors, seed, [], 0.5, dropout, "library"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
 def test_opcheck(dropout):
     torch.library.opcheck(ops.forward, arguments(dropout=dropout))
+
+
+def test_opcheck_on_columns():
+    x, weights, *_, seed, _, scale, dropout, strategy = arguments(dropout=0.25, G=1)
+    lora_A = torch.randn(2 * 3, 16, device=DEVICE, requires_grad=True)
+    lora_B = torch.randn(5 + 9, 3, device=DEVICE, requires_grad=True)
+    call = [], seed, [2, 7, 11, 20], scale, dropout, strategy
+    torch.library.opcheck(ops.forward, (x, weights, [lora_A], [lora_B], *call))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -29,7 +37,16 @@ def test_the_operator_is_the_function(strategy):
 
     def operator(x, weight, lora_A, lora_B, bias):
         return ops.forward(
-            x, [weight], [lora_A], [lora_B], [bias], masks.draw_seed(DEVICE), 0.75, 0.25, strategy
+            x,
+            [weight],
+            [lora_A],
+            [lora_B],
+            [bias],
+            masks.draw_seed(DEVICE),
+            [],
+            0.75,
+            0.25,
+            strategy,
         )[2]
 
     def function(x, weight, lora_A, lora_B, bias):

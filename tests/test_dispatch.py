@@ -209,7 +209,7 @@ def test_the_problem_of_this_machine():
 def planned(M: int, **changes):
     given = {
         "device": DEVICE, "M": M, "N": 24, "K": 16, "R": 3, "dtype": torch.float32,
-        "dropout": False, "layers": 1, "strategy": "split",
+        "dropout": False, "layers": 1, "sliced": False, "strategy": "split",
     }  # fmt: skip
     return plan(*(given | changes).values())
 

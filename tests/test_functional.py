@@ -212,9 +212,8 @@ def test_a_weight_that_is_not_frozen_gets_its_gradient(compiled):
 
     def layer(x, weight, lora_A, lora_B, bias):
         if compiled:
-            return ops.forward(x, [weight], [lora_A], [lora_B], [bias], None, 0.5, 0.0, "library")[
-                2
-            ]
+            lists = [weight], [lora_A], [lora_B], [bias]
+            return ops.forward(x, *lists, None, [], 0.5, 0.0, "library")[2]
         return lora_linear(x, weight, lora_A, lora_B, bias=bias, scale=0.5)
 
     for wanted in (leaves, (weight,)):

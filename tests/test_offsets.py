@@ -124,7 +124,7 @@ def output_gradients(dy, h, lora_B, **_):
     dh, dlora_B = kernels.output_gradients(
         dy, torch.stack(h), lora_B, scale=0.5, want_dh=True, splits=2, **TILE
     )
-    return dh, *dlora_B
+    return dh, dlora_B
 
 
 def input_gradients(x, dh, **_):

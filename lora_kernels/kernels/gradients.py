@@ -119,8 +119,8 @@ def _sum(jobs: list[tuple[Tensor, Tensor]], scale: float) -> None:
 def output_gradients(
     dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
     want_dh: bool, tile: Tile, precision: str, splits: int,
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
-    """dh [G, M, R] in dy's dtype if wanted; dlora_B_g [N_g, R] in lora_B's if `h` is given."""
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dh [G, M, R] in dy's dtype if wanted; dlora_B [sum N_g, R] in lora_B's if `h` is given."""
     R = lora_B[0].shape[1]
     g, d = _launch(dy, h, lora_B if want_dh else None, None, R, False, tile, precision, splits)
     jobs = []
@@ -129,9 +129,8 @@ def output_gradients(
         dh = torch.empty(d.shape[1:], dtype=dy[0].dtype, device=d.device)
         jobs.append((d, dh))
     if g is not None:
-        every = torch.empty(g.shape[1:], dtype=lora_B[0].dtype, device=g.device)
-        jobs.append((g, every))
-        dlora_B = tuple(every.split([t.shape[0] for t in lora_B]))
+        dlora_B = torch.empty(g.shape[1:], dtype=lora_B[0].dtype, device=g.device)
+        jobs.append((g, dlora_B))
     _sum(jobs, scale)
     return dh, dlora_B
 
@@ -139,14 +138,14 @@ def output_gradients(
 def input_gradients(
     x: Tensor, dh: Tensor, *, mask: Tensor | None, dropout: float, dtype: torch.dtype, tile: Tile,
     precision: str, splits: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dlora_A_g [R, K] = dh_g^T D_g(x), in `dtype`, that of the parameters."""
+) -> Tensor:  # fmt: skip
+    """dlora_A [G, R, K] = dh_g^T D_g(x), in `dtype`, that of the parameters."""
     G, _, R = dh.shape
     g, _ = _launch((x,) * G, dh, None, mask, R, True, tile, precision, splits)
     assert g is not None
-    every = torch.empty(G, R, x.shape[1], dtype=dtype, device=x.device)
-    _sum([(g, every)], 1.0 if mask is None else 1 / (1 - dropout))
-    return every.unbind()
+    dlora_A = torch.empty(G, R, x.shape[1], dtype=dtype, device=x.device)
+    _sum([(g, dlora_A)], 1.0 if mask is None else 1 / (1 - dropout))
+    return dlora_A
 
 
 def _launch(

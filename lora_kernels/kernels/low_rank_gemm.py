@@ -3,6 +3,7 @@
     x [M, K]   w [N, K]   bias [N]   u [M, R]   v [N, R]   mask [M, N / 8] bytes   out [M, N]
 
 Forward, for G segments: out_g from x, weight_g, bias_g, h_g, lora_B_g; one launch for all of them.
+Segments past the last v have no low-rank product: the columns of a weight that LoRA leaves alone.
 Gradient of x: one out, the sum over segments of (dy_g, weight_g^T, dh_g, lora_A_g^T) under the
 forward's masks, in one accumulator; the same kernel with swapped strides. Seeding the accumulator
 costs one rank-R dot a tile, R / K of the GEMM, and no extra pass over out.
@@ -25,7 +26,7 @@ from .tiles import cast, dot, index_type, load_keep, locate, of_term, pick
 def _low_rank_gemm(
     x_ptrs, w_ptrs, bias_ptrs, u_ptr, v_ptrs, mask_ptr, out_ptrs,
     M, Ns, Ks, R,
-    stride_xms, stride_xks, stride_wn, stride_wk, stride_vn, stride_vr, stride_mask,
+    stride_xms, stride_xks, stride_wn, stride_wk, stride_vn, stride_vr, stride_mask, stride_oms,
     scale,
     GEMM: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -39,16 +40,20 @@ def _low_rank_gemm(
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     row_inside = (rows < M)[:, None]
     column_inside = (columns < N)[None, :]
-    rank_inside = ranks < R
-
-    # Either many outputs of one term each, or one output that sums the terms of all segments.
+    # Either many outputs of one term each, or one output that sums all terms.
     TERMS: tl.constexpr = len(Ks)
+    LOW_RANK_TERMS: tl.constexpr = len(v_ptrs) if len(Ns) == 1 else 1
+    if len(Ns) > len(v_ptrs):
+        rank_inside = ranks < tl.where(segment < len(v_ptrs), R, 0)
+    else:
+        rank_inside = ranks < R
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for term in tl.static_range(TERMS):
-        at = segment if TERMS == 1 else term
+    for term in tl.static_range(LOW_RANK_TERMS):
+        at = segment if LOW_RANK_TERMS == 1 else term
         u_tile_ptrs = u_ptr + (at * M + rows)[:, None] * R + ranks[None, :]
         u = tl.load(u_tile_ptrs, mask=row_inside & rank_inside[None, :], other=0.0)
-        v_ptr = of_term(v_ptrs, segment, term, TERMS)
+        v_ptr = of_term(v_ptrs, segment, term, LOW_RANK_TERMS)
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
         if HAS_MASK:
@@ -87,7 +92,7 @@ def _low_rank_gemm(
         bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     tl.store(
-        pick(out_ptrs, segment) + rows[:, None] * N + columns[None, :],
+        pick(out_ptrs, segment) + rows[:, None] * pick(stride_oms, segment) + columns[None, :],
         cast(acc, out_ptrs[0].dtype.element_ty),
         mask=row_inside & column_inside,
     )
@@ -96,25 +101,27 @@ def _low_rank_gemm(
 def low_rank_gemm(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], u: Tensor, v: tuple[Tensor, ...], *,
     scale: float, tile: Tile, precision: str, bias: tuple[Tensor, ...] | None = None,
-    mask: Tensor | None = None, gemm: bool = True,
+    mask: Tensor | None = None, gemm: bool = True, outs: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The outs [M, N_g] if there is one x, else the single out that sums the terms of every x.
+    """An out [M, N_g] for each w if there is one x, else the single out that sums all terms.
 
     All in the dtype of x; w and v may be any strided views (each of one layout), v of any dtype.
-    u is [G, M, R], mask [G, M, ceil(N / 8)]. `gemm=False` leaves out the products x w^T.
+    u is [G, M, R] for the G of v, mask [G, M, ceil(N / 8)]. `outs` are written if given (columns
+    side by side), else allocated. `gemm=False` leaves out the products x w^T.
     """
     M, R = x[0].shape[0], u.shape[2]
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
-    outs = tuple(torch.empty(M, N, dtype=x[0].dtype, device=x[0].device) for N in Ns)
+    if outs is None:
+        outs = tuple(torch.empty(M, N, dtype=x[0].dtype, device=x[0].device) for N in Ns)
     blocks_m = triton.cdiv(M, tile.m)
     _low_rank_gemm[(blocks_m * sum(triton.cdiv(N, tile.n) for N in Ns),)](
         x, w, bias, u, v, mask, outs,
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
         w[0].stride(0), w[0].stride(1), v[0].stride(0), v[0].stride(1),
-        0 if mask is None else mask.stride(1),
+        0 if mask is None else mask.stride(1), tuple(t.stride(0) for t in outs),
         scale,
         GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *outs)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
