@@ -37,6 +37,7 @@ class Card(NamedTuple):
 
 # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
 CARDS = {
+    "sm_75": Card(64, 64, 32, 16),  # runs the kernels that draw and apply masks, no others
     "sm_80": Card(163, 164, 64, 32),
     "sm_86": Card(99, 100, 48, 16),
     "sm_89": Card(99, 100, 48, 24),
@@ -168,8 +169,12 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     tf32 = dtype is torch.float32
     problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, sliced=sliced)
     choice = choose(problem, strategy)
-    if choice.strategy != strategy or choice.tile is None:
-        return  # a library, or refused (`fused` with dropout, say)
+    if choice.strategy != strategy:
+        return  # refused (`fused` with dropout, say)
+    if choice.tile is None:  # a library, whose masks alone are kernels of ours
+        if dropout:
+            _library_masks(M, K, G, dtype)
+        return
     row = STRATEGIES[strategy]
     # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
     adapter = torch.float32 if dropout else dtype
@@ -192,6 +197,14 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tile)
     dy = tuple(tensor(M, N) for _ in range(weights))
     row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tile)
+
+
+def _library_masks(M: int, K: int, G: int, dtype: torch.dtype) -> None:
+    from . import kernels
+
+    x, seed = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty(1, device="meta").long()
+    mask = kernels.draw_masks(seed, G, M, K, 0.1)
+    kernels.apply_mask(kernels.apply_mask(x, mask[0]), mask[0], onto=x)
 
 
 def compile_report(

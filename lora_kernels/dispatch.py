@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from types import MappingProxyType
 
 import torch
@@ -124,13 +123,8 @@ def _tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _triton_supports(problem: Problem) -> str | None:
-    if not _has_triton():
+    if not strategies.has_triton():
         return "Triton is not installed"
     if problem.arch == "cpu" and not interpreting():
         return "Triton kernels need a GPU (or TRITON_INTERPRET=1)"

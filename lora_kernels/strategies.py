@@ -17,6 +17,8 @@ algebra is that of `reference`, the mask format that of `masks`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +89,49 @@ def _product(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> T
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _launches_masks(device: torch.device) -> bool:
+    """Whether masks are drawn and applied by Triton: elementwise kernels run from sm_75 on."""
+    if device.type != "cuda" or not has_triton():
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def _draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
+    draw = _kernels().draw_masks if _launches_masks(seed.device) else masks.draw
+    return draw(seed, groups, rows, columns, dropout)
+
+
+def _keep(mask: Tensor | None, g: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask of one layer as `_drop` takes it: packed bytes for Triton, else factors 0 and 1."""
+    if mask is None:
+        return None
+    if _launches_masks(mask.device):
+        return mask[g]
+    return masks.unpack(mask[g], columns, dtype)
+
+
+def _drop(t: Tensor, keep: Tensor | None) -> Tensor:
+    """D(t) without its scale."""
+    if keep is None:
+        return t
+    return _kernels().apply_mask(t, keep) if keep.dtype is torch.uint8 else t * keep
+
+
+def _add_dropped(out: Tensor, t: Tensor, keep: Tensor) -> None:
+    """out += D(t), without its scale."""
+    if keep.dtype is torch.uint8:
+        _kernels().apply_mask(t, keep, onto=out)
+    else:
+        out.addcmul_(t, keep)
+
+
 def library_forward(
     x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
     tiles: Tiles | None,
@@ -95,7 +140,7 @@ def library_forward(
     M, K = x.shape
     lora_A, lora_B = layers.adapters()
     G, R = len(lora_A), lora_A[0].shape[0]
-    mask = None if seed is None else masks.draw(seed, G, M, K, dropout)
+    mask = None if seed is None else _draw(seed, G, M, K, dropout)
     h = x.new_empty(G, M, R)
     y = []
     for g, weight in enumerate(layers.weight):
@@ -104,7 +149,7 @@ def library_forward(
         else:
             y.append(torch.addmm(layers.bias[g].to(x.dtype), x, weight.T))
     for g, y_g in enumerate(layers.adapted(tuple(y))):
-        dropped_x = x if mask is None else x * masks.unpack(mask[g], K, x.dtype)
+        dropped_x = _drop(x, _keep(mask, g, K, x.dtype))
         _product(dropped_x, lora_A[g].to(x.dtype).T, 1 / (1 - dropout), out=h[g])
         y_g.addmm_(h[g], lora_B[g].to(x.dtype).T, alpha=scale)
     return Forward(tuple(y), h, mask)
@@ -126,18 +171,15 @@ def library_backward(
     ):
         if wanted.dx or wanted.dlora_A:
             dh = _product(dy_g, lora_B.to(dy_g.dtype), scale)
-            keep = None
-            if mask is not None:
-                keep = masks.unpack(mask[g], lora_A.shape[1], dy_g.dtype)
+            keep = _keep(mask, g, lora_A.shape[1], dy_g.dtype)
             if dx is not None:
                 if keep is None:
                     dx.addmm_(dh, lora_A.to(dy_g.dtype))
                 else:
-                    dx.addcmul_(_product(dh, lora_A.to(dy_g.dtype), keep_scale), keep)
+                    _add_dropped(dx, _product(dh, lora_A.to(dy_g.dtype), keep_scale), keep)
             if wanted.dlora_A:
                 assert x is not None
-                dropped_x = x if keep is None else x * keep
-                dlora_A.append(_product(dh.T, dropped_x, keep_scale).to(lora_A.dtype))
+                dlora_A.append(_product(dh.T, _drop(x, keep), keep_scale).to(lora_A.dtype))
         if wanted.dlora_B:
             assert h is not None
             # Transposed: oneDNN's dy^T h takes 7.6 ms, h^T dy 0.44 (EPYC, N = 3072, fp32).

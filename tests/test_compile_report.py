@@ -22,6 +22,8 @@ pytest.importorskip("triton")
 PAIRS = [(arch, dtype) for arch in GATED for dtype in DTYPES]
 TODAY = PAIRS[datetime.date.today().toordinal() % len(PAIRS)]
 
+ELEMENTWISE = {"add_parts", "draw_masks", "apply_mask"}
+
 
 def run(*arguments, **environment):
     command = [sys.executable, "-m", "lora_kernels.cli", "compile-report", *arguments]
@@ -38,14 +40,21 @@ def test_the_gate_on_the_sample_of_the_day(tmp_path):
     refused = [row for row in rows if row["spills"] or row["shared_bytes"] > row["shared_limit"]]
     assert done.returncode == 0 and not refused, refused or done.stderr
     assert {row["kernel"] for row in rows} == {
-        "project", "low_rank_gemm", "fused_gemm", "column_gradient", "add_parts",
+        "project", "low_rank_gemm", "fused_gemm", "column_gradient", *ELEMENTWISE,
     }  # fmt: skip
     for row in rows:
         assert row["arch"] == arch and row["dtype"] == dtype
         assert 0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1
-        assert (row["matrix_instructions"] > 0) == (row["kernel"] != "add_parts")
+        assert (row["matrix_instructions"] > 0) == (row["kernel"] not in ELEMENTWISE)
         name = f"{arch}-{row['kernel']}-{dtype}-{row['tile']}.cubin"
         assert (tmp_path / name).read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_card_without_matrix_instructions_for_triton_draws_masks():
+    done = run("--arch", "sm_75", "--dtype", "float16", "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert {row["kernel"] for row in rows} == {"draw_masks", "apply_mask"}
 
 
 def test_the_gate_refuses_spills_and_too_much_shared_memory(capsys, monkeypatch):

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
-from oracle import DEVICE, Case, inputs
+from oracle import DEVICE, Case, inputs, judge_layer
 
-from lora_kernels import masks
+from lora_kernels import lora_linear, masks, strategies
 from lora_kernels.dispatch import STRATEGIES, Problem, choose
 from lora_kernels.strategies import Layers
+from lora_kernels.tuning import tiles_for
+
+TILES = tiles_for("cpu" if DEVICE.type == "cpu" else "any", 4, 3, tf32=False)
 
 STRATEGY_NAMES = [name for name in STRATEGIES if name != "fused"]  # which takes no dropout
 
@@ -79,6 +82,60 @@ def test_the_torch_seed_reproduces_the_mask(strategy):
     torch.manual_seed(3)
     assert torch.equal(drawn(strategy, 40, 24, 0.3), first)
     assert not torch.equal(first, second)
+
+
+# ---------------------------------------------------------------- masks drawn by Triton alone
+
+SHAPES = [(1, 1), (17, 8), (33, 7), (40, 131), (5, 600)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masks_are_those_that_project_draws(shape):
+    kernels = pytest.importorskip("lora_kernels.kernels")
+    (M, K), seed = shape, torch.tensor([-5], device=DEVICE)
+    x, A = torch.ones(M, K, device=DEVICE), tuple(torch.ones(2, 3, K, device=DEVICE))
+    _, mask = kernels.project(x, A, tile=TILES.project, precision="ieee", dropout=0.3, seed=seed)
+    drawn_alone = kernels.draw_masks(seed, 2, M, K, 0.3)
+    assert torch.equal(masks.unpack(drawn_alone, K), masks.unpack(mask, K))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_is_applied_and_added(shape, dtype, transposed):
+    kernels = pytest.importorskip("lora_kernels.kernels")
+    M, K = shape
+    generator = torch.Generator().manual_seed(1)
+    t = torch.randn(shape[::-1] if transposed else shape, generator=generator).to(DEVICE, dtype)
+    t = t.T if transposed else t
+    mask = masks.draw(masks.draw_seed(DEVICE), 1, M, K, 0.5)[0]
+    kept = torch.where(masks.unpack(mask, K), t, 0)
+    assert torch.equal(kernels.apply_mask(t, mask), kept)
+    wide = torch.randn(M, K + 3, generator=generator).to(DEVICE, dtype)
+    onto, before = wide[:, :K], wide.clone()
+    assert kernels.apply_mask(t, mask, onto=onto) is onto
+    assert torch.equal(onto, (before[:, :K].float() + kept.float()).to(dtype))
+    assert torch.equal(wide[:, K:], before[:, K:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_library_with_masks_by_triton(dtype, monkeypatch):
+    """What a card does, on whatever device this is."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(strategies, "_launches_masks", lambda device: True)
+    case = Case(M=70, N=40, K=33, R=3, dropout=0.25)
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, dropout=0.25,
+            strategy="library",
+        )  # fmt: skip
+
+    judge_layer(layer, case, dtype)
+    torch.manual_seed(3)
+    expected = drawn("split", 40, 24, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn("library", 40, 24, 0.3), expected), "the mask of every strategy"
 
 
 def test_the_threshold_is_the_probability_in_65536ths():

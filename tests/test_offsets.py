@@ -133,6 +133,10 @@ def input_gradients(x, dh, **_):
     )
 
 
+def apply_mask(x, **_):
+    return (kernels.apply_mask(x[0], mask()[0]),)
+
+
 # launcher -> the tensors whose layout is the caller's
 LAUNCHERS = {
     project: ("x", "lora_A"),
@@ -144,6 +148,7 @@ LAUNCHERS = {
     fused_gemm_backward: ("dy", "weight", "lora_A", "lora_B"),
     output_gradients: ("dy", "lora_B"),
     input_gradients: ("x",),
+    apply_mask: ("x",),
 }
 CASES = [
     pytest.param(launcher, name, layout, id=f"{launcher.__name__}-{name}-{layout}")
@@ -208,6 +213,19 @@ def test_project_writes_past_the_limit(last_programs_of_a_large_launch, large):
     assert torch.equal(h[0, -ROWS:], expected[0])
     if mask is not None:
         assert (mask[0, -ROWS:] == 255).all(), "nothing is dropped at p = 0"
+
+
+def test_masks_are_drawn_and_applied_past_the_limit(last_programs_of_a_large_launch):
+    rows = (1 << 28) + 5
+    mask = kernels.draw_masks(SEED, 1, rows, 72, 0.0)
+    assert mask.numel() > LIMIT and (mask[0, -5:] == 255).all()
+    assert (mask[0, 100:200] == 0).all(), "the first programs did not run"
+    t = normal(ROWS, 16)
+    large, bits = tail((1 << 27) + 5, t), torch.full((ROWS, 2), 85, dtype=torch.uint8)
+    assert large.numel() > LIMIT
+    out = kernels.apply_mask(large, tail((1 << 27) + 5, bits))
+    assert torch.equal(out[-ROWS:], kernels.apply_mask(t, bits))
+    assert (out[-ROWS:] == t).float().mean() == 0.5
 
 
 @pytest.mark.parametrize("large", ["out", "u"])

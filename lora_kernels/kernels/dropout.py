@@ -1,0 +1,80 @@
+"""Packed masks drawn, and applied to a tensor: dropout around the vendor's products.
+
+    mask [G, M, K / 8] bytes from a seed       out = D(t), or out + D(t)        t, out [M, K]
+
+No matrix instruction is needed, so these run on cards where the other kernels do not. In plain
+torch the same takes thirty passes over x (`masks`): more than the frozen layer itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import masks
+from .tiles import cast, draw_keep_bytes, index_type, load_keep
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _draw_masks(
+    seed_ptr, mask_ptr, M, stride_mask, threshold,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    columns = tl.program_id(2) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    packed = draw_keep_bytes(tl.load(seed_ptr), rows, columns, segment, threshold)
+    tl.store(
+        mask_ptr + (segment.to(INDEX) * M + rows)[:, None] * stride_mask + columns[None, :],
+        packed.to(tl.uint8),
+        mask=(rows < M)[:, None] & (columns < stride_mask)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _apply_mask(
+    t_ptr, mask_ptr, out_ptr, M, K, stride_tm, stride_tk, stride_mask, stride_om,
+    INDEX: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    first = tl.program_id(1) * BLOCK_K
+    columns = (first + tl.arange(0, BLOCK_K)).to(INDEX)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    t_ptrs = t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tk
+    t = tl.load(t_ptrs, mask=inside, other=0.0)
+    keep = load_keep(mask_ptr, rows, first, M, K, stride_mask, BLOCK_M, BLOCK_K)
+    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
+    kept = tl.where(keep, t, 0.0)
+    if ADD:
+        kept = kept.to(tl.float32) + tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, cast(kept, out_ptr.dtype.element_ty), mask=inside)
+
+
+def draw_masks(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
+    """The packed masks [groups, rows, ceil(columns / 8)] of `seed`: those that `project` draws."""
+    width = masks.packed_width(columns)
+    mask = torch.empty(groups, rows, width, dtype=torch.uint8, device=seed.device)
+    block_m, block_bytes = 16, 64
+    _draw_masks[(groups, triton.cdiv(rows, block_m), triton.cdiv(width, block_bytes))](
+        seed, mask, rows, width, masks.threshold(dropout),
+        INDEX=index_type((mask,)), BLOCK_M=block_m, BLOCK_BYTES=block_bytes,
+    )  # fmt: skip
+    return mask
+
+
+def apply_mask(t: Tensor, mask: Tensor, onto: Tensor | None = None) -> Tensor:
+    """t [M, K] where the packed mask [M, ceil(K / 8)] keeps it, else 0; added to `onto` if given.
+
+    In the dtype of t, without the scale of dropout; t may be of any strides, `onto` has its columns
+    side by side.
+    """
+    M, K = t.shape
+    out = torch.empty(M, K, dtype=t.dtype, device=t.device) if onto is None else onto
+    block_m, block_k = 32, 128
+    _apply_mask[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
+        t, mask, out, M, K, t.stride(0), t.stride(1), mask.stride(0), out.stride(0),
+        INDEX=index_type((t, out)), ADD=onto is not None, BLOCK_M=block_m, BLOCK_K=block_k,
+    )  # fmt: skip
+    return out
