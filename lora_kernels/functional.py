@@ -110,10 +110,29 @@ def lora_linear(
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
-    biases = () if bias is None else (bias,)
+    parts = Parts(weight, bias, lora_A, lora_B, scale, dropout, training, strategy)
+    return lora_layer(x, parts)
+
+
+class Parts(NamedTuple):
+    """One layer, as a call needs it: the arguments of `lora_linear` besides x."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout: float
+    training: bool
+    strategy: str
+
+
+def lora_layer(x: Tensor, parts: Parts, columns: Ranges | None = None) -> Tensor:
+    """`lora_linear` of a layer's parts."""
+    weight, bias, lora_A, lora_B, scale, dropout, training, strategy = parts
     (y,) = lora_linears(
-        x, (weight,), (lora_A,), (lora_B,), biases,
-        scale=scale, dropout=dropout, training=training, strategy=strategy,
+        x, (weight,), (lora_A,), (lora_B,), () if bias is None else (bias,), scale=scale,
+        dropout=dropout, training=training, strategy=strategy, columns=columns,
     )  # fmt: skip
     return y
 

@@ -9,13 +9,13 @@ x is computed alone, and a group whose results are not fetched three times runni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .functional import lora_linears
+from .functional import Parts, lora_linears
 from .modules import FusedLoRALinear
 
 # Attribute names under one parent that read the same tensor, in the order of their dropout masks.
@@ -32,20 +32,32 @@ _CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn", "en
 _PATIENCE = 3
 
 
-class Group:
-    """Two or more FusedLoRALinear of one layout, rank, scale and dropout that read the same x."""
+class Member(Protocol):
+    """A layer that can be in a group: FusedLoRALinear, or what `fuse_peft` made of PEFT's."""
 
-    def __init__(self, members: tuple[FusedLoRALinear, ...]) -> None:
+    group: Group | None
+
+    def parts(self, x: Tensor) -> Parts | None:
+        """What a call on x needs; None while the layer does not run fused (merged, disabled)."""
+
+    def layout(self) -> tuple[Any, ...] | None:
+        """What siblings must have in common to be a group; None if it runs alone."""
+
+
+class Group:
+    """Two or more layers that read the same x; they run together while their parts allow it."""
+
+    def __init__(self, members: tuple[Member, ...]) -> None:
         self.members = members
         self.misses = 0
         self._x: Tensor | None = None
         self._call: Any = None
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, tuple[Tensor, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "misses": 0, "_x": None, "_call": None, "_waiting": {}}
 
-    def output(self, layer: FusedLoRALinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: Member, x: Tensor) -> Tensor | None:
         """y of one member; None if it must be computed alone."""
         compiling = torch.compiler.is_compiling()
         if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
@@ -56,63 +68,86 @@ class Group:
             0 if compiling else x._version,  # which no graph can compare
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if autocast else None,
-            layer.training,
         )
         key = id(layer)
         if self._x is x and self._call == call and key in self._waiting:
-            y = self._waiting.pop(key)
+            y, state = self._waiting.pop(key)
             if not self._waiting:
                 self._x, self.misses = None, 0
-            return y
+            if state == _state(layer.parts(x)):
+                return y
         if self._waiting:  # someone did not come for theirs
             self.misses += 1
             self._x, self._waiting = None, {}
             if self.misses >= _PATIENCE:
                 return None
-        if any(m.merged or m.training != layer.training for m in self.members):
+        every = [member.parts(x) for member in self.members]
+        parts = [p for p in every if p is not None]
+        if len(parts) < len(every) or not _alike(parts):
             return None
-        first = self.members[0]
+        first = parts[0]
         ys = lora_linears(
             x,
-            tuple(m.weight_as(x) for m in self.members),
-            tuple(m.lora_A for m in self.members),
-            tuple(m.lora_B for m in self.members),
-            tuple(m.bias for m in self.members if m.bias is not None),
-            scale=first.scale, dropout=first.dropout, training=layer.training,
+            tuple(p.weight for p in parts),
+            tuple(p.lora_A for p in parts),
+            tuple(p.lora_B for p in parts),
+            tuple(p.bias for p in parts if p.bias is not None),
+            scale=first.scale, dropout=first.dropout, training=first.training,
             strategy=first.strategy,
         )  # fmt: skip
-        self._waiting = {id(m): each for m, each in zip(self.members, ys, strict=True)}
+        self._waiting = {
+            id(member): (y, _state(p)) for member, y, p in zip(self.members, ys, parts, strict=True)
+        }
         self._x, self._call = x, call
-        return self._waiting.pop(key)
+        return self._waiting.pop(key)[0]
 
 
-def group_siblings(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Let the siblings of a model run together; returns the paths of each group."""
+def _alike(parts: list[Parts]) -> bool:
+    """Whether these layers can share a launch now."""
+    first = parts[0]
+    return all(p[4:] == first[4:] and (p.bias is None) == (first.bias is None) for p in parts)
+
+
+def _state(parts: Parts | None) -> Any:
+    """What must be as it was when a result was computed: the adapter and its values."""
+    if parts is None:
+        return None
+    if torch.compiler.is_compiling():
+        return parts[4:]
+    adapters = parts.lora_A, parts.lora_B
+    return *(fact for t in adapters for fact in (id(t), t._version)), *parts[4:]
+
+
+def fused_layer(module: nn.Module | None) -> Any:
+    """The module itself if it is a FusedLoRALinear, else None."""
+    return module if isinstance(module, FusedLoRALinear) else None
+
+
+def group_siblings(
+    model: nn.Module, member_of: Callable[[nn.Module | None], Any] = fused_layer
+) -> tuple[tuple[str, ...], ...]:
+    """Let the siblings of a model run together; returns the paths of each group.
+
+    `member_of` gives the member that a module is, or holds; None if it is no LoRA layer.
+    """
     groups = []
     for path, parent in model.named_modules():
         if any(name in path.split(".") for name in _CROSS):
             continue
         children = parent._modules
         for names in SIBLINGS:
-            for found in _alike(names, children):
-                group = Group(tuple(children[name] for name in found))  # type: ignore[misc]
+            for found in _same_layout({name: member_of(children.get(name)) for name in names}):
+                group = Group(tuple(found.values()))
                 for member in group.members:
                     member.group = group
                 groups.append(tuple(f"{path}.{name}" if path else name for name in found))
     return tuple(groups)
 
 
-def _alike(names: tuple[str, ...], children: Mapping[str, nn.Module | None]) -> list[list[str]]:
-    """The names among `children` whose layers can share a launch, in sets of at least two."""
-    sets: dict[Any, list[str]] = {}
-    for name in names:
-        layer = children.get(name)
-        if isinstance(layer, FusedLoRALinear) and layer.group is None and not layer.columns:
-            weight = layer.weight
-            key = (
-                layer.in_features, layer.rank, layer.scale, layer.dropout, layer.strategy,
-                layer.conv1d, layer.bias is None, weight.dtype, weight.device,
-                weight.stride(), layer.lora_A.dtype, layer.lora_B.dtype,
-            )  # fmt: skip
-            sets.setdefault(key, []).append(name)
+def _same_layout(members: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The members whose layers can share a launch, in sets of at least two."""
+    sets: dict[Any, dict[str, Any]] = {}
+    for name, member in members.items():
+        if member is not None and member.group is None and (layout := member.layout()):
+            sets.setdefault(layout, {})[name] = member
     return [found for found in sets.values() if len(found) > 1]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .columns import Range, Ranges, check_columns, unfold, widths
 from .dispatch import Problem, check_strategy
-from .functional import lora_linears
+from .functional import Parts, lora_layer
+from .held import HeldCast
 
 
 def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
@@ -196,9 +197,7 @@ class FusedLoRALinear(nn.Module):
         self.train(layer.training)
         self.group: Any = None  # the siblings that read the same x (`groups.Group`)
         self._unmerged: nn.Parameter | None = None
-        self._cast: Tensor | None = None  # weight in the dtype of autocast
-        self._cast_of: tuple[Tensor, ...] = ()  # a tuple, since a Parameter would be one of ours
-        self._cast_state: Any = None
+        self._held = HeldCast()
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
@@ -208,65 +207,46 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        if self.group is not None and (y := self.group.output(self, x)) is not None:
-            return y
-        weight = self.weight_as(x)
-        if self.merged:
+        parts = self.parts(x)
+        if parts is None:
+            weight = self._weight(x)
             bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
             return nn.functional.linear(x.to(weight.dtype), weight, bias)
-        biases = () if self.bias is None else (self.bias,)
-        (y,) = lora_linears(
-            x, (weight,), (self.lora_A,), (self.lora_B,), biases, scale=self.scale,
-            dropout=self.dropout, training=self.training, strategy=self.strategy,
-            columns=self.columns,
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
+        return lora_layer(x, parts, self.columns)
+
+    def parts(self, x: Tensor) -> Parts | None:
+        """What a call on x needs besides x; None if the layer is merged, a plain linear one."""
+        if self.merged:
+            return None
+        return Parts(
+            self._weight(x), self.bias, self.lora_A, self.lora_B, self.scale, self.dropout,
+            self.training, self.strategy,
         )  # fmt: skip
-        return y
 
-    def weight_as(self, x: Tensor) -> Tensor:
-        """weight as [N, K] in the call's dtype; a cast copy for autocast is made once and held."""
-        weight = self.weight.T if self.conv1d else self.weight
-        device = x.device.type
-        if not torch.is_autocast_enabled(device) or weight.dtype is torch.float64:
-            return weight
-        if weight.requires_grad:  # unfrozen by hand: the cast is part of the graph
-            return weight
-        dtype = torch.get_autocast_dtype(device)
-        if weight.dtype is dtype:
-            return weight
-        held = self._cast
-        if held is None or held.dtype is not dtype or self._stale():
-            held = self._cast = self.weight.detach().to(dtype)
-            self._cast_of = (self.weight,)
-            if not torch.compiler.is_compiling():
-                self._cast_state = self._weight_state()
-        return held.T if self.conv1d else held
+    def layout(self) -> tuple[Any, ...] | None:
+        """What siblings must have in common to run as a group; None if this layer runs alone."""
+        weight = self.weight
+        if self.columns is not None:
+            return None
+        return (
+            self.in_features, self.rank, self.scale, self.dropout, self.strategy, self.conv1d,
+            self.bias is None, weight.dtype, weight.device, weight.stride(), self.lora_A.dtype,
+            self.lora_B.dtype,
+        )  # fmt: skip
 
-    def _stale(self) -> bool:
-        # A compiled graph cannot ask for the version; loading and moving forget the copy
-        # themselves.
-        if not self._cast_of or self._cast_of[0] is not self.weight:
-            return True
-        return not torch.compiler.is_compiling() and self._cast_state != self._weight_state()
-
-    def _weight_state(self) -> tuple[int, int]:
-        # In-place changes count versions, `weight.data = ...` gives other memory.
-        version = 0 if self.weight.is_inference() else self.weight._version
-        return version, self.weight.data_ptr()
+    def _weight(self, x: Tensor) -> Tensor:
+        weight = self._held.of(self.weight, x)
+        return weight.T if self.conv1d else weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
-        self._cast = None
+        self._held.forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._cast = None
+        self._held.forget()
         super()._load_from_state_dict(*arguments)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_cast": None,
-            "_cast_of": (),
-        }  # a copy or a file holds the weight once
 
     @property
     def merged(self) -> bool:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Problem, check_strategy, choose
-from .functional import lora_linear
+from .functional import Parts, lora_layer
+from .groups import Group, group_siblings
+from .held import HeldCast
 from .injection import TYPICAL_TOKENS
 from .modules import is_conv1d
 from .report import FusedRow, Report, SkippedRow, count_parameters
 
 
-def fuse_peft(peft_model: nn.Module, strategy: str = "auto") -> Report:
+def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True) -> Report:
     """Let every plain `peft.tuners.lora.Linear` of a model run as one fused operation, in place.
 
         y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
@@ -30,7 +32,8 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto") -> Report:
     own forward; a state that may change (merged, disabled, `set_adapter`) is looked at again in
     every call. Dropout masks come from torch's generator but are not the ones that `nn.Dropout`
     draws. Layers that adapters add later need another call, which is harmless for the rest.
-    `copy.deepcopy` and pickle work.
+    `copy.deepcopy` and pickle work. With `group`, siblings that read the same input (query, key and
+    value) run as one problem.
 
     Raises:
         ValueError: the strategy is unknown, or the model has no PEFT LoRA layer.
@@ -40,18 +43,19 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto") -> Report:
         >>> print(fuse_peft(model))
     """
     check_strategy(strategy)
-    fused: list[FusedRow] = []
-    skipped: list[SkippedRow] = []
+    reasons: dict[str, str | None] = {}
     for name, layer in _lora_layers(peft_model):
-        reason = _never(layer)
-        if reason is None:
+        reasons[name] = _never(layer)
+        if reasons[name] is None:
             layer.forward = FusedForward(layer, strategy)
-            reason = fallback_reason(layer)
-        if reason is None:
-            choice = choose(_problem(layer, TYPICAL_TOKENS), strategy)
-            fused.append(FusedRow(name, choice.strategy, choice.reason))
-        else:
-            skipped.append(SkippedRow(name, reason))
+            reasons[name] = fallback_reason(layer)
+    if group:
+        group_siblings(peft_model, fused_forward)
+    skipped = [SkippedRow(name, reason) for name, reason in reasons.items() if reason is not None]
+    fused: list[FusedRow] = []
+    for name, problem, how in fused_peft_layers(peft_model, TYPICAL_TOKENS):
+        choice = choose(problem, how)
+        fused.append(FusedRow(name, choice.strategy, choice.reason))
     if not fused and not skipped:
         raise ValueError(
             f"{type(peft_model).__name__} has no PEFT LoRA layer: use add_lora on plain models"
@@ -62,7 +66,7 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto") -> Report:
 def unfuse_peft(model: nn.Module) -> nn.Module:
     """Undo `fuse_peft`: every layer runs PEFT's own forward again. Returns `model`."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
+        if fused_forward(module) is not None:
             del module.forward
     return model
 
@@ -71,11 +75,11 @@ def fused_peft_layers(
     model: nn.Module, tokens: int, dtype: torch.dtype | None = None
 ) -> list[tuple[str, Problem, str]]:
     """Name, problem and strategy of the layers that run fused in their present state."""
-    forwards = ((name, vars(module).get("forward")) for name, module in model.named_modules())
+    forwards = ((name, fused_forward(module)) for name, module in model.named_modules())
     return [
-        (name, _problem(forward.layer, tokens, dtype), forward.strategy)
+        (name, _problem(forward, tokens, dtype), forward.strategy)
         for name, forward in forwards
-        if isinstance(forward, FusedForward) and fallback_reason(forward.layer) is None
+        if forward is not None and fallback_reason(forward.layer) is None
     ]
 
 
@@ -88,24 +92,49 @@ class FusedForward:
     def __init__(self, layer: Any, strategy: str) -> None:
         self.layer = layer
         self.strategy = strategy
+        self.group: Group | None = None
+        self._held = HeldCast()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.layer
-        parts = _parts(layer)
-        if isinstance(parts, str) or args or any(v is not None for v in kwargs.values()):
-            return type(layer).forward(layer, x, *args, **kwargs)
+        parts = self.parts(x)
+        if parts is None or args or any(v is not None for v in kwargs.values()):
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
+        return lora_layer(x, parts)
+
+    def parts(self, x: Tensor) -> Parts | None:
+        """What a call on x needs besides x; None where PEFT's own forward runs."""
+        parts = _parts(self.layer)
+        if isinstance(parts, str):
+            return None
         base, lora_A, lora_B, dropout, scale = parts
-        return lora_linear(
-            x,
-            base.weight.T if is_conv1d(base) else base.weight,
-            lora_A.weight,
-            lora_B.weight,
-            bias=base.bias,
-            scale=scale,
-            dropout=getattr(dropout, "p", 0.0),
-            training=dropout.training,
-            strategy=self.strategy,
-        )
+        weight = base.weight
+        if not torch.compiler.is_compiling():  # a graph could not see that the weight has moved
+            weight = self._held.of(weight, x)
+        return Parts(
+            weight.T if is_conv1d(base) else weight, base.bias, lora_A.weight, lora_B.weight, scale,
+            getattr(dropout, "p", 0.0), dropout.training, self.strategy,
+        )  # fmt: skip
+
+    def layout(self) -> tuple[Any, ...] | None:
+        """What siblings must have in common to run as a group; None if PEFT's forward runs."""
+        parts = _parts(self.layer)
+        if isinstance(parts, str):
+            return None
+        base, lora_A, lora_B, dropout, scale = parts
+        weight = base.weight
+        return (
+            self.layer.in_features, tuple(lora_A.weight.shape), scale, getattr(dropout, "p", 0.0),
+            is_conv1d(base), base.bias is None, weight.dtype, weight.device, weight.stride(),
+            lora_A.weight.dtype, lora_B.weight.dtype,
+        )  # fmt: skip
+
+
+def fused_forward(module: nn.Module | None) -> FusedForward | None:
+    """The fused forward that a PEFT layer has, or None."""
+    forward = vars(module).get("forward") if module is not None else None
+    return forward if isinstance(forward, FusedForward) else None
 
 
 def fallback_reason(layer: Any) -> str | None:
@@ -179,18 +208,16 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     )
 
 
-def _problem(layer: Any, tokens: int, dtype: torch.dtype | None = None) -> Problem:
+def _problem(forward: FusedForward, tokens: int, dtype: torch.dtype | None = None) -> Problem:
+    layer = forward.layer
     adapter, weight = layer.active_adapters[0], layer.base_layer.weight
     dropout = layer.lora_dropout[adapter]
+    members: Any = [forward] if forward.group is None else forward.group.members
     return Problem.on(
-        weight.device,
-        tokens,
-        layer.out_features,
-        layer.in_features,
-        layer.r[adapter],
-        dtype or weight.dtype,
-        dropout=dropout.training and getattr(dropout, "p", 0.0) > 0,
-    )
+        weight.device, tokens, max(member.layer.out_features for member in members),
+        layer.in_features, layer.r[adapter], dtype or weight.dtype,
+        dropout=dropout.training and getattr(dropout, "p", 0.0) > 0, layers=len(members),
+    )  # fmt: skip
 
 
 def _groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

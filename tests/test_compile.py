@@ -144,10 +144,10 @@ def test_compiled_autocast_casts_the_frozen_weight_once():
             actual = fast(x)
     torch.testing.assert_close(actual, expected)
     assert actual.dtype == torch.bfloat16
-    held = layer._cast
+    held = layer._held.copy
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         fast(x)
-    assert layer._cast is held
+    assert layer._held.copy is held
     layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         torch.testing.assert_close(fast(x), layer(x))

@@ -250,8 +250,8 @@ def test_autocast_casts_each_weight_once(x):
     group_siblings(model)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = model(x)
-        held = model.key._cast
+        held = model.key._held.copy
         model(x)
     assert y.dtype == torch.bfloat16
-    assert model.key._cast is held and held.dtype == torch.bfloat16
+    assert model.key._held.copy is held and held.dtype == torch.bfloat16
     assert model.key.weight.dtype == torch.float32

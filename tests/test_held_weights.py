@@ -93,13 +93,13 @@ def test_copies_and_pickles_are_whole_and_their_own(kind):
     layer = adapted(kind, dropout=0.25, rslora=True, strategy="library").eval()
     with autocast():
         layer(batch())
-    assert layer._cast is not None
+    assert layer._held.copy is not None
     file = io.BytesIO()
     torch.save(layer, file)
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     x = batch()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), saved):
-        assert twin._cast is None, "a copy must not hold the weight twice"
+        assert twin._held.copy is None, "a copy must not hold the weight twice"
         assert twin.extra_repr() == layer.extra_repr() and twin.scale == layer.scale
         assert torch.equal(twin(x), layer(x))
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_stale_cast_copy_is_never_used(kind, change):
         before = layer(x)
         change(layer)
         after = layer(x)
-    layer._cast = None
+    layer._held.forget()
     with autocast():
         fresh = layer(x)
     assert torch.equal(after, fresh)
@@ -192,9 +192,9 @@ def test_moving_or_casting_the_layer_lets_go_of_the_copy():
     for move in (lambda: layer.to(torch.float16), layer.float, layer.half, layer.float):
         with autocast():
             layer(batch())
-        assert layer._cast is not None
+        assert layer._held.copy is not None
         move()
-        assert layer._cast is None, "it would keep memory that nobody reads"
+        assert layer._held.copy is None, "it would keep memory that nobody reads"
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
 
 
@@ -226,11 +226,13 @@ def test_the_frozen_weight_is_cast_once_under_autocast(kind):
         layer(batch())
         layer(batch())
     assert casts.count == 1, "another dtype of autocast is another copy"
-    assert torch.equal(layer._cast, layer.weight.half()), "of the weight, not of the other copy"
+    assert torch.equal(layer._held.copy, layer.weight.half()), (
+        "of the weight, not of the other copy"
+    )
     half = adapted(kind, dtype=torch.bfloat16)
     with Casts(layer.weight.numel()) as casts, autocast():
         half(batch())
-    assert casts.count == 0 and half._cast is None
+    assert casts.count == 0 and half._held.copy is None
 
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)

@@ -93,7 +93,7 @@ def test_under_autocast_the_held_copy_is_what_is_saved():
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     with autocast():
         layer(x)
-        saved = Saved(x=x, cast=layer._cast, **dict(layer.named_parameters()))
+        saved = Saved(x=x, cast=layer._held.copy, **dict(layer.named_parameters()))
         with saved.hooks:
             y = layer(x)
     assert saved.names == {"x", "cast", "lora_A", "lora_B"}
