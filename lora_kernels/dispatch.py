@@ -22,6 +22,7 @@ from .tuning import (
     MAX_RANK,
     Tile,
     Tiles,
+    Tuned,
     bucket,
     load_table,
     rank_block,
@@ -196,7 +197,10 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
     if strategy != "auto":
         refusal = STRATEGIES[strategy].supports(problem)
         if refusal is None:
-            return _choice(strategy, "named by the caller", problem, {})
+            row = _measured(problem)
+            tiles = row.tiles if row is not None and row.strategy == strategy else {}
+            where = ", with the tiles measured on this card" if tiles else ""
+            return _choice(strategy, "named by the caller" + where, problem, tiles)
     best, reason, tiles = _best(problem)
     if strategy != "auto":
         reason = f"{strategy} was asked for, but: {refusal}; {reason}"
@@ -210,18 +214,23 @@ def _best(problem: Problem) -> tuple[str, str, Mapping[str, Tile]]:
     refusal = _triton_supports(problem)
     if refusal is not None:
         return "library", refusal, {}
-    if problem.gpu:
-        row = load_table(table_path(problem.gpu)).get(problem.key)
-        if row is not None and _can(row.strategy, problem):
-            return row.strategy, f"measured on this card: {row.median_us:.0f} us", row.tiles
+    row = _measured(problem)
+    if row is not None:
+        return row.strategy, f"measured on this card: {row.median_us:.0f} us", row.tiles
     times = sorted((predict(problem, name), name) for name in STRATEGIES)
     (best, name), (second, other) = times[:2]
     reason = f"cost model: {best:.0f} us forward + backward, {other} {second:.0f} us"
     return name, f"{STRATEGIES[name].summary} ({reason})", {}
 
 
-def _can(strategy: str, problem: Problem) -> bool:
-    return strategy in STRATEGIES and STRATEGIES[strategy].supports(problem) is None
+def _measured(problem: Problem) -> Tuned | None:
+    """The row of the card's tuned table, if it has one that can still be run."""
+    if not problem.gpu:
+        return None
+    row = load_table(table_path(problem.gpu)).get(problem.key)
+    if row is None or row.strategy not in STRATEGIES or STRATEGIES[row.strategy].supports(problem):
+        return None
+    return row
 
 
 def predict(problem: Problem, strategy: str) -> float:

@@ -43,6 +43,11 @@ def test_a_measured_row_is_chosen_and_says_so():
     assert choice.strategy == "split" and choice.tile.low_rank_gemm == MEASURED
     assert choice.tile.project == DEFAULT_TILES["any", 2, False].project
     assert "measured on this card: 12 us" in choice.reason
+    named = choose(PROBLEM, "split")
+    assert named.tile == choice.tile
+    assert named.reason == "named by the caller, with the tiles measured on this card"
+    other = choose(PROBLEM, "hybrid")
+    assert other.reason == "named by the caller" and other.tile.low_rank_gemm != MEASURED
     other = Problem(2048, 768, 1024, 8, torch.bfloat16, "sm_86", dropout=True, gpu=PROBLEM.gpu)
     assert "cost model" in choose(other).reason
 
