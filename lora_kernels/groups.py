@@ -57,8 +57,8 @@ class Group:
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "misses": 0, "_x": None, "_call": None, "_waiting": {}}
 
-    def output(self, layer: Member, x: Tensor) -> Tensor | None:
-        """y of one member; None if it must be computed alone."""
+    def output(self, layer: Member, x: Tensor, own: Parts) -> Tensor | None:
+        """y of one member, whose parts for x are `own`; None if it must be computed alone."""
         compiling = torch.compiler.is_compiling()
         if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
             return None  # a change of an inference tensor cannot be seen
@@ -74,14 +74,14 @@ class Group:
             y, state = self._waiting.pop(key)
             if not self._waiting:
                 self._x, self.misses = None, 0
-            if state == _state(layer.parts(x)):
+            if state == _state(own):
                 return y
         if self._waiting:  # someone did not come for theirs
             self.misses += 1
             self._x, self._waiting = None, {}
             if self.misses >= _PATIENCE:
                 return None
-        every = [member.parts(x) for member in self.members]
+        every = [own if member is layer else member.parts(x) for member in self.members]
         parts = [p for p in every if p is not None]
         if len(parts) < len(every) or not _alike(parts):
             return None
@@ -108,10 +108,8 @@ def _alike(parts: list[Parts]) -> bool:
     return all(p[4:] == first[4:] and (p.bias is None) == (first.bias is None) for p in parts)
 
 
-def _state(parts: Parts | None) -> Any:
+def _state(parts: Parts) -> Any:
     """What must be as it was when a result was computed: the adapter and its values."""
-    if parts is None:
-        return None
     if torch.compiler.is_compiling():
         return parts[4:]
     adapters = parts.lora_A, parts.lora_B

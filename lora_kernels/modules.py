@@ -212,7 +212,7 @@ class FusedLoRALinear(nn.Module):
             weight = self._weight(x)
             bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
             return nn.functional.linear(x.to(weight.dtype), weight, bias)
-        if self.group is not None and (y := self.group.output(self, x)) is not None:
+        if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts, self.columns)
 

@@ -99,7 +99,7 @@ class FusedForward:
         parts = self.parts(x)
         if parts is None or args or any(v is not None for v in kwargs.values()):
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
-        if self.group is not None and (y := self.group.output(self, x)) is not None:
+        if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts)
 
