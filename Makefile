@@ -19,7 +19,7 @@ DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint types pytest compile-gate format install clean check-python
+.PHONY: help demo test lint types pytest compile-gate gpu format install clean check-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,21 @@ pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
 
 compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
 	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report
+
+# Installs nothing: PYTHON has torch, Triton, transformers, peft and pytest. A step that fails or runs
+# out of time does not stop the next; rows are written as they are measured, and a second call goes on.
+EACH_KERNEL := tests/test_masks.py tests/test_functional.py -k "every_gradient or project_draws or applied"
+gpu: export PYTHONPATH := .
+gpu: ## on a GPU, with what PYTHON has: test, check memory, measure, tune, plot, each step bounded
+	-timeout 900 $(PYTHON) -m pytest -q -m "not slow" --maxfail 20
+	-@if command -v compute-sanitizer >/dev/null; then set -x; PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 400 \
+		compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(PYTHON) -m pytest -q $(EACH_KERNEL); else echo "no compute-sanitizer here"; fi
+	-timeout 360 $(PYTHON) -m bench kernels --quick
+	-timeout 540 $(PYTHON) -m lora_kernels.cli tune --model roberta-base
+	-timeout 540 $(PYTHON) -m bench end_to_end --quick
+	-timeout 360 $(PYTHON) -m bench kernels --quick
+	-timeout 60 $(PYTHON) -m bench plots
 
 format: $(VENV)/.installed-all ## rewrite the sources in the house format
 	$(RUN) -m ruff check --fix .

@@ -1,7 +1,8 @@
 """Whole fine-tuning steps: forward, backward and optimizer, of models built from their configs.
 
-Batches are full: every sequence has the same length and no padding, so no mask is given. Peak
-memory counts from the model's arrival on the device to the last step.
+Batches are full: every sequence has the same length and no padding, so no mask is given. Steps
+follow one another without waiting for the device, as in training. Peak memory counts from the
+model's arrival on the device to the last step.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_kernels.tune import captured
 
 from . import timing, training_run
 from .kernels import explain_error
@@ -57,17 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe(arguments.rank, arguments.dropout)
     results = Results("end_to_end", device, arguments.results)
     failed = 0
-    for name in models:
-        for precision in precisions:
-            for method in arguments.methods or METHODS:
-                subject = (MODELS[name], METHODS[method], PRECISIONS[precision])
-                if results.has(_key(*subject, arguments.tiny)) and not arguments.again:
-                    continue
-                steps, tiny = arguments.steps, arguments.tiny
-                row = measure(*subject, recipe, device, steps=steps, tiny=tiny)
-                results.add([row])
-                print(_line(row), flush=True)
-                failed += row["status"] == "failed"
+    methods = [METHODS[name] for name in arguments.methods or METHODS]
+    methods.sort(key=lambda method: method.compiled)  # compiling takes minutes: a run may be cut
+    for method, name, precision in product(methods, models, precisions):
+        subject = (MODELS[name], method, PRECISIONS[precision])
+        if results.has(_key(*subject, arguments.tiny)) and not arguments.again:
+            continue
+        row = measure(*subject, recipe, device, steps=arguments.steps, tiny=arguments.tiny)
+        results.add([row])
+        print(_line(row), flush=True)
+        failed += row["status"] == "failed"
     print(f"rows in {results.path}")
     return 1 if failed else 0
 
@@ -92,6 +96,8 @@ def measure(
     row |= {"rank": recipe.rank, "lora_dropout": recipe.dropout, "targets": list(model.targets)}
     if method.graph and device.type != "cuda":
         return row | {"status": "unavailable", "reason": "CUDA graphs need a GPU"}
+    if method.graph and model.no_graph:
+        return row | {"status": "unavailable", "reason": model.no_graph}
     if precision.scaled and device.type != "cuda":
         return row | {"status": "unavailable", "reason": "fp16 is not trained on a CPU"}
     try:
@@ -124,8 +130,8 @@ def _measure(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     step = training_step(model, inputs, method, precision, device)
-    timed = timing.captured(step) if method.graph else step
-    taken = timing.sample(timed, device, steps)
+    timed = captured(step) if method.graph else step
+    taken = timing.sample(timed, device, steps, queued=True)
     middle = len(taken) // 2
     median, p20, p80 = (value / 1e3 for value in timing.spread(taken))
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
@@ -144,7 +150,10 @@ def _measure(
         "samples": len(taken),
     }
     if device.type == "cuda":
-        found |= _profile(timed, median)
+        try:
+            found |= _profile(timed, median)
+        except Exception as error:  # a profiler that cannot run here takes no timing with it
+            found |= {"launches": None, "busy_share": None, "reason": explain_error(error)}
     return found
 
 
@@ -180,6 +189,8 @@ def _profile(step: Callable[[], object], step_ms: float) -> Row:
     """Launches by the host and kernels on the device in one step; the GPU's busy share of it."""
     from torch.profiler import ProfilerActivity, profile
 
+    # Between profiles CUPTI must stay: taking it down under a CUDA graph has crashed.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
@@ -205,6 +216,7 @@ def _line(row: Row) -> str:
     memory = row["peak_memory_bytes"]
     text = f"{name}{row['step_ms']:>10.2f} ms {row['samples_per_second']:>9.1f} samples/s"
     if memory is not None:
-        text += f" {memory / 2**20:>8.0f} MiB {row['launches']:>6} launches"
-        text += f" {row['busy_share']:>5.0%} busy"
+        text += f" {memory / 2**20:>8.0f} MiB"
+    if row.get("launches") is not None:
+        text += f" {row['launches']:>6} launches {row['busy_share']:>5.0%} busy"
     return text

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import choose
+from lora_kernels.tune import captured
 
 from . import cases, timing
 from .cases import Case, measurements
@@ -63,8 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     usual = [name for name in known if not (arguments.quick and name in NOT_QUICK)]
     chosen = [known[name] for name in arguments.providers or usual]
     deadline = time.monotonic() + QUICK_SECONDS if arguments.quick else None
+    passes = [chosen]
+    if arguments.quick:  # a case compiles longer than it runs: compiled providers come last
+        slow = [provider for provider in chosen if provider.name.endswith("-compile")]
+        passes = [[provider for provider in chosen if provider not in slow], slow]
     return suite(
-        rows, chosen, device, Results("kernels", device, arguments.results),
+        [(case, some) for some in passes for case in rows], device,
+        Results("kernels", device, arguments.results),
         samples=arguments.samples, again=arguments.again, deadline=deadline,
     )  # fmt: skip
 
@@ -78,14 +84,14 @@ def select(device: torch.device, quick: bool, only: str) -> tuple[Case, ...]:
 
 
 def suite(
-    rows: Sequence[Case], chosen: Sequence[Provider], device: torch.device, results: Results, *,
+    jobs: Sequence[tuple[Case, Sequence[Provider]]], device: torch.device, results: Results, *,
     samples: int = timing.SAMPLES, again: bool = False, deadline: float | None = None,
 ) -> int:  # fmt: skip
-    """Run cases that the file does not hold yet; the number of wrong or failed measurements."""
+    """Run what the file does not hold yet; 1 if a measurement is wrong or failed."""
     bad = 0
-    for done, case in enumerate(rows):
+    for done, (case, chosen) in enumerate(jobs):
         if deadline is not None and time.monotonic() > deadline:
-            print(f"{len(rows) - done} cases left: the same command goes on with them")
+            print(f"{len(jobs) - done} cases left: the same command goes on with them")
             break
         todo = [p for p in chosen if again or not _all_there(results, case, p, device)]
         if not todo:
@@ -224,8 +230,8 @@ def _time(entry: _Entry, case: Case, ring: Ring, device: torch.device, samples: 
             if direction not in entry.peak:
                 alone = one_pass(entry.built, ring[:1], direction)
                 entry.peak[direction] = timing.peak_bytes(alone, device)
-            timed = timing.captured(run) if mode == "graph" else run
-            taken = timing.sample(timed, device, samples)
+            timed = captured(run) if mode == "graph" else run
+            taken = timing.sample(timed, device, samples, queued=mode == "graph")
             each = [total / len(ring) for total in taken]
             entry.rounds.setdefault((direction, mode), []).append(each)
         except Exception as error:
@@ -233,7 +239,6 @@ def _time(entry: _Entry, case: Case, ring: Ring, device: torch.device, samples: 
         finally:
             run = timed = None  # type: ignore[assignment]  # a graph's memory goes with it
             if device.type == "cuda":
-                gc.collect()
                 torch.cuda.empty_cache()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw all that the results allow; 1 if they allow nothing."""
+    """Draw all that the results allow; 1 if they allow nothing. ValueError without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("pictures need matplotlib: pip install matplotlib")
     output = arguments.output or arguments.results
     output.mkdir(parents=True, exist_ok=True)
     made = []

@@ -134,10 +134,10 @@ class Results:
         return read(self.path) if self.path.exists() else []
 
     def has(self, row: Row) -> bool:
-        """Whether the file holds this measurement, of the same code."""
+        """Whether the file holds this measurement of the same code; a failed one does not count."""
         if self._held is None:  # the file is read once: a full suite asks 100,000 times
             same = (old for old in self.rows() if old["code"] == code_digest())
-            self._held = {self._key(old) for old in same}
+            self._held = {self._key(old) for old in same if old.get("status") != "failed"}
         return self._key(row) in self._held
 
     def add(self, rows: Sequence[Row]) -> None:

@@ -1,11 +1,9 @@
 """Predicted times for cards by their datasheets, and how far off they are where measured.
 
-    time = sum over kernels of max(bytes / (memory * e_m), flops / (rate * e_r)) + launches * gap
-
-`costs` declares the bytes and FLOPs. e_m and e_r, the attainable shares of the datasheet, are those
-that the kernel suite measured (the card's own, else the median of all with results), else assumed.
-The time is that of CUDA-graph replay. What a small card keeps in cache between kernels is not
-modelled, so where x and y fit in L2 (marked *) the prediction is high.
+The model is that of `lora_kernels.cost`, which `choose` uses. The attainable shares of the
+datasheet are those that the kernel suite measured (the card's own, else the median of all with
+results), else the model's assumptions. The time is that of CUDA-graph replay. What a card keeps in
+cache between kernels is not modelled, so where x and y fit in L2 (marked *) the prediction is high.
 """
 
 from __future__ import annotations
@@ -17,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_kernels import cost
+from lora_kernels.cards import CARDS, Card, card_of
+
 from . import cases
-from .cards import CARDS, Card, card_of
-from .cases import LAYERS, Case
-from .costs import COSTS, Kernel, kernels_of
+from .cases import DTYPES, LAYERS, Case
+from .costs import PROVIDERS, launches_of
 from .records import RESULTS, Row, every_row
 
-ASSUMED_MEMORY, ASSUMED_RATE = 0.85, 0.70
-GAP_US = 1.0  # between two kernels of a replayed graph
 TRITON = ("split", "fused", "hybrid")
 
 
 class Efficiency(NamedTuple):
-    """Attainable shares of the datasheet's numbers, and where they come from."""
+    """Attainable shares of the datasheet's memory and matrix rate, and where they come from."""
 
     memory: float
     rate: float
@@ -71,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     for card in [chosen_card] if chosen_card else CARDS.values():
         print(table(card, chosen, efficiency(card, arguments.dtype, measured)))
         if arguments.kernels:
-            print("\n".join(kernel_lines(chosen[0])))
+            print("\n".join(kernel_lines(card, chosen[0])))
     print(errors(measured))
     return 0
 
@@ -84,7 +82,7 @@ def efficiency(card: Card, dtype: str, measured: Iterable[Row]) -> Efficiency:
         if other is not None and row["dtype"] == dtype and row.get("matrix_tflops"):
             memory, rate = shares.setdefault(other.name, ([], []))
             memory.append(row["copy_gb_per_s"] / other.memory)
-            rate.append(row["matrix_tflops"] / other.rate(dtype))
+            rate.append(row["matrix_tflops"] / _rate(other, dtype))
     medians = {
         name: (statistics.median(memory), statistics.median(rate))
         for name, (memory, rate) in shares.items()
@@ -94,18 +92,26 @@ def efficiency(card: Card, dtype: str, measured: Iterable[Row]) -> Efficiency:
     if medians:
         memory, rate = (statistics.median(values) for values in zip(*medians.values(), strict=True))
         return Efficiency(memory, rate, f"measured on {', '.join(medians)}")
-    return Efficiency(ASSUMED_MEMORY, ASSUMED_RATE, "assumed: no card has been measured")
+    source = "assumed: no card has been measured"
+    return Efficiency(cost.MEMORY_SHARE, cost.VENDOR_SHARE, source)
+
+
+def _rate(card: Card, dtype: str) -> float:
+    return card.rate(DTYPES[dtype], tf32=dtype == "tf32")
 
 
 def predict(
     card: Card, provider: str, case: Case, direction: str, share: Efficiency
 ) -> Prediction | None:
     """The time of a provider; None where it has no declared cost or the card cannot run it."""
-    if provider not in COSTS or refusal(card, provider, case):
+    if provider not in PROVIDERS or refusal(card, provider, case):
         return None
-    kernels = kernels_of(provider, case, direction)
-    total = sum(_time(card, kernel, case.dtype, share) for kernel in kernels)
-    return Prediction(total + GAP_US * len(kernels), len(kernels))
+    launches = launches_of(provider, case, direction, card)
+    time = cost.microseconds(
+        launches, card, case.torch_dtype, tf32=case.dtype == "tf32",
+        memory=share.memory, vendor=share.rate,
+    )  # fmt: skip
+    return Prediction(time, len(launches))
 
 
 def refusal(card: Card, provider: str, case: Case) -> str | None:
@@ -119,23 +125,17 @@ def refusal(card: Card, provider: str, case: Case) -> str | None:
     return None
 
 
-def _time(card: Card, kernel: Kernel, dtype: str, share: Efficiency) -> float:
-    rate = card.fp32 if kernel.exact else card.rate(dtype)
-    memory_us = kernel.bytes / (card.memory * share.memory * 1e3)
-    return max(memory_us, kernel.flops / (rate * share.rate * 1e6))
-
-
 def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
     """Predictions of forward + backward: microseconds on the floor, then each provider's ratio."""
     lines = [
         f"\n{card.name} ({card.arch}): PREDICTION, not a measurement",
-        f"  {card.memory:g} GB/s x {share.memory:.2f}, {card.rate(chosen[0].dtype):g} TFLOP/s x "
-        f"{share.rate:.2f} ({share.source}); {GAP_US:g} us a launch; datasheet: {card.source}",
+        f"  {card.memory:g} GB/s x {share.memory:.2f}, {_rate(card, chosen[0].dtype):g} TFLOP/s x "
+        f"{share.rate:.2f} ({share.source}); {cost.GAP_US:g} us a launch; datasheet: {card.source}",
         f"  {'forward + backward':<46}{'floor us':>10}"
-        + "".join(f"{name:>19}" for name in COSTS if name != "floor"),
+        + "".join(f"{name:>19}" for name in PROVIDERS if name != "floor"),
     ]
     for case in chosen:
-        found = {name: predict(card, name, case, "forward_backward", share) for name in COSTS}
+        found = {name: predict(card, name, case, "forward_backward", share) for name in PROVIDERS}
         floor = found.pop("floor")
         if floor is None:
             lines.append(f"  {case!s:<46}{refusal(card, 'floor', case)}")
@@ -151,21 +151,21 @@ def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
 
 def _fits_cache(card: Card, case: Case) -> bool:
     width = case.layer.K + sum(case.layer.N)
-    return case.M * width * case.torch_dtype.itemsize < card.l2 * 2**20
+    return case.M * width * case.torch_dtype.itemsize < card.cache * 2**20
 
 
-def kernel_lines(case: Case) -> list[str]:
+def kernel_lines(card: Card, case: Case) -> list[str]:
     """Each launch of each provider in one case, as declared."""
     lines = [f"\n  declared for {case}, forward + backward"]
-    for name in COSTS:
+    for name in PROVIDERS:
         if name == "fused" and case.dropout:
             continue
-        kernels = kernels_of(name, case, "forward_backward")
-        total = sum(kernel.bytes for kernel in kernels) / 1e6
-        lines.append(f"  {name}: {len(kernels)} launches, {total:.1f} MB")
+        launches = launches_of(name, case, "forward_backward", card)
+        total = sum(launch.bytes for launch in launches) / 1e6
+        lines.append(f"  {name}: {len(launches)} launches, {total:.1f} MB")
         lines += [
-            f"    {k.name:<18}{k.bytes / 1e6:>10.2f} MB{k.flops / 1e9:>10.2f} GFLOP"
-            for k in kernels
+            f"    {each.kernel:<18}{each.bytes / 1e6:>10.2f} MB{each.flops / 1e9:>10.2f} GFLOP"
+            for each in launches
         ]
     return lines
 

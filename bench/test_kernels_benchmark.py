@@ -14,7 +14,9 @@ from bench import cases, timing
 from bench.check import check
 from bench.kernels import buffers, one_pass
 from bench.providers import Built, providers
+from lora_kernels.tune import captured
 
+pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases.quick() if DEVICE.type == "cuda" else cases.tiny()
 PROVIDERS = providers()
@@ -43,7 +45,7 @@ def test_layer(benchmark, case: cases.Case, name: str, direction: str) -> None:
     ring = buffers(case, DEVICE)
     run = one_pass(_built(case, name), ring, direction)
     if DEVICE.type == "cuda":
-        run = timing.captured(run)
+        run = captured(run)
 
     def timed() -> None:
         run()

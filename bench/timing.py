@@ -1,6 +1,7 @@
 """How a call is timed, and how fast this machine copies and multiplies.
 
-On a GPU by device events, eagerly or by replaying a CUDA graph; on a CPU by the clock. A sample is
+On a GPU by device events: eager calls each from an idle device, host time included; replays of a
+CUDA graph one after another, so that none waits for its launch. On a CPU by the clock. A sample is
 one pass over a ring of buffers larger than the last-level cache: forward over all of them, then
 backward in reverse, as a model runs its layers, so that backward finds x where training finds it.
 """
@@ -15,6 +16,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from lora_kernels.tune import queued_times
 
 Run = Callable[[], object]
 SAMPLES = 30
@@ -63,13 +66,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def sample(run: Run, device: torch.device, count: int, warm_up: int = 3) -> list[float]:
-    """Microseconds of `count` runs, after `warm_up` unmeasured ones."""
+def sample(
+    run: Run, device: torch.device, count: int, *, warm_up: int = 3, queued: bool = False
+) -> list[float]:
+    """Microseconds of `count` runs, after `warm_up` unmeasured ones.
+
+    With `queued`, the host does not wait for a GPU between them.
+    """
     for _ in range(warm_up):
         run()
     synchronize(device)
     gc.disable()  # a collection inside a sample would be charged to whoever runs then
     try:
+        if queued and device.type == "cuda":
+            return queued_times(run, count)
         timer = _device_time if device.type == "cuda" else _clock_time
         return [timer(run) for _ in range(count)]
     finally:
@@ -90,21 +100,6 @@ def _clock_time(run: Run) -> float:
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e6
-
-
-def captured(run: Run) -> Run:
-    """`run` as the replay of a CUDA graph; kernels compile and libraries warm up before capture."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:

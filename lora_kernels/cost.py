@@ -1,127 +1,255 @@
 """What a strategy moves and computes, and the time that a card's datasheet makes of it.
 
-The model is what `choose` falls back on for a shape that nobody has measured: for each launch the
-larger of bytes / bandwidth and FLOPs / rate, plus a fixed cost, summed over forward and backward.
-Bytes are the least each kernel can move (an operand once, partial sums out and in). The
-efficiencies are assumptions until a table measured on the card replaces them.
+    time = sum over launches of max(bytes / (memory * b), flops / (rate * share)) + launches * gap
+
+It is what `choose` falls back on for a shape that nobody has measured, and what `bench roofline`
+prints. Every tensor counts once a launch (what a kernel reads again is taken to come from cache),
+partial sums out and in. The shares are assumptions until a card is measured; what a small layer
+keeps in cache between launches is not modelled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .tuning import Tiles, rank_block, splits_for
+from .cards import Card
+from .tuning import Tile, Tiles, rank_block, splits_for
 
-
-class Datasheet(NamedTuple):
-    """GB/s of memory, dense TFLOP/s: half with fp32 accumulation, TF32, fp32; multiprocessors."""
-
-    bandwidth: float
-    half: float
-    tf32: float
-    single: float
-    processors: int
-
-
-# One card for each architecture, the vendor's figures: A100 SXM 80 GB, RTX 3090, RTX 4090, H100
-# SXM, B200, RTX 5090, MI300X.
-DATASHEETS = {
-    "sm_80": Datasheet(2039, 312, 156, 19.5, 108),
-    "sm_86": Datasheet(936, 71, 35.6, 35.6, 82),
-    "sm_89": Datasheet(1008, 165, 82.6, 82.6, 128),
-    "sm_90": Datasheet(3350, 989, 494, 66.9, 132),
-    "sm_100": Datasheet(8000, 2250, 1125, 80, 148),
-    "sm_120": Datasheet(1792, 209, 104.8, 104.8, 170),
-    "gfx942": Datasheet(5300, 1307, 653, 163, 304),
-}
-DEFAULT_SHEET = DATASHEETS["sm_86"]
-
-LAUNCH_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
-BANDWIDTH_SHARE = 0.85
+GAP_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
+MEMORY_SHARE = 0.85
 VENDOR_SHARE = 0.80
-# Triton's plain tl.dot loop against the vendor's GEMM: on par with MMA, behind where WGMMA or its
-# successor wants tensor-memory copies and warp specialisation.
-TRITON_SHARE = {"sm_90": 0.60, "sm_100": 0.45, "gfx942": 0.55}
-TRITON_SHARE_MMA = 0.75
+# Triton's plain tl.dot loop over the vendor's GEMM: on par with MMA, behind where WGMMA or its
+# successor wants tensor-memory copies and warp specialisation, and without matrix instructions.
+TRITON_OVER_VENDOR = {"sm_90": 0.75, "sm_100": 0.56, "gfx942": 0.69}
+TRITON_OVER_VENDOR_MMA, TRITON_OVER_VENDOR_EXACT = 0.94, 0.44
 
 
 class Launch(NamedTuple):
-    """One kernel: the bytes it moves, the FLOPs it computes, whether it is the vendor's."""
+    """One kernel: the bytes it moves, the FLOPs it computes, whether it is the vendor's.
+
+    `exact` marks products of float32 whatever the dtype of x: they have no matrix instructions.
+    """
 
     kernel: str
     bytes: float
-    flops: float
+    flops: float = 0.0
     vendor: bool = False
+    exact: bool = False
 
 
-def forward_launches(
-    strategy: str, M: int, N: int, K: int, R: int, size: int, G: int, dropout: bool
+class Size(NamedTuple):
+    """G = len(N) layers that read one x [M, K]; bytes an element of x and W, and of an adapter."""
+
+    M: int
+    K: int
+    N: tuple[int, ...]
+    R: int
+    dropout: bool
+    element: int
+    adapter: int = 4
+
+    @property
+    def x(self) -> float:
+        """Bytes of x, and of dx."""
+        return self.element * self.M * self.K
+
+    @property
+    def y(self) -> float:
+        """Bytes of all y, and of all dy."""
+        return self.element * self.M * sum(self.N)
+
+    @property
+    def weight(self) -> float:
+        """Bytes of all frozen weights."""
+        return self.element * self.K * sum(self.N)
+
+    @property
+    def h(self) -> float:
+        """Bytes of all h, and of all dh."""
+        return self.element * len(self.N) * self.M * self.R
+
+    @property
+    def lora_A(self) -> float:
+        """Bytes of all lora_A."""
+        return self.adapter * len(self.N) * self.R * self.K
+
+    @property
+    def lora_B(self) -> float:
+        """Bytes of all lora_B."""
+        return self.adapter * sum(self.N) * self.R
+
+    @property
+    def mask(self) -> float:
+        """Bytes of all packed masks; 0 without dropout."""
+        return len(self.N) * self.M * self.K / 8 * self.dropout
+
+    @property
+    def gemm(self) -> float:
+        """FLOPs of the frozen products."""
+        return 2 * self.M * self.K * sum(self.N)
+
+    @property
+    def rank_K(self) -> float:
+        """FLOPs of all [M, K] by [K, R], with R padded to what a matrix instruction takes."""
+        return 2 * self.M * self.K * len(self.N) * rank_block(self.R)
+
+    @property
+    def rank_N(self) -> float:
+        """FLOPs of all [M, N] by [N, R], padded."""
+        return 2 * self.M * sum(self.N) * rank_block(self.R)
+
+    def alone(self, g: int) -> Size:
+        """The g-th layer without its siblings."""
+        return self._replace(N=self.N[g : g + 1])
+
+
+def _project(s: Size) -> Launch:
+    return Launch("project", s.x + s.lora_A + s.h + s.mask, s.rank_K)
+
+
+def _split_forward(s: Size, tiles: Tiles) -> list[Launch]:
+    moved = s.x + s.weight + s.h + s.lora_B + s.y
+    return [_project(s), Launch("low_rank_gemm", moved, s.gemm + s.rank_N)]
+
+
+def _fused_forward(s: Size, tiles: Tiles) -> list[Launch]:
+    """Every column block computes h again."""
+    again = sum(_blocks(N, tiles.fused_gemm) * s.alone(g).rank_K for g, N in enumerate(s.N))
+    moved = s.x + s.weight + s.lora_A + s.lora_B + s.h + s.y
+    return [Launch("fused_gemm", moved, s.gemm + s.rank_N + again)]
+
+
+def _hybrid_forward(s: Size, tiles: Tiles) -> list[Launch]:
+    layers = [s.alone(g) for g in range(len(s.N))]
+    onto = [Launch("gemm", t.x + t.weight + 2 * t.y, t.gemm, vendor=True) for t in layers]
+    return [_project(s), Launch("low_rank", s.h + s.lora_B + s.y, s.rank_N), *onto]
+
+
+def _library_forward(s: Size, tiles: Tiles) -> list[Launch]:
+    """Rank-R products by the vendor; masks as a GPU with Triton draws and applies them."""
+    found = [Launch("draw_masks", s.mask)] * s.dropout
+    for t in (s.alone(g) for g in range(len(s.N))):
+        found += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout
+        found += _casts(t)
+        found.append(Launch("h", t.x + _cast_A(t) + t.h, t.rank_K, vendor=True))
+        found.append(Launch("gemm", t.x + t.weight + t.y, t.gemm, vendor=True))
+        found.append(Launch("rank-R add", t.h + _cast_B(t) + 2 * t.y, t.rank_N, vendor=True))
+    return found
+
+
+def _library_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    """The mask is applied to dh lora_A on its way into dx, and again to x for dlora_A."""
+    found = []
+    for g, t in enumerate(s.alone(g) for g in range(len(s.N))):
+        found += _casts(t) * 2  # the operands in, the gradients out
+        found.append(Launch("dh", t.y + _cast_B(t) + t.h, t.rank_N, vendor=True))
+        found.append(Launch("dx", t.y + t.weight + (2 if g else 1) * t.x, t.gemm, vendor=True))
+        rank = Launch("rank-R add", t.h + _cast_A(t) + 2 * t.x, t.rank_K, vendor=True)
+        if t.dropout:
+            found.append(rank._replace(kernel="rank-R product", bytes=rank.bytes - t.x))
+            found.append(Launch("apply_mask", 3 * t.x + t.mask))
+            found.append(Launch("apply_mask", 2 * t.x + t.mask))
+        else:
+            found.append(rank)
+        found.append(Launch("dlora_A", t.x + t.h + _cast_A(t), t.rank_K, vendor=True))
+        found.append(Launch("dlora_B", t.y + t.h + _cast_B(t), t.rank_N, vendor=True))
+    return found
+
+
+def _cast_A(s: Size) -> float:
+    return s.lora_A * s.element / s.adapter
+
+
+def _cast_B(s: Size) -> float:
+    return s.lora_B * s.element / s.adapter
+
+
+def _casts(s: Size) -> list[Launch]:
+    """lora_A and lora_B to or from the dtype of x, which the vendor's products want."""
+    if s.adapter == s.element:
+        return []
+    return [Launch("cast", s.lora_A + _cast_A(s)), Launch("cast", s.lora_B + _cast_B(s))]
+
+
+def _blocks(columns: int, tile: Tile) -> int:
+    return -(-columns // tile.n)
+
+
+def _column_gradients(s: Size, tiles: Tiles, processors: int, want_dh: bool) -> list[Launch]:
+    """dlora_B (and dh) from one read of dy, dlora_A from one of x; each then adds its parts up."""
+    total = sum(s.N)
+    parts_B = 4 * splits_for(s.M, total, tiles.output_gradients, processors) * total * s.R
+    columns = len(s.N) * s.K
+    parts_A = 4 * splits_for(s.M, columns, tiles.input_gradients, processors) * columns * s.R
+    moved, flops = s.y + s.h + parts_B, s.rank_N
+    sums = parts_B + s.lora_B
+    if want_dh:  # parts by column block of the widest layer
+        parts_h = 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
+        moved, flops, sums = moved + s.lora_B + parts_h, 2 * flops, sums + parts_h + s.h
+    return [
+        Launch("output_gradients", moved, flops),
+        Launch("add_parts", sums),
+        Launch("input_gradients", s.x + s.h + s.mask + parts_A, s.rank_K),
+        Launch("add_parts", parts_A + s.lora_A),
+    ]
+
+
+def _split_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    moved = s.y + s.weight + s.h + s.lora_A + s.mask + s.x
+    dx = Launch("low_rank_gemm", moved, s.gemm + s.rank_K)
+    return [*_column_gradients(s, tiles, processors, want_dh=True), dx]
+
+
+def _fused_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    """dx computes dh on the way, once for each of its column blocks."""
+    again = _blocks(s.K, tiles.fused_gemm) * s.rank_N
+    moved = s.y + s.weight + s.lora_A + s.lora_B + s.h + s.mask + s.x
+    dx = Launch("fused_gemm", moved, s.gemm + s.rank_K + again)
+    return [dx, *_column_gradients(s, tiles, processors, want_dh=False)]
+
+
+def _hybrid_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    layers = [s.alone(g) for g in range(len(s.N))]
+    onto = [Launch("gemm", t.y + t.weight + 2 * t.x, t.gemm, vendor=True) for t in layers]
+    low_rank = Launch("low_rank", s.h + s.lora_A + s.mask + s.x, s.rank_K)
+    return [*_column_gradients(s, tiles, processors, want_dh=True), low_rank, *onto]
+
+
+Forward = Callable[[Size, Tiles], list[Launch]]
+Backward = Callable[[Size, Tiles, int], list[Launch]]
+# The rows of `dispatch.STRATEGIES`.
+COSTS: dict[str, tuple[Forward, Backward]] = {
+    "library": (_library_forward, _library_backward),
+    "split": (_split_forward, _split_backward),
+    "fused": (_fused_forward, _fused_backward),
+    "hybrid": (_hybrid_forward, _hybrid_backward),
+}
+
+
+def launches(
+    strategy: str, size: Size, tiles: Tiles, processors: int, *, backward: bool = True
 ) -> list[Launch]:
-    """The launches of a forward of G layers y [M, N] = x [M, K] ...; `size` is bytes an element."""
-    x, y, w = M * K * size, G * M * N * size, G * N * K * size
-    h, small, mask = G * M * R * size, G * R * (N + K) * 4, G * M * K / 8 * dropout
-    gemm, rank = 2 * G * M * N * K, 2 * G * M * rank_block(R)
-    project = Launch("project", x + h + small / 2 + mask, rank * K)
-    if strategy == "split":
-        return [project, Launch("low_rank_gemm", x + w + h + small / 2 + y, gemm + rank * N)]
-    if strategy == "fused":  # every column block of 128 computes h again
-        again = -(-N // 128)
-        return [Launch("fused_gemm", x + w + y + h + small, gemm + rank * (N + K * again))]
-    vendor = [Launch("gemm", x + w / G + 2 * y / G, gemm / G, vendor=True) for _ in range(G)]
-    if strategy == "hybrid":
-        return [project, Launch("low_rank", h + small / 2 + y, rank * N), *vendor]
-    masks = [
-        Launch("mask", 12 * x, 0) for _ in range(G * dropout)
-    ]  # drawn, packed, spread, applied
-    ranks = [Launch("addmm", (x + 2 * y / G) / 2, rank * (N + K) / G, vendor=True)] * (2 * G)
-    return [*masks, *vendor, *ranks]
+    """The launches of a forward, and of a `backward` with dx, dlora_A and dlora_B."""
+    first, second = COSTS[strategy]
+    return first(size, tiles) + (second(size, tiles, processors) if backward else [])
 
 
-def backward_launches(
-    strategy: str, M: int, N: int, K: int, R: int, size: int, G: int, dropout: bool,
-    tiles: Tiles | None = None, processors: int = 82,
-) -> list[Launch]:  # fmt: skip
-    """The launches of a backward with dx, dlora_A and dlora_B."""
-    x, dy, w = M * K * size, G * M * N * size, G * N * K * size
-    h, small, mask = G * M * R * size, G * R * (N + K) * 4, G * M * K / 8 * dropout
-    gemm, rank = 2 * G * M * N * K, 2 * G * M * rank_block(R)
-    vendor = [Launch("gemm", dy / G + w / G + 2 * x, gemm / G, vendor=True) for _ in range(G)]
-    if strategy == "library" or tiles is None:
-        masks = [Launch("mask", 6 * x, 0) for _ in range(G * dropout)]
-        ranks = [Launch("addmm", (x + dy / G) / 2, rank * (N + K) / G / 2, vendor=True)] * (4 * G)
-        return [*vendor, *masks, *ranks]
-    parts_B = splits_for(M, G * N, tiles.output_gradients, processors) * G * N * R * 4
-    parts_A = splits_for(M, G * K, tiles.input_gradients, processors) * G * K * R * 4
-    blocks = -(-N // tiles.output_gradients.n)
-    parts_h = blocks * G * M * R * 4
-    sums_A = Launch("add_parts", parts_A + small / 2, 0)
-    dA = Launch("input_gradients", x + h + mask + parts_A, rank * K)
-    if strategy == "fused":
-        dx = Launch(
-            "fused_gemm", dy + w + x + h + small + mask, gemm + rank * (K + N * -(-K // 128))
-        )
-        dB = Launch("output_gradients", dy + h + parts_B, rank * N)
-        return [dx, dB, Launch("add_parts", parts_B + small / 2, 0), dA, sums_A]
-    dB = Launch("output_gradients", dy + h + parts_B + parts_h + small / 2, 2 * rank * N)
-    first = [dB, Launch("add_parts", parts_B + parts_h + small / 2 + h, 0), dA, sums_A]
-    if strategy == "hybrid":
-        return [*first, Launch("low_rank", h + small / 2 + mask + x, rank * K), *vendor]
-    return [*first, Launch("low_rank_gemm", dy + w + h + small / 2 + mask + x, gemm + rank * K)]
-
-
-def microseconds(launches: list[Launch], arch: str, dtype: torch.dtype, *, tf32: bool) -> float:
-    """The predicted time of launches on the card of an architecture."""
-    sheet = DATASHEETS.get(arch, DEFAULT_SHEET)
+def microseconds(
+    kernels: Sequence[Launch], card: Card, dtype: torch.dtype, *, tf32: bool = False,
+    memory: float = MEMORY_SHARE, vendor: float = VENDOR_SHARE,
+) -> float:  # fmt: skip
+    """The time of launches on a card, of whose datasheet so large shares are attained."""
     if dtype is torch.float32:
-        rate, triton = (sheet.tf32, TRITON_SHARE_MMA) if tf32 else (sheet.single, 0.35)
+        triton = TRITON_OVER_VENDOR_MMA if tf32 and card.tf32 else TRITON_OVER_VENDOR_EXACT
     else:
-        rate, triton = sheet.half, TRITON_SHARE.get(arch, TRITON_SHARE_MMA)
+        triton = TRITON_OVER_VENDOR.get(card.arch, TRITON_OVER_VENDOR_MMA)
     total = 0.0
-    for launch in launches:
-        share = VENDOR_SHARE if launch.vendor else triton
-        moving = launch.bytes / (sheet.bandwidth * BANDWIDTH_SHARE * 1e3)
-        computing = launch.flops / (rate * share * 1e6)
-        total += max(moving, computing) + LAUNCH_US
+    for kernel in kernels:
+        rate = card.single if kernel.exact else card.rate(dtype, tf32)
+        share = vendor if kernel.vendor else vendor * triton
+        moving = kernel.bytes / (card.memory * memory * 1e3)
+        total += max(moving, kernel.flops / (rate * share * 1e6)) + GAP_US
     return total

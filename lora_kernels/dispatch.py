@@ -18,6 +18,7 @@ from types import MappingProxyType
 import torch
 
 from . import cost, strategies
+from .cards import nearest
 from .tuning import (
     MAX_RANK,
     Tile,
@@ -237,14 +238,11 @@ def predict(problem: Problem, strategy: str) -> float:
     """Microseconds of forward + backward by the cost model; infinite where it is not supported."""
     if STRATEGIES[strategy].supports(problem) is not None:
         return math.inf
-    p, size = problem, problem.dtype.itemsize
+    p, card = problem, nearest(problem.gpu, problem.arch)
     N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all
-    shape = p.M, N, p.K, p.R, size, p.layers, p.dropout
-    tiles = _shipped(p)
-    processors = cost.DATASHEETS.get(p.arch, cost.DEFAULT_SHEET).processors
-    launches = cost.forward_launches(strategy, *shape)
-    launches += cost.backward_launches(strategy, *shape, tiles, processors)
-    return cost.microseconds(launches, p.arch, p.dtype, tf32=p.tf32)
+    size = cost.Size(p.M, p.K, (N,) * p.layers, p.R, p.dropout, p.dtype.itemsize)
+    launches = cost.launches(strategy, size, _shipped(p), card.processors)
+    return cost.microseconds(launches, card, p.dtype, tf32=p.tf32)
 
 
 def _shipped(problem: Problem) -> Tiles:

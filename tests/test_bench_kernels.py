@@ -65,7 +65,7 @@ def test_every_provider_is_right_or_says_why_not(case):
     ids=["y", "dx", "y-dropout", "two-masks"],
 )
 def test_a_wrong_provider_is_reported_and_not_timed(results, capsys, how, case):
-    status = kernels.suite([case], [providers()["floor"], broken(how)], CPU, results, samples=2)
+    status = kernels.suite([(case, [providers()["floor"], broken(how)])], CPU, results, samples=2)
     assert status == 1
     rows = [row for row in results.rows() if row["provider"] == f"broken-{how}"]
     assert rows and all(row["status"] == "wrong" and row["median_us"] is None for row in rows)
@@ -127,17 +127,25 @@ def test_records_have_the_columns_and_say_cpu(results):
 
 def test_a_run_goes_on_where_it_stopped(results, monkeypatch):
     chosen = [providers()[name] for name in ("floor", "auto")]
-    kernels.suite([ALONE], chosen, CPU, results, samples=2)
+    kernels.suite([(ALONE, chosen)], CPU, results, samples=2)
     before = results.rows()
-    kernels.suite([ALONE, CONV1D], chosen, CPU, results, samples=2)
+    kernels.suite([(ALONE, chosen), (CONV1D, chosen)], CPU, results, samples=2)
     assert results.rows()[: len(before)] == before
     assert len(results.rows()) == 2 * len(before)
     monkeypatch.setattr(records, "code_digest", lambda: "other")
     records.machine.cache_clear()
     results = records.Results("kernels", CPU, results.path.parent)
-    kernels.suite([ALONE], chosen, CPU, results, samples=2)
+    kernels.suite([(ALONE, chosen)], CPU, results, samples=2)
     assert [row["code"] for row in results.rows()].count("other") == len(before)
     records.machine.cache_clear()
+
+
+def test_a_failed_measurement_is_tried_again(results):
+    rows = rows_of(("floor",))
+    rows[0] |= {"status": "failed", "reason": "the device was busy"}
+    results.add(rows)
+    again = records.Results("kernels", CPU, results.path.parent)
+    assert [again.has(row) for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
 def test_parts_cover_every_case_once():

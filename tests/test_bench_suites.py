@@ -9,10 +9,11 @@ import torch
 
 from bench import __main__ as command
 from bench import end_to_end, host, plots, records, roofline, training_run
-from bench.cards import CARDS, card_of
 from bench.cases import LAYERS, Case
-from bench.costs import COSTS, kernels_of, minimum
+from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
+from lora_kernels import cost, dispatch
+from lora_kernels.cards import CARDS
 
 CPU = torch.device("cpu")
 
@@ -116,23 +117,21 @@ NK, MR, RK = 768 * 768, 4096 * 16, 16 * 768
 
 
 def test_floor_bytes_and_flops_by_hand():
-    forward, backward = kernels_of("floor", HAND, "forward_backward")
+    forward, backward = launches_of("floor", HAND, "forward_backward", CARDS["RTX 3070"])
     assert forward.bytes == backward.bytes == 2 * (MK + NK + MN) == 13_762_560
     assert forward.flops == 2 * 4096 * 768 * 768 == 4_831_838_208
     assert minimum(HAND, "forward_backward").bytes == 2 * 13_762_560
 
 
-def test_split_bytes_by_hand():
-    kernels = {k.name: k for k in kernels_of("split", HAND, "forward_backward")}
-    mask = MK // 8
-    assert kernels["project"].bytes == 2 * MK + 4 * RK + 2 * MR + mask == 6_864_896
-    assert kernels["seeded gemm"].bytes == 13_762_560 + 2 * MR + 4 * 768 * 16
-    assert kernels["seeded gemm"].flops == 4_831_838_208 + 2 * 4096 * 768 * 16
-    partial_dh, partial_g = 4 * MR * 6, 4 * 16 * 768 * 16  # 768 / 128 blocks, 4096 / 256 ranges
-    expected = 2 * MN + 2 * MR + 4 * 768 * 16 + partial_dh + partial_g
-    assert kernels["output gradients"].bytes == expected
-    assert kernels["seeded dx"].bytes == 13_762_560 + 2 * MR + 4 * RK + mask
-    assert len(kernels) == 8
+def test_peft_bytes_by_hand():
+    card = CARDS["RTX 3070"]
+    half = launches_of("peft-bf16-adapter", HAND, "forward_backward", card)
+    assert len(half) == 6 + 8  # as docs/kernels.md counts them
+    forward = 13_762_560 + 5 * MK + 2 * 2 * (MK + RK + MR) + 2 * 2 * MN + 3 * 2 * MN
+    assert sum(launch.bytes for launch in half[:6]) == forward
+    single = {launch.kernel: launch for launch in launches_of("peft", HAND, "forward", card)}
+    assert single["h"].bytes == 4 * (MK + RK + MR) and single["h"].exact
+    assert single["cast x"].bytes == 6 * MK
 
 
 def test_prediction_by_hand():
@@ -142,7 +141,24 @@ def test_prediction_by_hand():
     memory_us = 13_762_560 / (448e9 * 0.5) * 1e6
     compute_us = 4_831_838_208 / (40.6e12 * 0.5) * 1e6
     assert found.launches == 1
-    assert found.microseconds == pytest.approx(max(memory_us, compute_us) + roofline.GAP_US)
+    assert found.microseconds == pytest.approx(max(memory_us, compute_us) + cost.GAP_US)
+
+
+@pytest.mark.parametrize("card", ["RTX 3070", "H200"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32", "float32"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_roofline_and_choose_predict_the_same(card, dtype, dropout):
+    case = Case(LAYERS["llama-8b.q_proj"], 2048, 8, dropout, dtype)
+    row = CARDS[card]
+    (N,) = case.layer.N
+    problem = dispatch.Problem(
+        2048, N, case.layer.K, 8, case.torch_dtype, row.arch, dropout > 0, dtype == "tf32", gpu=card
+    )
+    share = roofline.efficiency(row, dtype, [])
+    for name in dispatch.STRATEGIES:
+        found = roofline.predict(row, name, case, "forward_backward", share)
+        if found is not None:
+            assert found.microseconds == dispatch.predict(problem, name)
 
 
 def test_more_work_never_costs_less():
@@ -154,17 +170,10 @@ def test_more_work_never_costs_less():
             case = Case(LAYERS[name], 4096)
             floor = roofline.predict(card, "floor", case, "forward_backward", share)
             group = len(case.layer.N) > 1  # ours may read x once where the floor reads it thrice
-            for provider in COSTS:
+            for provider in PROVIDERS:
                 found = roofline.predict(card, provider, case, "forward_backward", share)
                 if found is not None and provider != "floor" and not group:
                     assert found.microseconds > floor.microseconds, (card.name, name, provider)
-
-
-def test_cards_are_told_apart():
-    assert card_of("NVIDIA GeForce RTX 3070 Ti") is CARDS["RTX 3070 Ti"]
-    assert card_of("NVIDIA GeForce RTX 3070") is CARDS["RTX 3070"]
-    assert card_of("NVIDIA H200") is CARDS["H200"]
-    assert card_of("CPU AMD EPYC") is None
 
 
 def test_roofline_prints_predictions(tmp_path, capsys):
