@@ -17,7 +17,7 @@ algebra is that of `reference`, the mask format that of `masks`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -191,6 +191,7 @@ def library_backward(
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
 
 
+@cache
 def _kernels() -> Any:
     """The Triton launchers, imported at the first launch: importing the package needs no Triton."""
     from . import kernels
@@ -209,10 +210,6 @@ def _project(
         dropout=dropout,
         seed=seed,
     )
-
-
-def _transposed(tensors: Tensors) -> Tensors:
-    return tuple(t.T for t in tensors)
 
 
 def _seeded_gemm(
@@ -282,7 +279,7 @@ def _seeded_dx(
 ) -> Tensor:  # fmt: skip
     """dx of all layers, or without `gemm` only its rank-R products; one launch."""
     (dx,) = _kernels().low_rank_gemm(
-        dy, _transposed(layers.weight), dh, _transposed(layers.adapters()[0]), mask=mask, gemm=gemm,
+        dy, layers.weight, dh, layers.adapters()[0], transposed=True, mask=mask, gemm=gemm,
         scale=1 / (1 - dropout), tile=tile, precision=precision,
     )  # fmt: skip
     return dx
@@ -338,8 +335,8 @@ def fused_backward(
     assert tiles is not None
     dlora_A = dlora_B = None
     (dx,), dh = _kernels().fused_gemm(
-        dy, _transposed(layers.weight), _transposed(layers.lora_B), _transposed(layers.lora_A),
-        h_scale=scale, scale=1 / (1 - dropout), mask=mask,
+        dy, layers.weight, layers.lora_B, layers.lora_A, transposed=True, h_scale=scale,
+        scale=1 / (1 - dropout), mask=mask,
         tile=tiles.fused_gemm, precision=tiles.precision,
     )  # fmt: skip
     if wanted.dlora_B:
@@ -354,13 +351,14 @@ def _output_gradients(
     tiles: Tiles,
 ) -> tuple[Any, Tensors | None]:  # fmt: skip
     dy, lora_B, tile = layers.adapted(dy), layers.adapters()[1], tiles.output_gradients
+    splits = _splits(dy[0].device, dy[0].shape[0], sum([each.shape[1] for each in dy]), tile)
     dh, dlora_B = _kernels().output_gradients(
         dy, h if wanted.dlora_B else None, lora_B, scale=scale, want_dh=want_dh,
-        tile=tile, precision=tiles.precision, splits=_splits(dy, tile),
+        tile=tile, precision=tiles.precision, splits=splits,
     )  # fmt: skip
     if dlora_B is None or len(layers.lora_B) == 1:
         return dh, None if dlora_B is None else (dlora_B,)
-    return dh, dlora_B.split([each.shape[0] for each in lora_B])
+    return dh, dlora_B.split_with_sizes([each.shape[0] for each in lora_B])
 
 
 def _input_gradients(
@@ -368,16 +366,18 @@ def _input_gradients(
 ) -> Tensors:
     assert x is not None
     tile = tiles.input_gradients
+    splits = _splits(x.device, x.shape[0], len(dh) * x.shape[1], tile)
     dlora_A = _kernels().input_gradients(
         x, dh, mask=mask, dropout=dropout, dtype=layers.lora_A[0].dtype,
-        tile=tile, precision=tiles.precision, splits=_splits((x,) * len(dh), tile),
+        tile=tile, precision=tiles.precision, splits=splits,
     )  # fmt: skip
-    return dlora_A.unbind() if layers.columns is None else (dlora_A.flatten(0, 1),)
+    G = len(layers.lora_A)
+    return (dlora_A,) if G == 1 else dlora_A.split_with_sizes([dh.shape[2]] * G)
 
 
-def _splits(tensors: Tensors, tile: Any) -> int:
-    device = tensors[0].device
+@lru_cache(maxsize=4096)
+def _splits(device: torch.device, M: int, columns: int, tile: Tile) -> int:
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return splits_for(tensors[0].shape[0], sum(t.shape[1] for t in tensors), tile, processors)
+    return splits_for(M, columns, tile, processors)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import masks
+from .launch import Out, Plan, launch, planned
 from .tiles import cast, draw_keep_bytes, index_type, load_keep
 
 
@@ -54,14 +55,18 @@ def _apply_mask(
 
 def draw_masks(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
     """The packed masks [groups, rows, ceil(columns / 8)] of `seed`: those that `project` draws."""
+    return launch(_plan_draw, (seed,), groups, rows, columns, dropout)[0]
+
+
+def _plan_draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Plan:
     width = masks.packed_width(columns)
-    mask = torch.empty(groups, rows, width, dtype=torch.uint8, device=seed.device)
+    mask = Out((groups, rows, width), torch.uint8)
     block_m, block_bytes = 16, 64
-    _draw_masks[(groups, triton.cdiv(rows, block_m), triton.cdiv(width, block_bytes))](
-        seed, mask, rows, width, masks.threshold(dropout),
+    return planned(
+        _draw_masks, (groups, triton.cdiv(rows, block_m), triton.cdiv(width, block_bytes)),
+        (mask,), rows, width, masks.threshold(dropout),
         INDEX=index_type((mask,)), BLOCK_M=block_m, BLOCK_BYTES=block_bytes,
     )  # fmt: skip
-    return mask
 
 
 def apply_mask(t: Tensor, mask: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -70,11 +75,20 @@ def apply_mask(t: Tensor, mask: Tensor, onto: Tensor | None = None) -> Tensor:
     In the dtype of t, without the scale of dropout; t may be of any strides, `onto` has its columns
     side by side.
     """
+    if onto is None:
+        return launch(_plan_apply, (t, mask), None)[0]
+    launch(_plan_apply, (t, mask, onto))
+    return onto
+
+
+def _plan_apply(t: Tensor, mask: Tensor, onto: Tensor | None) -> Plan:
     M, K = t.shape
-    out = torch.empty(M, K, dtype=t.dtype, device=t.device) if onto is None else onto
+    allocated = Out((M, K), t.dtype)
+    out = allocated if onto is None else onto
     block_m, block_k = 32, 128
-    _apply_mask[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
-        t, mask, out, M, K, t.stride(0), t.stride(1), mask.stride(0), out.stride(0),
+    return planned(
+        _apply_mask, (triton.cdiv(M, block_m), triton.cdiv(K, block_k), 1),
+        (allocated,) if onto is None else (),
+        M, K, *t.stride(), mask.stride(0), out.stride()[0],
         INDEX=index_type((t, out)), ADD=onto is not None, BLOCK_M=block_m, BLOCK_K=block_k,
     )  # fmt: skip
-    return out

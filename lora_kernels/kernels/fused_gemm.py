@@ -12,12 +12,12 @@ on the way.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Tile, rank_block
+from .launch import Out, Plan, launch, planned
 from .tiles import cast, dot, index_type, load_keep, locate, of_term, pick
 
 
@@ -103,26 +103,39 @@ def _fused_gemm(
 def fused_gemm(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], a: tuple[Tensor, ...], v: tuple[Tensor, ...], *,
     h_scale: float, scale: float, tile: Tile, precision: str,
-    bias: tuple[Tensor, ...] | None = None, mask: Tensor | None = None,
+    bias: tuple[Tensor, ...] | None = None, mask: Tensor | None = None, transposed: bool = False,
 ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
-    """(outs, h [G, M, R]): as `low_rank_gemm`, with u computed from x and a."""
-    M, R, G = x[0].shape[0], a[0].shape[0], len(w)
+    """(outs, h [G, M, R]): as `low_rank_gemm`, with u computed from x and a.
+
+    `transposed` says that w, a and v are given as [K, N], [K, R] and [R, N].
+    """
+    outs, h = launch(_plan, (x, w, bias, a, v, mask), h_scale, scale, tile, precision, transposed)
+    return outs, h
+
+
+def _plan(
+    x: tuple[Tensor, ...], w: tuple[Tensor, ...], bias: tuple[Tensor, ...] | None,
+    a: tuple[Tensor, ...], v: tuple[Tensor, ...], mask: Tensor | None,
+    h_scale: float, scale: float, tile: Tile, precision: str, transposed: bool,
+) -> Plan:  # fmt: skip
+    if transposed:
+        w, a, v = (tuple(t.T for t in each) for each in (w, a, v))
+    M, R = x[0].shape[0], a[0].shape[0]
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
-    outs = tuple(torch.empty(M, N, dtype=x[0].dtype, device=x[0].device) for N in Ns)
-    h = torch.empty(G, M, R, dtype=x[0].dtype, device=x[0].device)
-    blocks_m = triton.cdiv(M, tile.m)
-    _fused_gemm[(blocks_m * sum(triton.cdiv(N, tile.n) for N in Ns),)](
-        x, w, bias, a, v, mask, outs, h,
+    outs = tuple(Out((M, N), x[0].dtype) for N in Ns)
+    h = Out((len(w), M, R), x[0].dtype)
+    blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
+    return planned(
+        _fused_gemm, (blocks, 1, 1), (outs, h),
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
-        w[0].stride(0), w[0].stride(1), a[0].stride(0), a[0].stride(1),
-        v[0].stride(0), v[0].stride(1), 0 if mask is None else mask.stride(1),
+        *w[0].stride(), *a[0].stride(), *v[0].stride(), 0 if mask is None else mask.stride(1),
         h_scale, scale,
         INDEX=index_type((*x, *w, a[0], v[0], h, *outs)), HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
+        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
+        PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return outs, h

@@ -10,7 +10,7 @@ its share of g stays in registers over the whole range, its share of d leaves on
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import triton
@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Tile, rank_block
+from .launch import Out, Plan, launch, planned
 from .tiles import cast, dot, index_type, load_keep, pick
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _column_gradient(
-    t_ptrs, s_ptr, b_ptrs, mask_ptr, g_ptr, d_ptr,
+    t_ptrs, s_ptr, b_ptrs, mask_ptr, d_ptr, g_ptr,
     M, Ps, R, rows_per_split,
     stride_tms, stride_tp, stride_bp, stride_br, stride_mask,
     INDEX: tl.constexpr, HAS_MASK: tl.constexpr, WANT_G: tl.constexpr, WANT_D: tl.constexpr,
@@ -105,73 +106,75 @@ def _add_parts(
             )
 
 
-def _sum(jobs: list[tuple[Tensor, Tensor]], scale: float) -> None:
-    """out = scale * parts.sum(0) for each (parts, out) of one launch, in order of the parts."""
-    block = 1024
-    lengths = tuple(out.numel() for _, out in jobs)
-    _add_parts[(max(triton.cdiv(length, block) for length in lengths), len(jobs))](
-        tuple(parts for parts, _ in jobs), tuple(out for _, out in jobs),
-        tuple(parts.shape[0] for parts, _ in jobs), lengths, scale,
-        INDEX=index_type(parts for parts, _ in jobs), BLOCK=block,
-    )  # fmt: skip
-
-
 def output_gradients(
     dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
     want_dh: bool, tile: Tile, precision: str, splits: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dh [G, M, R] in dy's dtype if wanted; dlora_B [sum N_g, R] in lora_B's if `h` is given."""
-    R = lora_B[0].shape[1]
-    g, d = _launch(dy, h, lora_B if want_dh else None, None, R, False, tile, precision, splits)
-    jobs = []
-    dh = dlora_B = None
-    if d is not None:
-        dh = torch.empty(d.shape[1:], dtype=dy[0].dtype, device=d.device)
-        jobs.append((d, dh))
-    if g is not None:
-        dlora_B = torch.empty(g.shape[1:], dtype=lora_B[0].dtype, device=g.device)
-        jobs.append((g, dlora_B))
-    _sum(jobs, scale)
-    return dh, dlora_B
+    if len(dy) > 1 and len({each.stride(1) for each in dy}) > 1:
+        # A stride of 1 must be known to the compiler.
+        dy = tuple(each.contiguous() for each in dy)
+    B = lora_B[0]
+    (sums,) = launch(
+        _plan, (dy, h, lora_B if want_dh else None, None), B.shape[1], B.dtype, False, scale,
+        tile, precision, splits,
+    )  # fmt: skip
+    return sums[0] if want_dh else None, sums[-1] if h is not None else None
 
 
 def input_gradients(
     x: Tensor, dh: Tensor, *, mask: Tensor | None, dropout: float, dtype: torch.dtype, tile: Tile,
     precision: str, splits: int,
 ) -> Tensor:  # fmt: skip
-    """dlora_A [G, R, K] = dh_g^T D_g(x), in `dtype`, that of the parameters."""
+    """dlora_A [G R, K] of dlora_A_g = dh_g^T D_g(x), in `dtype`, that of the parameters."""
     G, _, R = dh.shape
-    g, _ = _launch((x,) * G, dh, None, mask, R, True, tile, precision, splits)
-    assert g is not None
-    dlora_A = torch.empty(G, R, x.shape[1], dtype=dtype, device=x.device)
-    _sum([(g, dlora_A)], 1.0 if mask is None else 1 / (1 - dropout))
+    scale = 1.0 if mask is None else 1 / (1 - dropout)
+    ((dlora_A,),) = launch(
+        _plan, ((x,) * G, dh, None, mask), R, dtype, True, scale, tile, precision, splits
+    )
     return dlora_A
 
 
-def _launch(
+def _plan(
     t: tuple[Tensor, ...], s: Tensor | None, b: tuple[Tensor, ...] | None, mask: Tensor | None,
-    R: int, rank_major: bool, tile: Tile, precision: str, splits: int,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    R: int, dtype: torch.dtype, rank_major: bool, scale: float, tile: Tile, precision: str,
+    splits: int,
+) -> Plan:  # fmt: skip
     """Partial sums g [splits, columns of all segments, R] and d [blocks of columns, G, M, R]."""
-    if len({each.stride(1) for each in t}) > 1:  # a stride of 1 must be known to the compiler
-        t = tuple(each.contiguous() for each in t)
     G, M = len(t), t[0].shape[0]
     Ps = tuple(each.shape[1] for each in t)
     blocks_p = triton.cdiv(max(Ps), tile.n)
     rows_per_split = triton.cdiv(triton.cdiv(M, splits), tile.m) * tile.m
     splits = triton.cdiv(M, rows_per_split)
-    partial: dict[str, Any] = {"dtype": torch.float32, "device": t[0].device}
-    g = None if s is None else torch.empty(splits, sum(Ps), R, **partial)
-    d = None if b is None else torch.empty(blocks_p, G, M, R, **partial)
-    _column_gradient[(G, blocks_p, splits)](
-        t, s, b, mask, g, d,
+    g = d = None
+    sums = []
+    if b is not None:
+        d = Out((blocks_p, G, M, R), torch.float32)
+        sums.append((d, Out((G, M, R), t[0].dtype)))
+    if s is not None:
+        g = Out((splits, sum(Ps), R), torch.float32)
+        sums.append((g, Out((G * R, Ps[0]) if rank_major else (sum(Ps), R), dtype)))
+    return planned(
+        _column_gradient, (G, blocks_p, splits), (d, g),
         M, Ps, R, rows_per_split,
         tuple(each.stride(0) for each in t), t[0].stride(1),
-        0 if b is None else b[0].stride(0), 0 if b is None else b[0].stride(1),
-        0 if mask is None else mask.stride(1),
+        *((0, 0) if b is None else b[0].stride()), 0 if mask is None else mask.stride(1),
         INDEX=index_type((*t, s, *(b or ()), g, d)), HAS_MASK=mask is not None,
-        WANT_G=s is not None, WANT_D=b is not None, RANK_MAJOR=rank_major, PRECISION=precision,
+        WANT_G=s is not None, WANT_D=b is not None, RANK_MAJOR=rank_major,
+        PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
+        then=_plan_sum(sums, scale),
     )  # fmt: skip
-    return g, d
+
+
+def _plan_sum(sums: list[tuple[Out, Out]], scale: float) -> Plan:
+    """out = scale * parts.sum(0) for each (parts, out) of one launch, in order of the parts."""
+    block = 1024
+    outs = tuple(out for _, out in sums)
+    lengths = tuple(math.prod(out.shape) for out in outs)
+    return planned(
+        _add_parts, (max(triton.cdiv(length, block) for length in lengths), len(sums), 1), (outs,),
+        tuple(parts.shape[0] for parts, _ in sums), lengths, scale,
+        INDEX=index_type(parts for parts, _ in sums), BLOCK=block,
+    )  # fmt: skip

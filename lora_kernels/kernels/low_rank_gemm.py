@@ -13,12 +13,12 @@ With GEMM off only the low-rank part is written, for a vendor's GEMM to accumula
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Tile, rank_block
+from .launch import Out, Plan, launch, planned
 from .tiles import cast, dot, index_type, load_keep, locate, of_term, pick
 
 
@@ -101,31 +101,49 @@ def _low_rank_gemm(
 def low_rank_gemm(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], u: Tensor, v: tuple[Tensor, ...], *,
     scale: float, tile: Tile, precision: str, bias: tuple[Tensor, ...] | None = None,
-    mask: Tensor | None = None, gemm: bool = True, outs: tuple[Tensor, ...] | None = None,
+    mask: Tensor | None = None, gemm: bool = True, transposed: bool = False,
+    outs: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """An out [M, N_g] for each w if there is one x, else the single out that sums all terms.
 
     All in the dtype of x; w and v may be any strided views (each of one layout), v of any dtype.
     u is [G, M, R] for the G of v, mask [G, M, ceil(N / 8)]. `outs` are written if given (columns
-    side by side), else allocated. `gemm=False` leaves out the products x w^T.
+    side by side), else allocated. `gemm=False` leaves out the products x w^T. `transposed` says
+    that w and v are given as [K, N] and [R, N]: two .T cost the host as much as a launch.
     """
+    given = (x, w, bias, u, v, mask)
+    settings = (scale, tile, precision, gemm, transposed)
+    if outs is None:
+        (outs,) = launch(_plan, given, None, *settings)
+    else:
+        launch(_plan, (*given, outs), *settings)
+    return outs
+
+
+def _plan(
+    x: tuple[Tensor, ...], w: tuple[Tensor, ...], bias: tuple[Tensor, ...] | None,
+    u: Tensor, v: tuple[Tensor, ...], mask: Tensor | None, outs: tuple[Tensor, ...] | None,
+    scale: float, tile: Tile, precision: str, gemm: bool, transposed: bool,
+) -> Plan:  # fmt: skip
+    if transposed:
+        w, v = (tuple(t.T for t in each) for each in (w, v))
     M, R = x[0].shape[0], u.shape[2]
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
-    if outs is None:
-        outs = tuple(torch.empty(M, N, dtype=x[0].dtype, device=x[0].device) for N in Ns)
-    blocks_m = triton.cdiv(M, tile.m)
-    _low_rank_gemm[(blocks_m * sum(triton.cdiv(N, tile.n) for N in Ns),)](
-        x, w, bias, u, v, mask, outs,
+    allocated = tuple(Out((M, N), x[0].dtype) for N in Ns) if outs is None else ()
+    written = outs or allocated
+    blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
+    return planned(
+        _low_rank_gemm, (blocks, 1, 1), (allocated,) if outs is None else (),
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
-        w[0].stride(0), w[0].stride(1), v[0].stride(0), v[0].stride(1),
-        0 if mask is None else mask.stride(1), tuple(t.stride(0) for t in outs),
+        *w[0].stride(), *v[0].stride(), 0 if mask is None else mask.stride(1),
+        tuple(t.stride()[0] for t in written),
         scale,
-        GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *outs)), HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
+        GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *written)), HAS_BIAS=bias is not None,
+        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
+        PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return outs

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .. import masks
 from ..tuning import Tile, rank_block
+from .launch import Out, Plan, launch, planned
 from .tiles import cast, dot, draw_keep_bytes, index_type, pick, spread_bits
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _project(
-    x_ptr, A_ptrs, h_ptr, mask_ptr, seed_ptr,
+    x_ptr, A_ptrs, seed_ptr, h_ptr, mask_ptr,
     M, K, R,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
     scale, threshold,
@@ -71,22 +72,29 @@ def project(
     dropout: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """h [G, M, R] in x's dtype, and the packed masks drawn from `seed` (int64 [1]) if given."""
+    h, mask = launch(_plan, (x, lora_A, seed), dropout, tile, precision)
+    return h, mask
+
+
+def _plan(
+    x: Tensor, lora_A: tuple[Tensor, ...], seed: Tensor | None, dropout: float, tile: Tile,
+    precision: str,
+) -> Plan:  # fmt: skip
     M, K = x.shape
     G, R = len(lora_A), lora_A[0].shape[0]
-    h = torch.empty(G, M, R, dtype=x.dtype, device=x.device)
+    h = Out((G, M, R), x.dtype)
     mask, scale, stride_mask = None, 1.0, 0
     if seed is not None:
         stride_mask = masks.packed_width(K)
-        mask = torch.empty(G, M, stride_mask, dtype=torch.uint8, device=x.device)
+        mask = Out((G, M, stride_mask), torch.uint8)
         scale = 1 / (1 - dropout)
-    _project[(G, triton.cdiv(M, tile.m))](
-        x, lora_A, h, mask, seed,
+    return planned(
+        _project, (G, triton.cdiv(M, tile.m), 1), (h, mask),
         M, K, R,
-        x.stride(0), x.stride(1), lora_A[0].stride(0), lora_A[0].stride(1), stride_mask,
+        *x.stride(), *lora_A[0].stride(), stride_mask,
         scale, masks.threshold(dropout),
         INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
         PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return h, mask

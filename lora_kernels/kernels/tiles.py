@@ -8,15 +8,17 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The interpreter's dot computes bf16 on the raw bits; there, and only there, operands go through
 # fp32, which is exact for the products of bf16 numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def index_type(tensors: Iterable[Tensor | None]) -> Any:
-    """The integer for offsets into `tensors`: int64 costs registers, so int32 if that holds all."""
+def index_type(tensors: Iterable[Any]) -> Any:
+    """The integer for offsets into `tensors`: int64 costs registers, so int32 if that holds all.
+
+    Of each that is not None, shape and stride() are read.
+    """
     for t in tensors:
         if t is not None and sum(map(operator.mul, t.shape, t.stride())) >= 1 << 31:
             return tl.int64
