@@ -22,7 +22,7 @@ import torch
 
 from .columns import segments
 from .dispatch import STRATEGIES, Problem, choose, interpreting
-from .strategies import Layers, Wanted
+from .layers import Layers, Wanted
 
 
 class Card(NamedTuple):

@@ -17,8 +17,9 @@ from types import MappingProxyType
 
 import torch
 
-from . import cost, strategies
+from . import cost, library, strategies
 from .cards import nearest
+from .layers import Backward, Forward
 from .tuning import (
     MAX_RANK,
     Tile,
@@ -84,8 +85,8 @@ class Strategy:
     """A row of STRATEGIES: `summary` is what `explain` prints, `kernels` the tiles that it uses."""
 
     name: str
-    forward: Callable[..., strategies.Forward]
-    backward: Callable[..., strategies.Backward]
+    forward: Callable[..., Forward]
+    backward: Callable[..., Backward]
     supports: Callable[[Problem], str | None]
     summary: str
     kernels: tuple[str, ...]
@@ -126,7 +127,7 @@ def _tf32_allowed() -> bool:
 
 
 def _triton_supports(problem: Problem) -> str | None:
-    if not strategies.has_triton():
+    if not library.has_triton():
         return "Triton is not installed"
     if problem.arch == "cpu" and not interpreting():
         return "Triton kernels need a GPU (or TRITON_INTERPRET=1)"
@@ -158,7 +159,7 @@ def _library_supports(problem: Problem) -> str | None:
 _COLUMNS = ("output_gradients", "input_gradients")
 _ROWS = (
     Strategy(
-        "library", strategies.library_forward, strategies.library_backward, _library_supports,
+        "library", library.library_forward, library.library_backward, _library_supports,
         "the vendor's GEMM, then a rank-R product added in place", (),
     ),
     Strategy(

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import masks, ops
 from .columns import Ranges, check_columns, widths
 from .dispatch import Strategy, check_strategy, plan
-from .strategies import Layers, Wanted
+from .layers import Layers, Wanted
 from .tuning import Tiles
 
 

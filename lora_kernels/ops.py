@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import masks
 from .dispatch import plan
-from .strategies import Layers, Wanted
+from .layers import Layers, Wanted
 
 
 def _layers(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .columns import segments, widths
 from .dispatch import STRATEGIES, Choice, Problem, choose
-from .strategies import Layers, Wanted
+from .layers import Layers, Wanted
 from .tuning import Tile, Tuned, store_rows, table_path
 
 

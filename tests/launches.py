@@ -23,9 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels import kernels
+from lora_kernels.layers import Layers, Wanted
 from lora_kernels.strategies import (
-    Layers,
-    Wanted,
     fused_backward,
     fused_forward,
     hybrid_backward,

@@ -26,6 +26,8 @@ LAYERS = (
     ("reference", "tuning", "masks", "columns", "held", "cards"),
     ("cost",),
     ("kernels",),
+    ("layers",),
+    ("library",),
     ("strategies",),
     ("dispatch",),
     ("ops",),

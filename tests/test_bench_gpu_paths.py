@@ -22,7 +22,7 @@ from bench import __main__ as command
 from bench import cases, end_to_end, kernels, records, timing
 from bench.providers import providers
 from bench.subjects import METHODS, MODELS, PRECISIONS, Recipe
-from lora_kernels import dispatch, doctor, masks, strategies, tune
+from lora_kernels import dispatch, doctor, library, masks, tune
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -150,7 +150,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(masks, "draw", drawn)
     caches = (
         dispatch.architecture, dispatch._gpu, dispatch._plan, records.machine,
-        timing.copy_bandwidth, timing.matrix_rate, strategies._launches_masks,
+        timing.copy_bandwidth, timing.matrix_rate, library._launches_masks,
     )  # fmt: skip
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "tuned"))
     monkeypatch.setattr(timing, "matrix_rate", lambda *_: 800.0)  # 8192 cubed on a CPU

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, dispatch, lora_linear, strategies, tuning
+from lora_kernels import STRATEGIES, FusedLoRALinear, dispatch, library, lora_linear, tuning
 from lora_kernels.dispatch import Problem, choose, plan
 
 HALF = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86")
@@ -35,10 +35,10 @@ def no_triton(monkeypatch, fresh_plans):
     def absent(name, *rest):
         assert name == "triton"
 
-    monkeypatch.setattr(strategies, "find_spec", absent)
-    strategies.has_triton.cache_clear()
+    monkeypatch.setattr(library, "find_spec", absent)
+    library.has_triton.cache_clear()
     yield
-    strategies.has_triton.cache_clear()
+    library.has_triton.cache_clear()
 
 
 # ---------------------------------------------------------------- each row

@@ -8,9 +8,9 @@ import pytest
 import torch
 from oracle import DEVICE, Case, inputs, judge_layer
 
-from lora_kernels import lora_linear, masks, strategies
+from lora_kernels import library, lora_linear, masks
 from lora_kernels.dispatch import STRATEGIES, Problem, choose
-from lora_kernels.strategies import Layers
+from lora_kernels.layers import Layers
 from lora_kernels.tuning import tiles_for
 
 TILES = tiles_for("cpu" if DEVICE.type == "cpu" else "any", 4, 3, tf32=False)
@@ -122,7 +122,7 @@ def test_a_mask_is_applied_and_added(shape, dtype, transposed):
 def test_library_with_masks_by_triton(dtype, monkeypatch):
     """What a card does, on whatever device this is."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(strategies, "_launches_masks", lambda device: True)
+    monkeypatch.setattr(library, "_launches_masks", lambda device: True)
     case = Case(M=70, N=40, K=33, R=3, dropout=0.25)
 
     def layer(x, weight, lora_A, lora_B, bias):

@@ -1,0 +1,135 @@
+"""The strategy `library`: the vendor's GEMMs, with rank-R products added in place.
+
+It takes every problem: a CPU, a card that Triton's matrix products do not serve, float64. Masks are
+drawn and applied by Triton where a GPU has it, else by plain torch (`masks`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .layers import Backward, Forward, Layers, Tensors, Wanted
+from .tuning import Tiles
+
+
+@cache
+def triton_kernels() -> Any:
+    """The Triton launchers, imported at the first launch: importing the package needs no Triton."""
+    from . import kernels
+
+    return kernels
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype`: a tenth of the host time of t.to where nothing is to be done."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha * a b with one rounding: beta = 0 means that the output's memory is never read."""
+    if alpha == 1:
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _launches_masks(device: torch.device) -> bool:
+    """Whether masks are drawn and applied by Triton: elementwise kernels run from sm_75 on."""
+    if device.type != "cuda" or not has_triton():
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def _draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
+    draw = triton_kernels().draw_masks if _launches_masks(seed.device) else masks.draw
+    return draw(seed, groups, rows, columns, dropout)
+
+
+def _keep(mask: Tensor | None, g: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask of one layer as `_drop` takes it: packed bytes for Triton, else factors 0 and 1."""
+    if mask is None:
+        return None
+    if _launches_masks(mask.device):
+        return mask[g]
+    return masks.unpack(mask[g], columns, dtype)
+
+
+def _drop(t: Tensor, keep: Tensor | None) -> Tensor:
+    """D(t) without its scale."""
+    if keep is None:
+        return t
+    return triton_kernels().apply_mask(t, keep) if keep.dtype is torch.uint8 else t * keep
+
+
+def _add_dropped(out: Tensor, t: Tensor, keep: Tensor) -> None:
+    """out += D(t), without its scale."""
+    if keep.dtype is torch.uint8:
+        triton_kernels().apply_mask(t, keep, onto=out)
+    else:
+        out.addcmul_(t, keep)
+
+
+def library_forward(
+    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
+    tiles: Tiles | None,
+) -> Forward:  # fmt: skip
+    """cuBLAS or oneDNN: the frozen GEMM, then the rank-R product added in place."""
+    (M, K), dtype = x.shape, x.dtype
+    lora_A, lora_B = layers.adapters()
+    mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
+    y = []
+    for g, weight in enumerate(layers.weight):
+        bias = None if layers.bias is None else _as(layers.bias[g], dtype)
+        y.append(torch.nn.functional.linear(x, weight, bias))
+    h = []
+    for g, y_g in enumerate(layers.adapted(tuple(y))):
+        dropped_x = _drop(x, _keep(mask, g, K, dtype))
+        h.append(_product(dropped_x, _as(lora_A[g], dtype).T, 1 / (1 - dropout)))
+        y_g.addmm_(h[g], _as(lora_B[g], dtype).T, alpha=scale)
+    return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
+
+
+def library_backward(
+    dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
+    scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
+) -> Backward:  # fmt: skip
+    """The same products by hand: dy W lands in dx, and the rank-R product is added in place."""
+    dtype, kept_scale = dy[0].dtype, scale / (1 - dropout)
+    dx: Tensor | None = None
+    if wanted.dx:
+        for dy_g, weight in zip(dy, layers.weight, strict=True):
+            dx = dy_g @ weight if dx is None else dx.addmm_(dy_g, weight)
+    dlora_A, dlora_B = [], []
+    for g, (dy_g, lora_A, lora_B) in enumerate(
+        zip(layers.adapted(dy), *layers.adapters(), strict=True)
+    ):
+        if wanted.dx or wanted.dlora_A:
+            dh = dy_g @ _as(lora_B, dtype)  # scaled where it is used, at no cost
+            keep = _keep(mask, g, lora_A.shape[1], dtype)
+            if dx is not None and keep is None:
+                dx.addmm_(dh, _as(lora_A, dtype), alpha=scale)
+            if dx is not None and keep is not None:
+                _add_dropped(dx, _product(dh, _as(lora_A, dtype), kept_scale), keep)
+            if wanted.dlora_A:
+                assert x is not None
+                dlora_A.append(_as(_product(dh.T, _drop(x, keep), kept_scale), lora_A.dtype))
+        if wanted.dlora_B:
+            assert h is not None
+            # Transposed: oneDNN's dy^T h takes 7.6 ms, h^T dy 0.44 (EPYC, N = 3072, fp32).
+            dlora_B.append(_as(_product(h[g].T, dy_g, scale).T, lora_B.dtype).contiguous())
+    if layers.columns is not None:
+        dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))
+    return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
