@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,54 +30,81 @@ class _Call(NamedTuple):
 class _LoRALinears(torch.autograd.Function):
     """One graph node a group; saves x by reference, h and the packed masks, no copy of anything.
 
-    apply(x, call, *weights, *lora_A, *lora_B, *biases) -> the output of each layer.
+    apply(x, call, *weights, *lora_A, *lora_B, *biases) -> the output of each layer. x [..., K] is
+    seen as rows here rather than outside, where each view would be a node of its own.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
         scale, dropout, seed, strategy, tiles, G, columns = call
         layers = _layers(G, parameters, columns)
-        y, h, mask = strategy.forward(x, layers, scale, dropout, seed, tiles)
-        wants_dx, wants_dA, wants_dB = _wanted(ctx, G)
+        y, h, mask = strategy.forward(_rows(x), layers, scale, dropout, seed, tiles)
+        needs = ctx.needs_input_grad
+        first_A, first_B = _FIRST + G, _FIRST + 2 * G
+        wants_dA, wants_dB = True in needs[first_A:first_B], True in needs[first_B : first_B + G]
+        wants_dx, wants_dweight = needs[0], True in needs[_FIRST:first_A]
         ctx.save_for_backward(
-            x if wants_dA or True in ctx.needs_input_grad[_FIRST : _FIRST + G] else None,
+            x if wants_dA or wants_dweight else None,
             h if wants_dB else None,
             mask if wants_dx or wants_dA else None,
             *(parameters[:G] if wants_dx else (None,) * G),
             *parameters[G : 3 * G],
         )
-        ctx.call = call
-        return y
+        ctx.call, ctx.wanted = call, Wanted(wants_dx, wants_dA, wants_dB)
+        return y if x.dim() == 2 else tuple([_shaped(each, x.shape[:-1]) for each in y])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
-        x, h, mask, *parameters = ctx.saved_tensors
-        scale, dropout, _, strategy, tiles, G, columns = ctx.call
-        wanted = _wanted(ctx, G)
-        dx = dlora_A = dlora_B = None
-        if any(wanted):
-            dx, dlora_A, dlora_B = strategy.backward(
-                dy, x, _layers(G, parameters, columns), h, mask, scale, dropout, wanted, tiles
-            )
-        needs = ctx.needs_input_grad[_FIRST:]
-        dweight = (d.T @ x if needed else None for d, needed in zip(dy, needs[:G], strict=True))
-        dbias = (d.sum(0) if needed else None for d, needed in zip(dy, needs[3 * G :]))  # noqa: B905
-        nothing = (None,) * G
-        return dx, None, *dweight, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+        # With create_graph=True a second differentiation must fail; saying so costs 4 us a call.
+        return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, *dy)
+
+
+def _gradients(ctx: Any, *dy: Tensor) -> Any:
+    saved = ctx.saved_tensors
+    x, h, mask = saved[:3]
+    scale, dropout, _, strategy, tiles, G, columns = ctx.call
+    shape = dy[0].shape[:-1]
+    dy = tuple([_rows(each) for each in dy])
+    rows = None if x is None else _rows(x)
+    dx = dlora_A = dlora_B = None
+    if True in ctx.wanted:
+        layers = _layers(G, saved[3:], columns)
+        dx, dlora_A, dlora_B = strategy.backward(
+            dy, rows, layers, h, mask, scale, dropout, ctx.wanted, tiles
+        )
+    if dx is not None and len(shape) != 1:
+        dx = _shaped(dx, shape)
+    nothing, needs = (None,) * G, ctx.needs_input_grad[_FIRST:]
+    dweight: Any = nothing
+    if rows is not None and True in needs[:G]:  # LoRA's are frozen
+        dweight = [d.T @ rows if needed else None for d, needed in zip(dy, needs[:G], strict=True)]
+    dbias: Any = needs[3 * G :]
+    if dbias:
+        dbias = [d.sum(0) if needed else None for d, needed in zip(dy, dbias, strict=True)]
+    return dx, None, *dweight, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+
+
+_differentiable_once = once_differentiable(_gradients)
+# Function.apply, but for its look at torch.func, which `lora_linears` has taken: 4 us a call.
+_apply = super(torch.autograd.Function, _LoRALinears).apply
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    # Unsafe only in that torch does not count the rows, which nobody else has, as sharing memory:
+    # a view that is made inside a Function could not be changed in place.
+    return torch.ops.aten._unsafe_view.default(rows, (*shape, rows.shape[1]))
 
 
 _FIRST = 2  # the place of the first parameter among the arguments of apply
 
 
-def _layers(G: int, parameters: Sequence[Tensor], columns: Ranges | None) -> Layers:
-    weight, lora_A, lora_B, bias = (tuple(parameters[i * G : (i + 1) * G]) for i in range(4))
-    return Layers(weight, bias or None, lora_A, lora_B, columns)
-
-
-def _wanted(ctx: Any, G: int) -> Wanted:
-    needs, first_A, first_B = ctx.needs_input_grad, _FIRST + G, _FIRST + 2 * G
-    return Wanted(needs[0], True in needs[first_A:first_B], True in needs[first_B : first_B + G])
+def _layers(G: int, parameters: tuple[Tensor, ...], columns: Ranges | None) -> Layers:
+    weight, lora_A, lora_B = parameters[:G], parameters[G : 2 * G], parameters[2 * G : 3 * G]
+    return Layers(weight, parameters[3 * G :] or None, lora_A, lora_B, columns)
 
 
 def lora_linear(
@@ -175,12 +201,11 @@ def lora_linears(
     if not training:
         dropout = 0.0
     check_strategy(strategy)
-    rows = x if x.dim() == 2 else x.reshape(-1, K)
     seed = masks.draw_seed(x.device) if dropout else None
     if torch.compiler.is_compiling():
         flat = [edge for each in columns or () for edge in each]
         y = ops.forward(
-            rows, weights, lora_A, lora_B, biases, seed, flat, scale, dropout, strategy
+            _rows(x), weights, lora_A, lora_B, biases, seed, flat, scale, dropout, strategy
         )[2:]
         return (
             tuple(y)
@@ -191,11 +216,11 @@ def lora_linears(
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
         )
+    M = x.shape[0] if x.dim() == 2 else x.numel() // K if K else 0
     drops = dropout > 0
-    row, tiles = plan(x.device, rows.shape[0], N, K, R, x.dtype, drops, count, sliced, strategy)
+    row, tiles = plan(x.device, M, N, K, R, x.dtype, drops, count, sliced, strategy)
     call = _Call(scale, dropout, seed, row, tiles, G, columns)
-    y = _LoRALinears.apply(rows, call, *weights, *lora_A, *lora_B, *biases)
-    return y if x.dim() == 2 else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
+    return _apply(x, call, *weights, *lora_A, *lora_B, *biases)
 
 
 def _one_layout(tensors: tuple[Tensor, ...]) -> bool:

@@ -295,3 +295,33 @@ def test_a_zero_B_gives_the_frozen_layer_and_a_gradient_to_B_alone():
         )
         assert (actual["dlora_A"] == 0).all()
         assert actual["dlora_B"].abs().min() > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_output_can_be_changed_in_place(strategy):
+    """As any layer's: with leading dimensions it is no view that torch refuses to change."""
+    case = Case(M=30, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    arguments = given.weight, given.lora_A, given.lora_B
+    gradients = []
+    for shape in ((30,), (2, 3, 5)):
+        x = given.x.detach().view(*shape, 16).requires_grad_()
+        y = lora_linear(x, *arguments, scale=0.5, strategy=strategy)
+        assert y.grad_fn is not None and y.shape == (*shape, 24) and y.is_contiguous()
+        y.mul_(2).add_(1)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, given.lora_A]))
+    for flat, deep in zip(*gradients, strict=True):
+        assert flat.abs().sum() > 0
+        assert torch.equal(deep.view(flat.shape), flat)
+
+
+def test_one_row_without_leading_dimensions():
+    case = Case(M=1, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    x = given.x.detach()[0].requires_grad_()
+    y = lora_linear(x, given.weight, given.lora_A, given.lora_B, bias=given.bias, scale=0.5)
+    assert y.shape == (24,)
+    (dx,) = torch.autograd.grad(y, x, given.dy[0])
+    row = lora_linear(given.x, given.weight, given.lora_A, given.lora_B, bias=given.bias, scale=0.5)
+    assert torch.equal(y, row[0])
+    assert torch.equal(dx, torch.autograd.grad(row, given.x, given.dy)[0][0])
