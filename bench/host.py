@@ -77,8 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     samples = 10 if arguments.quick else arguments.samples
     results = Results("host", CPU, arguments.results)
     found = []
+    emulated = not (arguments.tiny or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if emulated:
+        print("no bfloat16 instructions on this CPU: torch emulates it, so it is not timed")
     for case in ("linears",) if arguments.quick else ("linears", "encoder"):
-        for precision in PRECISIONS:
+        for precision, half in PRECISIONS.items():
+            if half and emulated:
+                continue
             for dropout in DROPOUTS:
                 rows = measure(case, precision, dropout, samples, tiny=arguments.tiny)
                 results.add(rows)

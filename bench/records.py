@@ -54,14 +54,19 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or "CPU" and the processor's."""
+    """The card's name, or "CPU", the processor's and the instructions that torch uses there.
+
+    A virtual machine may call processors of several generations by one name.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"CPU {line.partition(':')[2].strip()}"
-    return f"CPU {platform.processor() or platform.machine()}"
+                name = line.partition(":")[2].strip()
+                break
+    return f"CPU {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def slug(name: str) -> str:

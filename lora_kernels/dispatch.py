@@ -17,8 +17,7 @@ from types import MappingProxyType
 
 import torch
 
-from . import cost, library, strategies
-from .cards import nearest
+from . import library, strategies
 from .layers import Backward, Forward
 from .tuning import (
     MAX_RANK,
@@ -239,6 +238,9 @@ def predict(problem: Problem, strategy: str) -> float:
     """Microseconds of forward + backward by the cost model; infinite where it is not supported."""
     if STRATEGIES[strategy].supports(problem) is not None:
         return math.inf
+    from . import cost  # a tenth of what importing the package takes, for what a CPU never asks
+    from .cards import nearest
+
     p, card = problem, nearest(problem.gpu, problem.arch)
     N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all
     size = cost.Size(p.M, p.K, (N,) * p.layers, p.R, p.dropout, p.dtype.itemsize)
