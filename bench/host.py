@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import timing
+from .launches import launch_cost
 from .providers import attach_lora, attach_peft
 from .records import RESULTS, ROOT, Results, Row
 from .subjects import MODELS
@@ -89,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
                 results.add(rows)
                 found += rows
                 print(_lines(rows), flush=True)
-    for rows in (overhead(samples), import_time(1 if arguments.tiny else 7)):
+    for rows in (
+        overhead(samples), import_time(1 if arguments.tiny else 7), launch_cost(samples)
+    ):  # fmt: skip
         results.add(rows)
         found += rows
         print(_lines(rows), flush=True)
@@ -291,6 +295,11 @@ def import_time(runs: int = 7) -> list[Row]:
 
 
 def _lines(rows: Sequence[Row]) -> str:
+    blocks = groupby(rows, key=lambda row: (row["case"], row["precision"], row["dropout"]))
+    return "\n".join(_block(list(block)) for _, block in blocks)
+
+
+def _block(rows: Sequence[Row]) -> str:
     first = rows[0]
     title = f"\n{first['case']}"
     if first["precision"]:

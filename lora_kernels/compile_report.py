@@ -111,7 +111,7 @@ class _Compiled(NamedTuple):
     binary: bytes
 
 
-class _AbsentCard:
+class AbsentCard:
     """A Triton driver for a card that is not there: kernels compile, launching does nothing."""
 
     def __init__(self, arch: str) -> None:
@@ -150,12 +150,12 @@ class _AbsentCard:
 
 
 @contextmanager
-def absent_card(arch: str) -> Iterator[_AbsentCard]:
-    """Triton believes, inside, that the card is `arch`."""
+def absent_card(arch: str, kind: type[AbsentCard] | None = None) -> Iterator[AbsentCard]:
+    """Triton believes, inside, that the card is `arch`: an AbsentCard, or a subclass of it."""
     from triton.runtime import driver
 
     before = driver._active
-    card = _AbsentCard(arch)
+    card = (kind or AbsentCard)(arch)
     driver.set_active(card)  # type: ignore[arg-type]
     try:
         yield card

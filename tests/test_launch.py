@@ -20,3 +20,27 @@ def test_launches():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+COST = """
+from bench import launches
+launches.CASES, launches.CALLS = (("split", 1, 0.1),), 1
+for row in launches.launch_cost(1):
+    assert row["status"] == "timed" and row["median_us"] > 0
+    print(row["case"])
+from lora_kernels.kernels.launch import KNOWN
+assert KNOWN
+"""
+
+
+def test_the_cost_of_launches_is_a_row_each():
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", COST], capture_output=True, text=True, check=False, cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        f"{way} launches of 1, {direction}"
+        for direction in ("forward", "backward")
+        for way in ("dispatched", "remembered")
+    ], done.stderr
