@@ -21,9 +21,10 @@ def read_loralib(
     layers: dict[str, LayerValues] = {}
     for name, (lora_A, lora_B) in pairs.items():
         columns, blocks = None, 1
-        N = features_of(linear[name])[1] if name in linear else len(lora_B)
-        if lora_B.shape != (N, len(lora_A)):
-            columns = getattr(linear[name], "columns", None)
+        layer = linear.get(name)  # a path that the model lacks is reported with all else
+        N = features_of(layer)[1] if layer is not None else len(lora_B)
+        if layer is not None and lora_B.shape != (N, len(lora_A)):
+            columns = getattr(layer, "columns", None)
             if enable_lora is not None or columns is None:
                 columns = _columns(f"{path}: {name}", lora_A, lora_B, N, enable_lora)
             blocks, lora_B = len(columns), unfold(lora_B, columns, N)

@@ -83,21 +83,9 @@ def backward(
 
 @backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    dy,
-    x,
-    weights,
-    lora_A,
-    lora_B,
-    h,
-    mask,
-    columns,
-    scale,
-    dropout,
-    strategy,
-    want_x,
-    want_A,
+    dy, x, weights, lora_A, lora_B, h, mask, columns, scale, dropout, strategy, want_x, want_A,
     want_B,
-):
+):  # fmt: skip
     M, K = dy[0].shape[0], lora_A[0].shape[1]
     return [
         dy[0].new_empty((M, K) if want_x else 0),

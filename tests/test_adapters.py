@@ -390,6 +390,11 @@ def test_a_loralib_file_may_hold_whole_heads_but_no_loose_bias(tmp_path):
         )
 
 
+def test_a_loralib_merged_linear_of_another_model_is_reported(tmp_path):
+    with pytest.raises(ValueError, match="c_attn does not exist"):
+        load_adapter(nn.ModuleDict({"other": nn.Linear(8, 36)}), _merged_file(tmp_path), alpha=5)
+
+
 def _merged_file(tmp_path: Path) -> Path:
     tensors = {"c_attn.lora_A": torch.ones(6, 8), "c_attn.lora_B": torch.ones(24, 3)}
     save_file(tensors, tmp_path / "merged.safetensors")

@@ -100,22 +100,25 @@ def test_masks_are_those_that_project_draws(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_mask_is_applied_and_added(shape, dtype, transposed):
     kernels = pytest.importorskip("lora_kernels.kernels")
     M, K = shape
     generator = torch.Generator().manual_seed(1)
-    t = torch.randn(shape[::-1] if transposed else shape, generator=generator).to(DEVICE, dtype)
+    t = torch.randn(shape[::-1] if transposed else shape, generator=generator).to(DEVICE, dtype) / 3
     t = t.T if transposed else t
     mask = masks.draw(masks.draw_seed(DEVICE), 1, M, K, 0.5)[0]
     kept = torch.where(masks.unpack(mask, K), t, 0)
     assert torch.equal(kernels.apply_mask(t, mask), kept)
-    wide = torch.randn(M, K + 3, generator=generator).to(DEVICE, dtype)
-    onto, before = wide[:, :K], wide.clone()
+    whole = torch.randn(M, K + 3, generator=generator).to(DEVICE, dtype) * 1.1
+    onto, before = whole[:, :K], whole.clone()
     assert kernels.apply_mask(t, mask, onto=onto) is onto
-    assert torch.equal(onto, (before[:, :K].float() + kept.float()).to(dtype))
-    assert torch.equal(wide[:, K:], before[:, K:])
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(onto, (before[:, :K].to(wide) + kept.to(wide)).to(dtype))
+    assert torch.equal(whole[:, K:], before[:, K:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -49,7 +49,9 @@ def _apply_mask(
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     kept = tl.where(keep, t, 0.0)
     if ADD:
-        kept = kept.to(tl.float32) + tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+        # Rounded once: half precision is added up in fp32, fp64 (`library` takes it) in its own.
+        WIDE: tl.constexpr = tl.float64 if t.dtype == tl.float64 else tl.float32
+        kept = kept.to(WIDE) + tl.load(out_ptrs, mask=inside, other=0.0).to(WIDE)
     tl.store(out_ptrs, cast(kept, out_ptr.dtype.element_ty), mask=inside)
 
 
