@@ -1,48 +1,24 @@
-"""The main job on a tiny random BERT: labels, curves, resume, and what a run leaves behind."""
+"""Training a tiny random BERT: labels reach the model with their texts, and it learns from them."""
 
 from __future__ import annotations
 
 import csv
-import json
 import random
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainerCallback
+from tiny_run import ROWS, WORDS, arguments, bert, data, label_of, read_csv, tokenizer
+from transformers import TrainerCallback
 
 from models import train as module
-from models.methods import METHODS
-from models.train import Arguments, main, model_source, train
-from models.trainer import LengthGroupedSampler, last_checkpoint
+from models.train import Arguments, train
+from models.trainer import LengthGroupedSampler
 
-WORDS = [f"word{i}" for i in range(40)]
-ROWS = {"train": 44, "validation": 12, "test": 12}
-
-
-class KilledError(Exception):
-    """Raised by a callback in the middle of training."""
-
-
-class KillAt(TrainerCallback):
-    """Cut the run off once ``step`` steps are done; count the steps made here."""
-
-    def __init__(self, step: int | None = None, scoring: bool = False) -> None:
-        self.step, self.scoring, self.steps = step, scoring, 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps += 1
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step and not self.scoring:
-            raise KilledError
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.scoring:
-            raise KilledError
+FIXTURES = (arguments, bert, data, tokenizer)  # pytest finds them among this module's names
 
 
 class Spy(TrainerCallback):
@@ -58,81 +34,6 @@ class Spy(TrainerCallback):
 
         self.model = model
         model.register_forward_pre_hook(look, with_kwargs=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    digits = [f"row{i}" for i in range(sum(ROWS.values()))]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *digits]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    return transformers.BertTokenizerFast.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer) -> str:
-    """A directory with a random BERT and its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def label_of(row: int) -> int:
-    """A label that no shift or sort of the rows leaves in place."""
-    return random.Random(row * 7919 + 1).randrange(2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """SST-2 files. Each text holds its row's number; the label also shows in the first word."""
-    folder = tmp_path_factory.mktemp("data")
-    row = 0
-    for split, count in ROWS.items():
-        with (folder / f"{split}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["sentence", "label"])
-            for _ in range(count):
-                words = random.Random(row).choices(WORDS[2:], k=3 + row * 5 % 23)
-                writer.writerow(
-                    [" ".join([WORDS[label_of(row)], f"row{row}", *words]), label_of(row)]
-                )
-                row += 1
-    return str(folder)
-
-
-@pytest.fixture
-def arguments(bert, data, tmp_path):
-    def build(name: str = "run", **changes: Any) -> Arguments:
-        default = {
-            "model": bert,
-            "task": "sst2",
-            "data_dir": data,
-            "output_dir": str(tmp_path / name),
-            "epochs": 2,
-            "batch_size": 8,
-            "max_length": 48,
-            "rank": 4,
-            "learning_rate": 5e-3,
-        }
-        return Arguments(**{**default, **changes})
-
-    return build
-
-
-def read_csv(path: Path) -> list[dict[str, float]]:
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def losses(arguments: Arguments) -> list[float]:
@@ -252,155 +153,6 @@ def test_counts_show_what_trains(arguments):
     assert frozen["backbone"]["trainable"] == headed["embeddings"]["trainable"] == 0
 
 
-# --- the same run again ---------------------------------------------------------------------------
-
-
-def leftovers(arguments: Arguments) -> dict[str, Any]:
-    """What must be the same in two runs, to the last digit."""
-    directory = arguments.directory()
-    return {
-        "steps": (directory / "steps.csv").read_text().splitlines(),
-        "history": (directory / "history.csv").read_text().splitlines(),
-        "metrics": json.loads((directory / "result.json").read_text())["metrics"],
-        "weights": {
-            name: tensor.tolist()
-            for name, tensor in load_file(directory / "adapter/adapter_model.safetensors").items()
-        },
-    }
-
-
-@pytest.fixture
-def whole(arguments):
-    made = arguments("whole", dropout=0.1, save_steps=2, epochs=3)
-    train(made)
-    return leftovers(made)
-
-
-def test_resumed_runs_end_as_the_uninterrupted_one(arguments, whole):
-    assert len(whole["steps"]) == 1 + 18 and len(whole["history"]) == 1 + 3
-    # Killed twice each: within an epoch and within the next, at the ends of epochs, and both.
-    for first, second, left in ((3, 9, 10), (6, 12, 6), (12, 17, 2)):
-        made = arguments(f"killed-{first}", dropout=0.1, save_steps=2, epochs=3)
-        for step in (first, second):
-            with pytest.raises(KilledError):
-                train(made, callbacks=(KillAt(step),))
-            assert not (made.directory() / "result.json").exists()
-        counter = KillAt()
-        train(made, callbacks=(counter,))
-        assert counter.steps == left, "it did not go on from the last checkpoint"
-        assert leftovers(made) == whole
-
-
-def test_run_killed_while_an_epoch_is_scored_scores_it_again(arguments, whole):
-    made = arguments("scoring", dropout=0.1, save_steps=2, epochs=3)
-    with pytest.raises(KilledError):
-        train(made, callbacks=(KillAt(6, scoring=True),))
-    train(made)
-    assert leftovers(made) == whole
-
-
-def test_same_seed_same_run_other_seed_other_run(arguments, whole):
-    again = arguments("again", dropout=0.1, save_steps=2, epochs=3)
-    other = arguments("other", dropout=0.1, save_steps=2, epochs=3, seed=1)
-    train(again), train(other)
-    assert leftovers(again) == whole
-    assert leftovers(other)["steps"] != whole["steps"]
-
-
-def test_checkpoints_hold_what_trains(arguments):
-    made = arguments(save_steps=2)
-    with pytest.raises(KilledError):
-        train(made, callbacks=(KillAt(5),))
-    checkpoint = last_checkpoint(made.directory() / "checkpoints")
-    assert checkpoint is not None and checkpoint.name == "checkpoint-4"
-    saved = load_file(checkpoint / "trained.safetensors")
-    assert len(saved) == 2 * 2 * 2 + 2
-    assert all("lora_" in name or name.startswith("classifier.") for name in saved)
-    assert not (checkpoint / "model.safetensors").exists()
-
-
-def test_incomplete_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((2, "{}"), (10, '{"cut'), (12, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert last_checkpoint(tmp_path / "nowhere") is None
-
-
-def test_finished_run_is_read_back_and_another_is_not_overwritten(arguments):
-    made = arguments(epochs=1)
-    result = train(made)
-    counter = KillAt()
-    assert json.loads(json.dumps(result)) == train(made, callbacks=(counter,))
-    assert counter.steps == 0
-    with pytest.raises(ValueError, match=r"rank 4 -> 5.*--overwrite"):
-        train(arguments(epochs=1, rank=5))
-    with pytest.raises(ValueError, match="holds a run already"):
-        train(arguments(epochs=1, resume=False))
-    assert train(arguments(epochs=1, rank=5, overwrite=True))["arguments"]["rank"] == 5
-
-
-# --- what a run leaves behind ---------------------------------------------------------------------
-
-
-def test_run_directory_is_whole(arguments):
-    made = arguments()
-    result = train(made)
-    directory = made.directory()
-    assert {path.name for path in directory.iterdir()} == {
-        "adapter", "arguments.json", "history.csv", "plot.png", "result.json", "steps.csv",
-    }  # fmt: skip
-    assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert set(result["metrics"]) == set(ROWS)
-    assert set(result["metrics"]["test"]) == {"loss", "accuracy"}
-    assert result["rows"] == result["scored"] == ROWS
-    assert result["seconds"] > 0 and result["samples_per_second"] > 0
-    assert result["peak_memory"]["bytes"] > 2**20
-    assert len(result["fused"]) == 4 and {"torch", "transformers"} <= set(result["versions"])
-    assert (directory / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    history, steps = read_csv(directory / "history.csv"), read_csv(directory / "steps.csv")
-    assert [row["epoch"] for row in history] == [1, 2]
-    assert [row["step"] for row in steps] == list(range(1, 13))
-    for epoch, row in enumerate(history, start=1):
-        own = [step["loss"] for step in steps if step["epoch"] == epoch]
-        assert row["train_loss"] == pytest.approx(sum(own) / len(own), rel=1e-12)
-    assert history[-1]["validation_accuracy"] == result["metrics"]["validation"]["accuracy"]
-    # The command in the result is the run.
-    (parsed,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(
-        result["command"].split()[3:]
-    )
-    assert parsed == made
-
-
-def test_adapter_gives_the_scores_again(arguments, bert, data, tokenizer):
-    from lora_kernels import load_adapter
-
-    made = arguments(epochs=20, learning_rate=2e-2)
-    result = train(made)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
-    load_adapter(model, made.directory() / "adapter")
-    with (Path(data) / "test.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
-    labels = torch.tensor([int(row["label"]) for row in rows])
-    with torch.no_grad():
-        logits = model.eval()(**batch).logits
-    loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert loss == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-5)
-    assert abs(loss - 0.693) > 0.01, "an untrained model would give this"
-
-
-def test_full_fine_tuning_saves_a_plain_model(arguments):
-    made = arguments(method="full", epochs=1)
-    train(made)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        made.directory() / "model"
-    )
-    assert model.config.id2label == {0: "negative", 1: "positive"}
-
-
 # --- other models, tasks and switches -------------------------------------------------------------
 
 
@@ -466,82 +218,3 @@ def test_samples_are_limited_and_the_same_for_every_seed(arguments):
         assert result["rows"] == {"train": 16, "validation": 5, "test": 5}
     rows = [sorted(ids[2].item() for b in s.batches[True] for ids in b["input_ids"]) for s in spies]
     assert rows[0] == rows[1] and len(rows[0]) == 16
-
-
-# --- refusals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rank": 0}, "rank 0"),
-        ({"epochs": 0}, "epochs 0"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"learning_rate": -1.0}, "learning-rate"),
-        ({"warmup_ratio": 2.0}, "warmup-ratio"),
-        ({"scheduler": "linaer"}, "linear"),
-        ({"strategy": "fastest"}, "strategy"),
-        ({"task": "sst3"}, "did you mean sst2"),
-        ({"data_dir": "/nowhere"}, "/nowhere is not a directory"),
-        ({"model": "/nowhere/model"}, "/nowhere/model is not a directory"),
-        ({"targets": ["querry"]}, "querry.*query"),
-        ({"max_length": 65}, "64 positions"),
-        ({"method": "full", "targets": ["query"]}, "leave out --targets"),
-        ({"method": "full", "train_head": False}, "no-train-head"),
-        ({"method": "peft", "strategy": "library"}, "--strategy belongs to"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_are_refused_before_anything_is_written(arguments, changes, message):
-    made = arguments(**changes)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train(made)
-    assert not made.directory().exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does fp16")
-def test_half_precision_needs_a_gpu(arguments):
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        train(arguments(precision="fp16"))
-
-
-def test_overwrite_does_not_delete_a_strangers_folder(arguments):
-    made = arguments(overwrite=True)
-    made.directory().mkdir()
-    (made.directory() / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="not a run directory"):
-        train(made)
-    assert (made.directory() / "thesis.tex").exists()
-
-
-def test_default_model_is_found_without_importing_its_package(monkeypatch):
-    monkeypatch.setattr(module, "DEFAULT_MODEL_PACKAGE", "no_such_package_here")
-    with pytest.raises(FileNotFoundError, match="pip install"):
-        model_source(None)
-    monkeypatch.setattr(module, "DEFAULT_MODEL_PACKAGE", "json")
-    with pytest.raises(FileNotFoundError, match=r"json/model is not a directory"):
-        model_source(None)
-
-
-def test_command_line_prints_tables_and_errors(bert, data, tmp_path, capsys):
-    words = ["--model", bert, "--task", "sst2", "--data-dir", data, "--epochs", "1"]
-    words += [
-        "--targets",
-        "query",
-        "value",
-        "--no-train-head",
-        "--max-length",
-        "48",
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
-    assert main([*words, "--rank", "0"]) == 2
-    assert "error: --rank 0" in capsys.readouterr().err
-    assert main(words) == 0
-    output = capsys.readouterr().out
-    for expected in ("parameters", "head", "test", "majority class", "plot.png"):
-        assert expected in output
-
-
-def test_every_method_is_a_choice_on_the_command_line():
-    assert get_args(get_type_hints(Arguments)["method"]) == tuple(METHODS)
