@@ -4,13 +4,14 @@ The model stays as it is: every projection keeps its name, its parameters and it
 What happens is that the first sibling called with an x computes all of them and holds the others'
 results until they are called with that very x. So x is read once, three launches become one, and
 backward sums dx in one accumulator. Nothing is assumed of the caller: a sibling called with another
-x is computed alone, and a group whose results are not fetched three times running dissolves.
+x is computed alone, and a group whose results are not fetched three times running dissolves. Where
+siblings read a second tensor by design (DeBERTa), a pre-hook on their parent says which is first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,29 @@ from torch import Tensor, nn
 from .functional import Parts, lora_linears
 from .modules import FusedLoRALinear
 
-# Attribute names under one parent that read the same tensor, in the order of their dropout masks.
+
+class Siblings(NamedTuple):
+    """Attribute names under one parent that read the same tensor, in the order of their masks.
+
+    With `first_only` it is the first tensor that they get in a call of their parent.
+    """
+
+    names: tuple[str, ...]
+    first_only: bool = False
+
+
 SIBLINGS = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
+    Siblings(("query", "key", "value")),
+    Siblings(("q_proj", "k_proj", "v_proj")),
+    Siblings(("q_lin", "k_lin", "v_lin")),
+    Siblings(("q", "k", "v")),
+    # DeBERTa: its query and key also project the table of relative positions, its value does not.
+    Siblings(("query_proj", "key_proj", "value_proj"), first_only=True),
+    Siblings(("pos_key_proj", "pos_query_proj")),
+    Siblings(("gate_proj", "up_proj")),
+    Siblings(("wi_0", "wi_1")),
 )
-# Attention over another sequence: its query reads one tensor, its key and value another. (DeBERTa
-# is not here at all: its query and key also project the table of relative positions.)
+# Attention over another sequence: its query reads one tensor, its key and value another.
 _CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn", "encoder_decoder")
 _PATIENCE = 3
 
@@ -47,15 +61,21 @@ class Member(Protocol):
 class Group:
     """Two or more layers that read the same x; they run together while their parts allow it."""
 
-    def __init__(self, members: tuple[Member, ...]) -> None:
+    def __init__(self, members: tuple[Member, ...], first_only: bool = False) -> None:
         self.members = members
+        self.first_only = first_only
         self.misses = 0
+        self._fresh = False  # whether the parent was called and no x has come yet
         self._x: Tensor | None = None
         self._call: Any = None
         self._waiting: dict[int, tuple[Tensor, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "misses": 0, "_x": None, "_call": None, "_waiting": {}}
+        return vars(Group(self.members, self.first_only))  # what waits does not travel
+
+    def parent_called(self, *_: Any) -> None:
+        """The parent's forward begins: a pre-hook of it, for `first_only`."""
+        self._fresh = True
 
     def output(self, layer: Member, x: Tensor, own: Parts) -> Tensor | None:
         """y of one member, whose parts for x are `own`; None if it must be computed alone."""
@@ -81,6 +101,11 @@ class Group:
             self._x, self._waiting = None, {}
             if self.misses >= _PATIENCE:
                 return None
+        if self.first_only and not self._fresh:
+            return None
+        self._fresh = False
+        if not any(member is layer for member in self.members):
+            return None  # a replica of nn.DataParallel: its siblings are replicas too, unknown here
         every = [own if member is layer else member.parts(x) for member in self.members]
         parts = [p for p in every if p is not None]
         if len(parts) < len(every) or not _alike(parts):
@@ -133,13 +158,24 @@ def group_siblings(
         if any(name in path.split(".") for name in _CROSS):
             continue
         children = parent._modules
-        for names in SIBLINGS:
+        for names, first_only in SIBLINGS:
             for found in _same_layout({name: member_of(children.get(name)) for name in names}):
-                group = Group(tuple(found.values()))
+                group = Group(tuple(found.values()), first_only)
+                if first_only:
+                    parent.register_forward_pre_hook(group.parent_called)
                 for member in group.members:
                     member.group = group
                 groups.append(tuple(f"{path}.{name}" if path else name for name in found))
     return tuple(groups)
+
+
+def unhook(model: nn.Module) -> None:
+    """Take the groups' hooks off their parents, before the members go."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Group):
+                del hooks[key]
 
 
 def _same_layout(members: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,10 +16,14 @@ class HeldCast:
     """The copy of one weight; made anew when the weight is another, or has changed in place."""
 
     def __init__(self) -> None:
-        self.copy: Tensor | None = None
-        # A tuple, since a Parameter kept by itself in a module would be one of the module's.
-        self._of: tuple[Tensor, ...] = ()
-        self._state: Any = None
+        # (copy, the weight, its state): one attribute, since the replicas of nn.DataParallel share
+        # this and call it from threads.
+        self._made: tuple[Tensor, Tensor, Any] | None = None
+
+    @property
+    def copy(self) -> Tensor | None:
+        """The copy that is held, if any."""
+        return self._made[0] if self._made else None
 
     def of(self, weight: Tensor, x: Tensor) -> Tensor:
         """`weight` in the dtype that a call on x takes: itself unless autocast asks for another."""
@@ -29,26 +33,27 @@ class HeldCast:
         dtype = torch.get_autocast_dtype(device)
         if weight.dtype is dtype or weight.requires_grad:  # unfrozen: the cast is in the graph
             return weight
-        if self.copy is None or self.copy.dtype is not dtype or self._stale(weight):
-            self.copy = weight.detach().to(dtype)
-            self._of = (weight,)
-            if not torch.compiler.is_compiling():
-                self._state = _state(weight)
-        return self.copy
+        made = self._made
+        # A compiled graph cannot ask for the state; whoever holds this calls `forget`.
+        compiling = torch.compiler.is_compiling()
+        if (
+            made is not None
+            and made[0].dtype is dtype
+            and made[1] is weight
+            and (compiling or made[2] == _state(weight))
+        ):
+            return made[0]
+        copy = weight.detach().to(dtype)
+        self._made = copy, weight, None if compiling else _state(weight)
+        return copy
 
     def forget(self) -> None:
         """Let go of the copy: the weight moves, or is loaded, in a way that nothing else tells."""
-        self.copy, self._of = None, ()
-
-    def _stale(self, weight: Tensor) -> bool:
-        if not self._of or self._of[0] is not weight:
-            return True
-        # A compiled graph cannot ask for the version; whoever holds this calls `forget`.
-        return not torch.compiler.is_compiling() and self._state != _state(weight)
+        self._made = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model, or a file, holds the weight once.
-        return {"copy": None, "_of": (), "_state": None}
+        return {"_made": None}
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .columns import Ranges
 from .dispatch import choose
-from .groups import group_siblings
+from .groups import group_siblings, unhook
 from .modules import FusedLoRALinear, LoRAConfig
 from .report import FusedRow, Report, SkippedRow, count_parameters
 from .targets import FAMILIES, Family, family_of, find_targets, find_train, heads_of
@@ -73,6 +73,7 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if not layer.merged:
             layer.merge()
+    unhook(model)
     _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
     if hasattr(model, "lora_config"):
         del model.lora_config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .dispatch import Problem, check_strategy, choose
 from .functional import Parts, lora_layer
-from .groups import Group, group_siblings
+from .groups import Group, group_siblings, unhook
 from .held import HeldCast
 from .injection import TYPICAL_TOKENS
 from .modules import is_conv1d
@@ -43,11 +43,13 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
         >>> print(fuse_peft(model))
     """
     check_strategy(strategy)
+    unhook(peft_model)  # of an earlier call, whose groups end here
     reasons: dict[str, str | None] = {}
     for name, layer in _lora_layers(peft_model):
         reasons[name] = _never(layer)
         if reasons[name] is None:
             layer.forward = FusedForward(layer, strategy)
+            layer._replicate_for_data_parallel = layer.forward.replicate
             reasons[name] = fallback_reason(layer)
     if group:
         group_siblings(peft_model, fused_forward)
@@ -65,9 +67,10 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
 
 def unfuse_peft(model: nn.Module) -> nn.Module:
     """Undo `fuse_peft`: every layer runs PEFT's own forward again. Returns `model`."""
+    unhook(model)
     for module in model.modules():
         if fused_forward(module) is not None:
-            del module.forward
+            del module.forward, module._replicate_for_data_parallel
     return model
 
 
@@ -102,6 +105,12 @@ class FusedForward:
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts)
+
+    def replicate(self) -> Any:
+        """A copy of the layer for nn.DataParallel, which would else run this very layer."""
+        replica = type(self.layer)._replicate_for_data_parallel(self.layer)
+        replica.forward = FusedForward(replica, self.strategy)
+        return replica
 
     def parts(self, x: Tensor) -> Parts | None:
         """What a call on x needs besides x; None where PEFT's own forward runs."""

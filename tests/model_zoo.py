@@ -45,6 +45,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             **BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8
         )
     ),
+    "deberta-v3": lambda: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(
+            **BERT,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+        )
+    ),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: tf.GPT2ForSequenceClassification(
         tf.GPT2Config(**GPT2, num_labels=3, pad_token_id=0)
@@ -83,6 +93,19 @@ def randomise(model: nn.Module, *names: str) -> None:
         for name, parameter in model.named_parameters():
             if any(part in name for part in names):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def nodes(model: nn.Module) -> list[int]:
+    """How many layers each of our autograd nodes computes, in a forward of the model."""
+    pending, seen, found = [model(**batch()).logits.grad_fn], set(), []
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [child for child, _ in node.next_functions]
+            if "LoRALinears" in type(node).__name__:
+                found.append(node.call.G)
+    return sorted(found)
 
 
 class PlainLoRA(nn.Module):

@@ -283,3 +283,15 @@ def test_dropout_is_drawn_in_training_alone_and_follows_the_seed():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2)) and not torch.equal(draw(1), quiet)
+
+
+def test_deberta_computes_its_content_projections_as_one_until_it_is_merged():
+    """Each layer: query, key and value of the hidden states, then query and key of positions."""
+    model = injected("deberta-v3", targets=("query_proj", "key_proj", "value_proj"))
+    model_zoo.judge_models(model, model_zoo.plain_copy(model))
+    expected, hooks = model_zoo.logits(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    assert sum(hooks) == 2
+    assert model_zoo.nodes(model) == [1, 1, 1, 1, 3, 3]
+    merge(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    torch.testing.assert_close(model_zoo.logits(model), expected)

@@ -261,31 +261,30 @@ def test_dropout_masks_the_lora_branch_alone_by_pefts_rate():
 # ---------------------------------------------------------------- siblings run together
 
 
-def nodes(model: nn.Module) -> list[int]:
-    """How many layers each of our autograd nodes computes, in a forward of the model."""
-    pending, seen, found = [model(**model_zoo.batch()).logits.grad_fn], set(), []
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending += [child for child, _ in node.next_functions]
-            if "LoRALinears" in type(node).__name__:
-                found.append(node.call.G)
-    return sorted(found)
-
-
 QKV = ["query", "key", "value"]
 
 
 def test_siblings_are_one_problem_and_explain_says_so():
     model = peft_model(target_modules=QKV)
     fuse_peft(model, group=False)
-    assert nodes(model) == [1] * 6
+    assert model_zoo.nodes(model) == [1] * 6
     fuse_peft(model)
-    assert nodes(model) == [3, 3]
+    assert model_zoo.nodes(model) == [3, 3]
     assert {p.layers for _, p, _ in fused_peft_layers(model, 8)} == {3}
     unfuse_peft(model)
-    assert nodes(model) == []
+    assert model_zoo.nodes(model) == []
+
+
+def test_deberta_s_content_projections_are_one_problem_until_unfuse():
+    model = peft_model("deberta-v3", target_modules=["query_proj", "key_proj", "value_proj"])
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    model_zoo.judge_models(model, eager)
+    assert model_zoo.nodes(model) == [1, 1, 1, 1, 3, 3]
+    fuse_peft(model)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+    unfuse_peft(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_sibling_that_changes_leaves_its_group_and_comes_back():
@@ -294,12 +293,12 @@ def test_a_sibling_that_changes_leaves_its_group_and_comes_back():
     fuse_peft(model)
     key = model.base_model.model.roberta.encoder.layer[0].attention.self.key
     key.merge()
-    assert nodes(model) == [1, 1, 3]
+    assert model_zoo.nodes(model) == [1, 1, 3]
     torch.testing.assert_close(model_zoo.logits(model), model_zoo.logits(eager))
     key.unmerge()
-    assert nodes(model) == [3, 3]
+    assert model_zoo.nodes(model) == [3, 3]
     key.scaling["default"] *= 2
-    assert nodes(model) == [1, 1, 1, 3]
+    assert model_zoo.nodes(model) == [1, 1, 1, 3]
 
 
 def test_a_result_that_waits_is_not_that_of_another_adapter():

@@ -1,0 +1,70 @@
+"""nn.DataParallel, which the Trainer takes where it sees two cards: replicas run their own tensors.
+
+torch's own replication runs here, with the copies of all "cards" on one device.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import model_zoo
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LoRAConfig, add_lora
+from lora_kernels.peft import fuse_peft
+
+QKV = ("query", "key", "value")
+
+
+def fused() -> nn.Module:
+    model = model_zoo.build("roberta")
+    add_lora(model, LoRAConfig(rank=3, targets=QKV))
+    return model
+
+
+def fused_peft() -> nn.Module:
+    config = peft.LoraConfig(r=3, target_modules=list(QKV))
+    model = peft.get_peft_model(model_zoo.build("roberta"), config).eval()
+    fuse_peft(model)
+    return model
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    module = sys.modules["torch.nn.parallel.replicate"]
+
+    def copies(tensors, devices, detach=False):
+        return [[t * 1 if t.requires_grad else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    return lambda model: module.replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("build", [fused, fused_peft])
+def test_replicas_compute_with_their_own_tensors(build, autocast, replicate):
+    model = build()
+    model_zoo.randomise(model, "lora_B")
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run(replica: nn.Module, seed: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return replica(**model_zoo.batch(seed)).logits
+
+    expected = [run(model, seed) for seed in range(2)]
+    gradients = torch.autograd.grad(sum(y.square().sum() for y in expected), trained)
+    replicas = replicate(model)
+    with torch.no_grad():  # whoever reads the model's own tensors now is seen
+        for parameter in model.parameters():
+            parameter.copy_(torch.full_like(parameter, torch.nan))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(run, replicas, range(2)))
+    actual = torch.autograd.grad(sum(y.square().sum() for y in found), trained)
+    for a, b in zip((*found, *actual), (*expected, *gradients), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
