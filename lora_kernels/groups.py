@@ -128,9 +128,13 @@ class Group:
 
 
 def _alike(parts: list[Parts]) -> bool:
-    """Whether these layers can share a launch now."""
+    """Whether these layers can share a launch now: an offloaded one's tensors are elsewhere."""
     first = parts[0]
-    return all(p[4:] == first[4:] and (p.bias is None) == (first.bias is None) for p in parts)
+    device, no_bias = first.weight.device, first.bias is None
+    return all(
+        p[4:] == first[4:] and (p.bias is None) == no_bias and p.weight.device == device
+        for p in parts
+    )
 
 
 def _state(parts: Parts) -> Any:

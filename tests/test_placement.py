@@ -1,6 +1,6 @@
-"""nn.DataParallel, which the Trainer takes where it sees two cards: replicas run their own tensors.
+"""Others who move a model's tensors: nn.DataParallel's replicas, accelerate's offloading.
 
-torch's own replication runs here, with the copies of all "cards" on one device.
+torch's own replication and accelerate's own hooks run here, with all "cards" on one device.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import model_zoo
 import peft
 import pytest
@@ -45,6 +46,7 @@ def replicate(monkeypatch):
     return lambda model: module.replicate(model, [0, 1])
 
 
+# The Trainer wraps a model in nn.DataParallel wherever it sees two cards.
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("build", [fused, fused_peft])
 def test_replicas_compute_with_their_own_tensors(build, autocast, replicate):
@@ -68,3 +70,16 @@ def test_replicas_compute_with_their_own_tensors(build, autocast, replicate):
     for a, b in zip((*found, *actual), (*expected, *gradients), strict=True):
         torch.testing.assert_close(a, b)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_offloaded_siblings_are_computed_one_by_one():
+    """Each layer's tensors are there while it is called, its siblings' are not."""
+    model = fused()
+    model_zoo.randomise(model, "lora_B")
+    expected = model_zoo.logits(model)
+    assert model_zoo.nodes(model) == [3, 3]
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    for _ in range(2):
+        assert torch.equal(model_zoo.logits(model), expected)
+    assert model_zoo.nodes(model) == [1] * 6
