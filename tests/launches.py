@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -172,16 +173,21 @@ def tensors(step: Step) -> tuple[torch.Tensor, Layers, tuple[torch.Tensor, ...],
 
 def run(step: Step, made: Any, active: Card) -> list[Launched]:
     """The launches of the step; new tensors are counted from zero."""
+    active.start()
+    run_step(step, made, active.empty)
+    return active.launched
+
+
+def run_step(step: Step, made: Any, empty: Callable[..., torch.Tensor]) -> None:
+    """Forward and backward of the step, with `empty` in the place of torch's."""
     x, layers, dy, seed = made
     tiles = Tiles._make([step.tile] * 6 + [step.precision])
-    active.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", active.empty)
+        patch.setattr(torch, "empty", empty)
         done = FORWARD[step.strategy](x, layers, step.scale, step.dropout, seed, tiles)
         BACKWARD[step.strategy](
             dy, x, layers, done.h, done.mask, step.scale, step.dropout, step.wanted, tiles
         )
-    return active.launched
 
 
 def check(step: Step, active: Card) -> None:

@@ -1,25 +1,48 @@
-"""Launches compile nothing in the interpreter, so `launches.py` runs in a process without it."""
+"""The interpreter compiles and launches nothing, so these tests run in processes without it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+TESTS = Path(__file__).parent
 
 
-def test_launches():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/launches.py"]
+def passes(name: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
     done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-        check=False, cwd=Path(__file__).parent.parent,
+        command, env={**os.environ, "TRITON_INTERPRET": "0", **environment}, capture_output=True,
+        text=True, check=False, cwd=TESTS.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_launches():
+    passes("launches.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver's own libcuda is loaded")
+def test_what_reaches_the_driver(tmp_path):
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("Triton's launcher takes a C compiler to build")
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    library = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", f"-I{include}", TESTS / "libcuda.c", "-o", library]
+    subprocess.run(command, check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)  # by which the launcher is linked
+    passes(
+        "driver_calls.py", LD_LIBRARY_PATH=str(tmp_path), TRITON_LIBCUDA_PATH=str(tmp_path),
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
 
 
 COST = """
@@ -34,10 +57,9 @@ assert KNOWN
 
 
 def test_the_cost_of_launches_is_a_row_each():
-    root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", COST], capture_output=True, text=True, check=False, cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+        [sys.executable, "-c", COST], capture_output=True, text=True, check=False, cwd=TESTS.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS.parent)},
     )  # fmt: skip
     assert done.stdout.splitlines() == [
         f"{way} launches of 1, {direction}"
