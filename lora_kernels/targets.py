@@ -38,6 +38,7 @@ _ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-
 _LLAMA = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"),
     *("olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere"),
+    *("opt", "gptj", "gpt_neo"),
 )
 _HEAD = ("classifier", "qa_outputs")
 
@@ -49,8 +50,11 @@ FAMILIES = (
     Family("mpnet", ("mpnet",), ("attn.q", "attn.v"), _HEAD),
     # No DeBERTa checkpoint holds the pooler of its classifier, so it is part of the head.
     Family("deberta-v2", ("deberta-v2",), ("query_proj", "value_proj"), ("pooler", *_HEAD)),
+    Family("modernbert", ("modernbert",), ("Wqkv",), _HEAD, {"Wqkv": ("q", "k", "v")}),
     Family("distilbert", ("distilbert",), ("q_lin", "v_lin"), ("pre_classifier", *_HEAD)),
     Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD), {"c_attn": ("q", "k", "v")}),
+    Family("neox", ("gpt_neox", "bloom"), ("query_key_value",), ("score", *_HEAD)),
+    Family("t5", ("t5", "mt5"), ("q", "v"), ("classification_head", *_HEAD)),
     Family("llama", _LLAMA, ("q_proj", "v_proj"), ("score", *_HEAD)),
 )
 

@@ -22,6 +22,28 @@ SMALL = {
 BERT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 40, "num_labels": 3}
 LLAMA = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 40}
+OPT = {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 40,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 60,
+    "num_labels": 3,
+    "feed_forward_proj": "gated-gelu",
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 DISTIL = {
     "dim": 32,
     "n_layers": 2,
@@ -55,11 +77,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             norm_rel_ebd="layer_norm",
         )
     ),
+    "modernbert": lambda: tf.ModernBertForSequenceClassification(
+        tf.ModernBertConfig(**BERT, pad_token_id=0, **SPECIAL)
+    ),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: tf.GPT2ForSequenceClassification(
         tf.GPT2Config(**GPT2, num_labels=3, pad_token_id=0)
     ),
     "gpt2-lm": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
+    "gpt-neox": lambda: tf.GPTNeoXForSequenceClassification(
+        tf.GPTNeoXConfig(**BERT, pad_token_id=0)
+    ),
+    "bloom-lm": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
+    ),
+    "opt": lambda: tf.OPTForSequenceClassification(tf.OPTConfig(**OPT)),
+    "t5": lambda: tf.T5ForTokenClassification(tf.T5Config(**T5)),
     "llama": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**LLAMA)),
     "qwen2": lambda: tf.Qwen2ForSequenceClassification(tf.Qwen2Config(**LLAMA)),
     "gemma-lm": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**LLAMA, head_dim=8)),

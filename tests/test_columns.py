@@ -30,6 +30,7 @@ from lora_kernels import (
 from lora_kernels.columns import complement, fold, unfold
 from lora_kernels.dispatch import Problem, choose
 from lora_kernels.functional import lora_linears
+from lora_kernels.injection import family_of
 
 SLICED = [name for name in STRATEGIES if name != "fused"]  # whose refusal is tested below
 SCALE = 0.5
@@ -232,6 +233,23 @@ def test_parts_are_named_like_modules(targets):
     assert columns == (((0, 32),) if one else ((0, 32), (64, 96)))
     assert str(columns) in str(report)
     assert "1 column ranges" in str(explain(model)) if one else "2 column" in str(explain(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modernbert"])
+def test_query_key_and_value_are_what_they_are_called(name):
+    """A token that is alone attends to itself, whatever its query and its key are."""
+    alone = {key: value[:, :1] for key, value in model_zoo.batch().items()}
+    plain = model_zoo.build(name)
+    ((layer, parts),) = family_of(plain).parts.items()
+    assert parts == ("q", "k", "v")
+    expected = plain(**alone).logits
+    for part in parts:
+        model = model_zoo.build(name)
+        add_lora(model, LoRAConfig(rank=3, targets=(f"{layer}.{part}",)))
+        model_zoo.randomise(model, "lora_")
+        moved = (model(**alone).logits - expected).abs().max()
+        assert moved > 1e-3 if part == "v" else moved < 1e-6
+        assert (model_zoo.logits(model) - model_zoo.logits(plain)).abs().max() > 1e-4
 
 
 def test_a_layer_is_adapted_whole_or_in_part():
