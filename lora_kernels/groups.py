@@ -58,6 +58,14 @@ class Member(Protocol):
         """What siblings must have in common to be a group; None if it runs alone."""
 
 
+class _Waiting(NamedTuple):
+    """Results that siblings have yet to ask for: by member, y and what must be as it was."""
+
+    x: Tensor
+    call: Any
+    results: dict[int, tuple[Tensor, Any]]
+
+
 class Group:
     """Two or more layers that read the same x; they run together while their parts allow it."""
 
@@ -66,9 +74,8 @@ class Group:
         self.first_only = first_only
         self.misses = 0
         self._fresh = False  # whether the parent was called and no x has come yet
-        self._x: Tensor | None = None
-        self._call: Any = None
-        self._waiting: dict[int, tuple[Tensor, Any]] = {}
+        # One attribute, since a model may be called from threads: results never part from their x.
+        self._waiting: _Waiting | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(Group(self.members, self.first_only))  # what waits does not travel
@@ -89,16 +96,16 @@ class Group:
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if autocast else None,
         )
-        key = id(layer)
-        if self._x is x and self._call == call and key in self._waiting:
-            y, state = self._waiting.pop(key)
-            if not self._waiting:
-                self._x, self.misses = None, 0
-            if state == _state(own):
-                return y
-        if self._waiting:  # someone did not come for theirs
+        waiting = self._waiting
+        if waiting is not None and waiting.x is x and waiting.call == call:
+            found = waiting.results.pop(id(layer), None)
+            if not waiting.results:
+                self._waiting, self.misses = None, 0
+            if found is not None and found[1] == _state(own):
+                return found[0]
+        if self._waiting is not None:  # someone did not come for theirs
             self.misses += 1
-            self._x, self._waiting = None, {}
+            self._waiting = None
             if self.misses >= _PATIENCE:
                 return None
         if self.first_only and not self._fresh:
@@ -108,7 +115,7 @@ class Group:
             return None  # a replica of nn.DataParallel: its siblings are replicas too, unknown here
         every = [own if member is layer else member.parts(x) for member in self.members]
         parts = [p for p in every if p is not None]
-        if len(parts) < len(every) or not _alike(parts):
+        if len(parts) < len(every) or not _alike(parts, x):
             return None
         first = parts[0]
         ys = lora_linears(
@@ -120,19 +127,22 @@ class Group:
             scale=first.scale, dropout=first.dropout, training=first.training,
             strategy=first.strategy,
         )  # fmt: skip
-        self._waiting = {
+        results = {
             id(member): (y, _state(p)) for member, y, p in zip(self.members, ys, parts, strict=True)
         }
-        self._x, self._call = x, call
-        return self._waiting.pop(key)[0]
+        y, _ = results.pop(id(layer))
+        self._waiting = _Waiting(x, call, results)
+        return y
 
 
-def _alike(parts: list[Parts]) -> bool:
-    """Whether these layers can share a launch now: an offloaded one's tensors are elsewhere."""
-    first = parts[0]
-    device, no_bias = first.weight.device, first.bias is None
+def _alike(parts: list[Parts], x: Tensor) -> bool:
+    """Whether these layers can share a launch now: offloading takes siblings' tensors away."""
+    first, device, K = parts[0], x.device, x.shape[-1:]
     return all(
-        p[4:] == first[4:] and (p.bias is None) == no_bias and p.weight.device == device
+        p[4:] == first[4:]
+        and (p.bias is None) == (first.bias is None)
+        and p.weight.device == device
+        and p.weight.shape[-1:] == K
         for p in parts
     )
 

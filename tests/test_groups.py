@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,6 +150,32 @@ def test_a_projection_can_be_called_alone_and_with_another_x(x):
         torch.testing.assert_close(model(x, other), cross)
     assert model.query.group.misses >= 3
     assert launches(model(x)) == 3
+
+
+def test_threads_that_share_a_model_do_not_mix_their_results():
+    model, inputs_ = Attention(), [torch.randn(2, 5, 24, device=DEVICE) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs_]
+    group_siblings(model)
+
+    @torch.no_grad()  # which each thread decides for itself
+    def calls(x):
+        outputs = []
+        for _ in range(200):
+            outputs.append(model(x))
+            model.query.group.misses = 0  # or the group would dissolve, and nothing be tested
+        return outputs
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(calls, inputs_))
+    finally:
+        sys.setswitchinterval(before)
+    for outputs, e in zip(found, expected, strict=True):
+        for y in outputs:
+            torch.testing.assert_close(y, e)
 
 
 def test_a_changed_x_is_not_mistaken_for_the_old_one(x):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora
+from lora_kernels.injection import fused_layers
 from lora_kernels.peft import fuse_peft
 
 QKV = ("query", "key", "value")
@@ -83,3 +84,24 @@ def test_offloaded_siblings_are_computed_one_by_one():
     for _ in range(2):
         assert torch.equal(model_zoo.logits(model), expected)
     assert model_zoo.nodes(model) == [1] * 6
+
+
+def test_siblings_that_are_partitioned_away_are_computed_one_by_one():
+    """As ZeRO-3 does: a layer's weight is there while it is called, and empty at other times."""
+    model = fused()
+    model_zoo.randomise(model, "lora_B")
+    expected = model_zoo.logits(model)
+    for layer in fused_layers(model).values():
+        weight, whole = layer.weight, layer.weight.data
+
+        def gather(*_, weight=weight, whole=whole):
+            weight.data = whole
+
+        def release(*_, weight=weight):
+            weight.data = torch.empty(0)
+
+        layer.register_forward_pre_hook(gather)
+        layer.register_forward_hook(release)
+        release()
+    for _ in range(2):
+        assert torch.equal(model_zoo.logits(model), expected)
