@@ -122,7 +122,8 @@ def _gpu(device: torch.device) -> str:
 
 
 def _tf32_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    # torch.get_float32_matmul_precision raises once anyone (the Trainer's tf32) sets this one.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _triton_supports(problem: Problem) -> str | None:
@@ -264,7 +265,7 @@ def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Til
 @lru_cache(maxsize=8192)
 def _plan(
     device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
-    layers: int, sliced: bool, strategy: str, precision: str | None,
+    layers: int, sliced: bool, strategy: str, tf32: bool,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
     problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
     choice = choose(problem, strategy)
@@ -276,5 +277,5 @@ def plan(
     layers: int, sliced: bool, strategy: str,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
     """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    return _plan(device, bucket(M), N, K, R, dtype, dropout, layers, sliced, strategy, precision)
+    tf32 = dtype is torch.float32 and device.type == "cuda" and _tf32_allowed()
+    return _plan(device, bucket(M), N, K, R, dtype, dropout, layers, sliced, strategy, tf32)

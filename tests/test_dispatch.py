@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from itertools import product
 
 import pytest
@@ -281,3 +282,22 @@ def test_torch_s_setting_for_tf32_decides_anew(monkeypatch, fresh_plans):
     finally:
         torch.set_float32_matmul_precision(before)
     assert precisions == {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+
+
+@pytest.mark.parametrize("where", ["backends", "backends.cuda.matmul"])
+def test_the_newer_setting_for_tf32_is_read_too(monkeypatch, fresh_plans, where):
+    """The Trainer uses it (`tf32=True`, or torch_compile); torch's older getter then raises."""
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_86")
+    monkeypatch.setattr(dispatch, "_gpu", lambda device: "")
+    cuda, matmul = torch.device("cuda"), torch.backends.cuda.matmul
+    owner = operator.attrgetter(where)(torch)
+    before = owner.fp32_precision, matmul.fp32_precision
+    matmul.fp32_precision = "none"  # follow the wider setting
+    try:
+        for setting in ("ieee", "tf32", "ieee"):
+            owner.fp32_precision = setting
+            assert planned(64, device=cuda)[1].precision == setting
+            layer = FusedLoRALinear(16, 24, rank=3, device=DEVICE)
+            layer(torch.randn(5, 16, device=DEVICE)).sum().backward()
+    finally:
+        owner.fp32_precision, matmul.fp32_precision = before
