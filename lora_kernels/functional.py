@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from . import masks, ops
 from .columns import Ranges, check_columns, widths
 from .dispatch import Strategy, check_strategy, plan
+from .held import autocast_dtype
 from .layers import Layers, Wanted
 from .tuning import Tiles
 
@@ -176,9 +177,8 @@ def lora_linears(
     its N columns: lora_A [G R, K] and lora_B [sum of widths, R] hold the ranges' adapters stacked,
     and each range draws a mask of its own.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
         x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
     G = len(weights)
     for g in range(G):

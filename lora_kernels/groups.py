@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import Parts, lora_linears
+from .held import autocast_dtype
 from .modules import FusedLoRALinear
 
 
@@ -89,12 +90,10 @@ class Group:
         compiling = torch.compiler.is_compiling()
         if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
             return None  # a change of an inference tensor cannot be seen
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
         call = (
             0 if compiling else x._version,  # which no graph can compare
             torch.is_grad_enabled(),
-            torch.get_autocast_dtype(device) if autocast else None,
+            autocast_dtype(x.device),
         )
         waiting = self._waiting
         if waiting is not None and waiting.x is x and waiting.call == call:

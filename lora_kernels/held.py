@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast casts to on such a device; None where it is off, or there is none."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 class HeldCast:
     """The copy of one weight; made anew when the weight is another, or has changed in place."""
 
@@ -27,12 +35,9 @@ class HeldCast:
 
     def of(self, weight: Tensor, x: Tensor) -> Tensor:
         """`weight` in the dtype that a call on x takes: itself unless autocast asks for another."""
-        device = x.device.type
-        if not torch.is_autocast_enabled(device) or weight.dtype is torch.float64:
-            return weight
-        dtype = torch.get_autocast_dtype(device)
-        if weight.dtype is dtype or weight.requires_grad:  # unfrozen: the cast is in the graph
-            return weight
+        dtype = autocast_dtype(x.device)
+        if dtype is None or weight.dtype in (dtype, torch.float64) or weight.requires_grad:
+            return weight  # an unfrozen one's cast must be in the graph
         made = self._made
         # A compiled graph cannot ask for the state; whoever holds this calls `forget`.
         compiling = torch.compiler.is_compiling()

@@ -45,6 +45,18 @@ def test_autocast_leaves_no_trace_among_parameters_and_keys():
     assert [n for n, _ in layer.named_parameters()] == names and list(layer.state_dict()) == keys
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
+def test_on_the_meta_device_a_step_has_shapes_alone(dropout):
+    """As tools do that count memory before a model is loaded."""
+    layer = FusedLoRALinear(20, 24, rank=3, dropout=dropout, device="meta")
+    x = torch.empty(2, 5, 20, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (2, 5, 24) and y.device.type == "meta"
+    for leaf in (x, layer.lora_A, layer.lora_B):
+        assert leaf.grad.shape == leaf.shape
+
+
 def test_a_layer_without_bias_has_none():
     layer = FusedLoRALinear.from_linear(base("linear", bias=False), rank=3)
     assert layer.bias is None and set(layer.state_dict()) == {"weight", "lora_A", "lora_B"}
