@@ -26,7 +26,7 @@ ARCH, M, N, K, R = "sm_86", 2048, 768, 768, 8
 CALLS = 20
 # (strategy, layers of the group, dropout)
 CASES = (
-    ("split", 1, 0.0), ("split", 1, 0.1), ("split", 3, 0.0), ("split", 3, 0.1), ("fused", 1, 0.0),
+    ("split", 1, 0.1), ("split", 3, 0.1), ("fused", 1, 0.0), ("fused", 1, 0.1), ("fused", 3, 0.1),
 )  # fmt: skip
 
 

@@ -116,7 +116,9 @@ def _split_forward(s: Size, tiles: Tiles) -> list[Launch]:
 
 
 def _fused_forward(s: Size, tiles: Tiles) -> list[Launch]:
-    """Every column block computes h again."""
+    """Every column block computes h again; with dropout it is split's."""
+    if s.dropout:
+        return _split_forward(s, tiles)
     again = sum(_blocks(N, tiles.fused_gemm) * s.alone(g).rank_K for g, N in enumerate(s.N))
     moved = s.x + s.weight + s.lora_A + s.lora_B + s.h + s.y
     return [Launch("fused_gemm", moved, s.gemm + s.rank_N + again)]
@@ -178,29 +180,44 @@ def _blocks(columns: int, tile: Tile) -> int:
     return -(-columns // tile.n)
 
 
-def _column_gradients(s: Size, tiles: Tiles, processors: int, want_dh: bool) -> list[Launch]:
-    """dlora_B (and dh) from one read of dy, dlora_A from one of x; each then adds its parts up."""
-    total = sum(s.N)
-    parts_B = 4 * splits_for(s.M, total, tiles.output_gradients, processors) * total * s.R
-    columns = len(s.N) * s.K
-    parts_A = 4 * splits_for(s.M, columns, tiles.input_gradients, processors) * columns * s.R
-    moved, flops = s.y + s.h + parts_B, s.rank_N
-    sums = parts_B + s.lora_B
-    if want_dh:  # parts by column block of the widest layer
-        parts_h = 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
-        moved, flops, sums = moved + s.lora_B + parts_h, 2 * flops, sums + parts_h + s.h
+def _parts(s: Size, columns: int, tile: Tile, processors: int) -> float:
+    """Bytes of the partial sums of gradients of so many columns."""
+    return 4 * splits_for(s.M, columns, tile, processors) * columns * s.R
+
+
+def _output_gradients(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    """dlora_B and dh from one read of dy, each then added up."""
+    parts = _parts(s, sum(s.N), tiles.output_gradients, processors)
+    # dh's by column block of the widest layer
+    parts += 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
     return [
-        Launch("output_gradients", moved, flops),
-        Launch("add_parts", sums),
-        Launch("input_gradients", s.x + s.h + s.mask + parts_A, s.rank_K),
-        Launch("add_parts", parts_A + s.lora_A),
+        Launch("output_gradients", s.y + s.h + s.lora_B + parts, 2 * s.rank_N),
+        Launch("add_parts", parts + s.lora_B + s.h),
+    ]
+
+
+def _parameter_gradients(s: Size, tiles: Tiles, processors: int, *, dlora_B: bool) -> list[Launch]:
+    """dlora_A from one read of x, and dlora_B of dy if it is wanted here, added up together."""
+    columns = len(s.N) * s.K + sum(s.N) * dlora_B
+    parts = _parts(s, columns, tiles.parameter_gradients, processors)
+    moved = s.x + s.h + s.mask + (s.y + s.h) * dlora_B
+    return [
+        Launch("parameter_gradients", moved + parts, s.rank_K + s.rank_N * dlora_B),
+        Launch("add_parts", parts + s.lora_A + s.lora_B * dlora_B),
+    ]
+
+
+def _column_gradients(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
+    return [
+        *_output_gradients(s, tiles, processors),
+        *_parameter_gradients(s, tiles, processors, dlora_B=False),
     ]
 
 
 def _split_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
     moved = s.y + s.weight + s.h + s.lora_A + s.mask + s.x
     dx = Launch("low_rank_gemm", moved, s.gemm + s.rank_K)
-    return [*_column_gradients(s, tiles, processors, want_dh=True), dx]
+    return [*_column_gradients(s, tiles, processors), dx]
 
 
 def _fused_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
@@ -208,14 +225,14 @@ def _fused_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
     again = _blocks(s.K, tiles.fused_gemm) * s.rank_N
     moved = s.y + s.weight + s.lora_A + s.lora_B + s.h + s.mask + s.x
     dx = Launch("fused_gemm", moved, s.gemm + s.rank_K + again)
-    return [dx, *_column_gradients(s, tiles, processors, want_dh=False)]
+    return [dx, *_parameter_gradients(s, tiles, processors, dlora_B=True)]
 
 
 def _hybrid_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
     layers = [s.alone(g) for g in range(len(s.N))]
     onto = [Launch("gemm", t.y + t.weight + 2 * t.x, t.gemm, vendor=True) for t in layers]
     low_rank = Launch("low_rank", s.h + s.lora_A + s.mask + s.x, s.rank_K)
-    return [*_column_gradients(s, tiles, processors, want_dh=True), low_rank, *onto]
+    return [*_column_gradients(s, tiles, processors), low_rank, *onto]
 
 
 Forward = Callable[[Size, Tiles], list[Launch]]

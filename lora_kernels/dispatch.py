@@ -81,14 +81,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A row of STRATEGIES: `summary` is what `explain` prints, `kernels` the tiles that it uses."""
+    """A row of STRATEGIES: `summary` is what `explain` prints.
+
+    `supports` says why it cannot take a problem (None: it can), `kernels` the tiles it uses there.
+    """
 
     name: str
     forward: Callable[..., Forward]
     backward: Callable[..., Backward]
     supports: Callable[[Problem], str | None]
     summary: str
-    kernels: tuple[str, ...]
+    kernels: Callable[[Problem], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,6 @@ def _triton_supports(problem: Problem) -> str | None:
 
 
 def _fused_supports(problem: Problem) -> str | None:
-    if problem.dropout:
-        return "dropout: x lora_A^T and x W^T would need different tiles of x"
     if problem.sliced:
         return "columns: every one of them, adapted or not, would pay for x lora_A^T"
     return _triton_supports(problem)
@@ -156,25 +157,40 @@ def _library_supports(problem: Problem) -> str | None:
     return None
 
 
-_COLUMNS = ("output_gradients", "input_gradients")
+def _library_kernels(problem: Problem) -> tuple[str, ...]:
+    return ()
+
+
+def _split_kernels(problem: Problem) -> tuple[str, ...]:
+    return "project", "low_rank_gemm", "output_gradients", "parameter_gradients"
+
+
+def _fused_kernels(problem: Problem) -> tuple[str, ...]:
+    forward = ("project", "low_rank_gemm") if problem.dropout else ()
+    return *forward, "fused_gemm", "parameter_gradients"
+
+
+def _hybrid_kernels(problem: Problem) -> tuple[str, ...]:
+    return "project", "low_rank", "output_gradients", "parameter_gradients"
+
+
 _ROWS = (
     Strategy(
         "library", library.library_forward, library.library_backward, _library_supports,
-        "the vendor's GEMM, then a rank-R product added in place", (),
+        "the vendor's GEMM, then a rank-R product added in place", _library_kernels,
     ),
     Strategy(
         "split", strategies.split_forward, strategies.split_backward, _triton_supports,
-        "x lora_A^T once, then one GEMM seeded with the rank-R product",
-        ("project", "low_rank_gemm", *_COLUMNS),
+        "rank-R products once, then one GEMM seeded with them", _split_kernels,
     ),
     Strategy(
         "fused", strategies.fused_forward, strategies.fused_backward, _fused_supports,
-        "one launch: each tile of x feeds x W^T and x lora_A^T", ("fused_gemm", *_COLUMNS),
+        "fewest launches: a GEMM computes the rank-R product from the tiles that it reads",
+        _fused_kernels,
     ),
     Strategy(
         "hybrid", strategies.hybrid_forward, strategies.hybrid_backward, _triton_supports,
-        "the rank-R product first, then the vendor's GEMM accumulates onto it",
-        ("project", "low_rank", *_COLUMNS),
+        "the rank-R product first, then the vendor's GEMM accumulates onto it", _hybrid_kernels,
     ),
 )  # fmt: skip
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in _ROWS})

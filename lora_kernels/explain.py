@@ -28,7 +28,7 @@ class Explanation:
             lines.append(f"{same[0]}{more}")
             lines.append(f"    {problem}")
             lines.append(f"    {choice.strategy}: {choice.reason}")
-            for kernel in STRATEGIES[choice.strategy].kernels:
+            for kernel in STRATEGIES[choice.strategy].kernels(problem):
                 m, n, k, warps, stages = getattr(choice.tile, kernel)
                 tile = "x".join(str(size) for size in (m, n, k) if size)
                 lines.append(f"      {kernel:<17} {tile} tiles, {warps} warps, {stages} stages")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +76,14 @@ def fused_forward(
     x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
     tiles: Tiles | None,
 ) -> Forward:  # fmt: skip
-    """One launch: every tile of x feeds both the frozen product and h."""
-    assert tiles is not None and not dropout
+    """One launch: every tile of x feeds both the frozen product and h.
+
+    With dropout each tile would need a second, dropped form, drawn anew for every column block:
+    then forward is that of `split`.
+    """
+    if seed is not None:
+        return split_forward(x, layers, scale, dropout, seed, tiles)
+    assert tiles is not None
     y, h = triton_kernels().fused_gemm(
         (x,), layers.weight, layers.lora_A, layers.lora_B, h_scale=1.0, scale=scale,
         bias=layers.bias, tile=tiles.fused_gemm, precision=tiles.precision,
@@ -138,15 +143,20 @@ def _column_gradients(input_gradient: InputGradient) -> Callable[..., Backward]:
         scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
     ) -> Backward:  # fmt: skip
         assert tiles is not None
-        dx = dlora_A = None
-        dh, dlora_B = _output_gradients(
-            dy, layers, h, scale, wanted.dx or wanted.dlora_A, wanted, tiles
-        )
+        if not (wanted.dx or wanted.dlora_A):
+            return _parameter_gradients(dy, None, None, layers, h, mask, scale, dropout, tiles)
+        lora_B, adapted, tile = layers.adapters()[1], layers.adapted(dy), tiles.output_gradients
+        dh, dlora_B = triton_kernels().output_gradients(
+            adapted, h if wanted.dlora_B else None, lora_B, scale=scale, tile=tile,
+            precision=tiles.precision, splits=_splits(adapted, tile),
+        )  # fmt: skip
+        found = Backward(None, None, _each(dlora_B, layers.lora_B, lora_B))
         if wanted.dlora_A:
-            dlora_A = _input_gradients(x, dh, layers, mask, dropout, tiles)
+            of_x = _parameter_gradients(None, x, dh, layers, None, mask, scale, dropout, tiles)
+            found = found._replace(dlora_A=of_x.dlora_A)
         if wanted.dx:
-            dx = input_gradient(dy, layers, dh, mask, dropout, tiles)
-        return Backward(dx, dlora_A, dlora_B)
+            found = found._replace(dx=input_gradient(dy, layers, dh, mask, dropout, tiles))
+        return found
 
     return backward
 
@@ -159,54 +169,57 @@ def fused_backward(
     dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
     scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
 ) -> Backward:  # fmt: skip
-    """dx computes dh on the way, from the tiles of dy that it reads anyway."""
+    """dx computes dh on the way, from the tiles of dy that it reads anyway; then all the rest."""
     if not wanted.dx:
         return split_backward(dy, x, layers, h, mask, scale, dropout, wanted, tiles)
     assert tiles is not None
-    dlora_A = dlora_B = None
     (dx,), dh = triton_kernels().fused_gemm(
         dy, layers.weight, layers.lora_B, layers.lora_A, transposed=True, h_scale=scale,
         scale=1 / (1 - dropout), mask=mask,
         tile=tiles.fused_gemm, precision=tiles.precision,
     )  # fmt: skip
-    if wanted.dlora_B:
-        _, dlora_B = _output_gradients(dy, layers, h, scale, False, wanted, tiles)
-    if wanted.dlora_A:
-        dlora_A = _input_gradients(x, dh, layers, mask, dropout, tiles)
-    return Backward(dx, dlora_A, dlora_B)
+    if not (wanted.dlora_A or wanted.dlora_B):
+        return Backward(dx, None, None)
+    return _parameter_gradients(
+        dy if wanted.dlora_B else None, x if wanted.dlora_A else None, dh, layers, h, mask, scale,
+        dropout, tiles,
+    )._replace(dx=dx)  # fmt: skip
 
 
-def _output_gradients(
-    dy: Tensors, layers: Layers, h: Tensor | None, scale: float, want_dh: bool, wanted: Wanted,
-    tiles: Tiles,
-) -> tuple[Any, Tensors | None]:  # fmt: skip
-    dy, lora_B, tile = layers.adapted(dy), layers.adapters()[1], tiles.output_gradients
-    splits = _splits(dy[0].device, dy[0].shape[0], sum([each.shape[1] for each in dy]), tile)
-    dh, dlora_B = triton_kernels().output_gradients(
-        dy, h if wanted.dlora_B else None, lora_B, scale=scale, want_dh=want_dh,
-        tile=tile, precision=tiles.precision, splits=splits,
+def _parameter_gradients(
+    dy: Tensors | None, x: Tensor | None, dh: Tensor | None, layers: Layers, h: Tensor | None,
+    mask: Tensor | None, scale: float, dropout: float, tiles: Tiles,
+) -> Backward:  # fmt: skip
+    """dlora_A if x is given, dlora_B if dy is, from the dh and h that are known: one launch."""
+    kernels, tile = triton_kernels(), tiles.parameter_gradients
+    lora_A, lora_B = layers.adapters()
+    adapted = None if dy is None else layers.adapted(dy)
+    read = (() if x is None else (x,) * len(lora_A)) + (adapted or ())
+    dlora_A, dlora_B = kernels.parameter_gradients(
+        x, dh, adapted, h,
+        dlora_A=kernels.Gradient(lora_A[0].dtype, 1 / (1 - dropout)),
+        dlora_B=kernels.Gradient(lora_B[0].dtype, scale),
+        mask=mask, tile=tile, precision=tiles.precision, splits=_splits(read, tile),
     )  # fmt: skip
-    if dlora_B is None or len(layers.lora_B) == 1:
-        return dh, None if dlora_B is None else (dlora_B,)
-    return dh, dlora_B.split_with_sizes([each.shape[0] for each in lora_B])
+    return Backward(
+        None, _each(dlora_A, layers.lora_A, lora_A), _each(dlora_B, layers.lora_B, lora_B)
+    )
 
 
-def _input_gradients(
-    x: Tensor | None, dh: Tensor, layers: Layers, mask: Tensor | None, dropout: float, tiles: Tiles
-) -> Tensors:
-    assert x is not None
-    tile = tiles.input_gradients
-    splits = _splits(x.device, x.shape[0], len(dh) * x.shape[1], tile)
-    dlora_A = triton_kernels().input_gradients(
-        x, dh, mask=mask, dropout=dropout, dtype=layers.lora_A[0].dtype,
-        tile=tile, precision=tiles.precision, splits=splits,
-    )  # fmt: skip
-    G = len(layers.lora_A)
-    return (dlora_A,) if G == 1 else dlora_A.split_with_sizes([dh.shape[2]] * G)
+def _each(gradient: Tensor | None, parameters: Tensors, adapters: Tensors) -> Tensors | None:
+    """The gradients of all adapters, one below the other, as those of the parameters."""
+    if gradient is None or len(parameters) == 1:
+        return None if gradient is None else (gradient,)
+    return gradient.split_with_sizes([each.shape[0] for each in adapters])
+
+
+def _splits(read: Tensors, tile: Tile) -> int:
+    first = read[0]
+    return _splits_on(first.device, first.shape[0], sum([t.shape[1] for t in read]), tile)
 
 
 @lru_cache(maxsize=4096)
-def _splits(device: torch.device, M: int, columns: int, tile: Tile) -> int:
+def _splits_on(device: torch.device, M: int, columns: int, tile: Tile) -> int:
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -85,7 +85,7 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
     "fused_gemm": _GEMM,
     "low_rank": (Tile(32, 128, 32, 4, 1), Tile(64, 64, 32, 4, 1), Tile(128, 128, 32, 8, 1)),
     "output_gradients": _COLUMNS,
-    "input_gradients": _COLUMNS,
+    "parameter_gradients": _COLUMNS,
 }  # fmt: skip
 
 
@@ -253,15 +253,15 @@ def _search(
 ) -> Tuned:  # fmt: skip
     """Vary one kernel's tile at a time, keeping the best."""
     tiles: Any = choice.tile
+    kernels = STRATEGIES[choice.strategy].kernels(problem)
     if tiles is not None:
-        for kernel in STRATEGIES[choice.strategy].kernels:
+        for kernel in kernels:
             for tile in CANDIDATES[kernel]:
                 trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
                 faster = _measured(problem, trial, device, measure)
                 if faster < time:
                     time, tiles = faster, trial.tile
-    kept = {name: getattr(tiles, name) for name in STRATEGIES[choice.strategy].kernels}
-    return Tuned(choice.strategy, kept, time)
+    return Tuned(choice.strategy, {name: getattr(tiles, name) for name in kernels}, time)
 
 
 def _measured(

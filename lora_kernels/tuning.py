@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     fused_gemm: Tile
     low_rank: Tile  # low_rank_gemm without its GEMM: only the low-rank product is written
     output_gradients: Tile
-    input_gradients: Tile
+    parameter_gradients: Tile
     precision: str = "ieee"
 
 
@@ -54,14 +54,14 @@ _HALF = Tiles(
     fused_gemm=Tile(128, 128, 32, 8, 3),
     low_rank=Tile(64, 128, 32, 4, 1),
     output_gradients=Tile(64, 128, 0, 4, 2),
-    input_gradients=Tile(64, 128, 0, 4, 2),
+    parameter_gradients=Tile(64, 128, 0, 4, 2),
 )
 # Rank above 32: the rank-R tiles and accumulators are as large as the others.
 _HALF_WIDE = _HALF._replace(
     fused_gemm=Tile(64, 128, 32, 8, 3),
     low_rank=Tile(64, 64, 32, 4, 1),
     output_gradients=Tile(32, 64, 0, 4, 2),
-    input_gradients=Tile(32, 64, 0, 4, 2),
+    parameter_gradients=Tile(32, 64, 0, 4, 2),
 )
 # fp32 halves the tiles, so that two stages fit in 99 KiB.
 _FLOAT = Tiles(
@@ -70,13 +70,13 @@ _FLOAT = Tiles(
     fused_gemm=Tile(64, 64, 32, 4, 2),
     low_rank=Tile(64, 64, 32, 4, 1),
     output_gradients=Tile(32, 64, 0, 4, 2),
-    input_gradients=Tile(32, 64, 0, 4, 2),
+    parameter_gradients=Tile(32, 64, 0, 4, 2),
 )
 _FLOAT_WIDE = _FLOAT._replace(
     fused_gemm=Tile(32, 64, 32, 4, 2),
     low_rank=Tile(32, 64, 32, 4, 1),
     output_gradients=Tile(16, 64, 0, 4, 2),
-    input_gradients=Tile(16, 64, 0, 4, 2),
+    parameter_gradients=Tile(16, 64, 0, 4, 2),
 )
 # The interpreter runs a program at a time in NumPy: small tiles keep ragged test shapes ragged.
 _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])

@@ -119,9 +119,10 @@ def test_the_strategy_is_the_one_that_a_layer_was_given():
     ((name, problem, choice),) = explain(layer).rows
     assert name == "FusedLoRALinear" and choice == choose(problem, "split")
     assert choice.reason == "named by the caller" or "split was asked for" in choice.reason
-    layer.strategy = "fused"
-    layer.dropout = 0.5
-    assert "fused was asked for, but: dropout" in str(explain(layer))
+    sliced = FusedLoRALinear.from_linear(
+        torch.nn.Linear(8, 6), rank=2, strategy="fused", columns=[(0, 3)]
+    )
+    assert "fused was asked for, but: columns" in str(explain(sliced))
 
 
 def test_what_is_explained_is_what_runs():

@@ -15,8 +15,6 @@ from lora_kernels.tuning import tiles_for
 
 TILES = tiles_for("cpu" if DEVICE.type == "cpu" else "any", 4, 3, tf32=False)
 
-STRATEGY_NAMES = [name for name in STRATEGIES if name != "fused"]  # which takes no dropout
-
 
 def drawn(strategy: str, rows: int, columns: int, dropout: float) -> torch.Tensor:
     """The keep mask of one layer call by a strategy."""
@@ -43,7 +41,7 @@ def test_unpack_reads_bit_j_of_byte_q_as_column_8q_plus_j(columns):
     assert torch.equal(masks.unpack(packed, columns), keep)
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_keep_rate_in_every_bit_row_and_column(strategy, dropout):
     torch.manual_seed(1)
@@ -58,7 +56,7 @@ def test_keep_rate_in_every_bit_row_and_column(strategy, dropout):
         assert 0.6 < z.square().mean() < 1.5  # neither clumped nor evenly dealt out
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_calls_and_neighbours_are_independent(strategy):
     torch.manual_seed(2)
     first, second = (drawn(strategy, 256, 128, 0.5).double() - 0.5 for _ in range(2))
@@ -75,7 +73,7 @@ def test_calls_and_neighbours_are_independent(strategy):
         assert abs((a * b).mean()) < limit, name
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_torch_seed_reproduces_the_mask(strategy):
     torch.manual_seed(3)
     first, second = drawn(strategy, 40, 24, 0.3), drawn(strategy, 40, 24, 0.3)

@@ -121,15 +121,19 @@ def fused_gemm_backward(dy, weight, lora_A, lora_B, **_):
 
 
 def output_gradients(dy, h, lora_B, **_):
-    dh, dlora_B = kernels.output_gradients(
-        dy, torch.stack(h), lora_B, scale=0.5, want_dh=True, splits=2, **TILE
-    )
+    dh, dlora_B = kernels.output_gradients(dy, torch.stack(h), lora_B, scale=0.5, splits=2, **TILE)
     return dh, dlora_B
 
 
-def input_gradients(x, dh, **_):
-    return kernels.input_gradients(
-        x[0], torch.stack(dh), mask=mask(), dropout=0.25, dtype=torch.float32, splits=2, **TILE
+GRADIENTS = {
+    "dlora_A": kernels.Gradient(torch.float32, 0.75),
+    "dlora_B": kernels.Gradient(torch.float32, 0.5),
+}
+
+
+def parameter_gradients(x, dh, dy, h, **_):
+    return kernels.parameter_gradients(
+        x[0], torch.stack(dh), dy, torch.stack(h), mask=mask(), splits=2, **GRADIENTS, **TILE
     )
 
 
@@ -147,7 +151,7 @@ LAUNCHERS = {
     fused_gemm_forward: ("x", "weight", "lora_A", "lora_B"),
     fused_gemm_backward: ("dy", "weight", "lora_A", "lora_B"),
     output_gradients: ("dy", "lora_B"),
-    input_gradients: ("x",),
+    parameter_gradients: ("x", "dy"),
     apply_mask: ("x",),
 }
 CASES = [
@@ -262,27 +266,23 @@ def test_output_gradients_keep_partial_sums_past_the_limit(last_programs_of_a_la
     rows, rank = (1 << 23) + 5, 128
     dy, lora_B = normal(ROWS, 96), normal(96, rank)
     large = tail(rows, dy)
-    dh, _ = kernels.output_gradients(
-        (large,), None, (lora_B,), scale=0.5, want_dh=True, splits=1, **TILE
-    )
+    dh, _ = kernels.output_gradients((large,), None, (lora_B,), scale=0.5, splits=1, **TILE)
     assert large.numel() < LIMIT and 3 * dh.numel() > LIMIT
-    expected, _ = kernels.output_gradients(
-        (dy,), None, (lora_B,), scale=0.5, want_dh=True, splits=1, **TILE
-    )
+    expected, _ = kernels.output_gradients((dy,), None, (lora_B,), scale=0.5, splits=1, **TILE)
     assert torch.equal(dh[0, -8:], expected[0, -8:])  # the last block of 1024 sums: 8 rows
 
 
 @pytest.mark.parametrize("large", ["x", "dh"])
-def test_input_gradients_read_past_the_limit(last_programs_of_a_large_launch, large):
+def test_parameter_gradients_read_past_the_limit(last_programs_of_a_large_launch, large):
     """All rows but the last are zero, so the last steps of the loop over rows are the sum."""
     width, rank, rows = {"x": (32, 3, 1 << 26), "dh": (16, 128, 1 << 24)}[large]
     rows += 5
     x, dh = normal(ROWS, width), normal(ROWS, rank)
-    options = {"mask": None, "dropout": 0.0, "dtype": torch.float32, "splits": 1, **TILE}
+    options = {"dy": None, "h": None, "mask": None, "splits": 1, **GRADIENTS, **TILE}
     large_x, large_dh = tail(rows, x), group_tail(rows, dh)
     assert max(large_x.numel(), large_dh.numel()) > LIMIT
-    dlora_A = kernels.input_gradients(large_x, large_dh, **options)
-    expected = kernels.input_gradients(x, dh[None], **options)
+    dlora_A, _ = kernels.parameter_gradients(large_x, large_dh, **options)
+    expected, _ = kernels.parameter_gradients(x, dh[None], **options)
     assert torch.equal(dlora_A, expected)
 
 

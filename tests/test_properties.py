@@ -201,10 +201,6 @@ def expected(given: Tensors, case: Layers, keep: Tensor | None, scale: float = S
     return results(y, given, case)
 
 
-def without_dropout_for_fused(case: Layers, strategy: str) -> Layers:
-    return case if strategy != "fused" else Layers(**vars(case) | {"dropout": 0.0})
-
-
 EVERY_VIEW_OF_DY = Layers(
     33, (17, 40, 1), 31, 3, weight="transposed", x="columns", dy=("scalar", "transposed", "slice")
 )
@@ -215,7 +211,6 @@ EVERY_VIEW_OF_DY = Layers(
 @example(case=EVERY_VIEW_OF_DY, seed=0)
 @settings(PROPERTY, max_examples=16)
 def test_whole_numbers_are_exact(strategy, case, seed):
-    case = without_dropout_for_fused(case, strategy)
     torch.manual_seed(seed)
     given_ = tensors(case, seed, whole=True)
     keep = mask_of(given_, case, strategy)
@@ -237,7 +232,6 @@ def test_random_numbers_keep_the_contract(strategy, case, seed):
     No size is below 15: for narrow fp32 products a vendor's GEMM has a kernel for each layout, of
     another accuracy than the one that eager got.
     """
-    case = without_dropout_for_fused(case, strategy)
     runs = []
     for repeat in range(-(-64 // min(case.M, case.K, *case.Ns))):
         torch.manual_seed(seed + repeat)
@@ -286,7 +280,7 @@ def test_results_are_affine_in_the_scale(strategy, case):
 @given(case=WHOLE, dropout=st.sampled_from((0.0, 0.5)))
 @ALGEBRA
 def test_a_zero_lora_b_is_the_frozen_layer(strategy, case, dropout):
-    case = without_dropout_for_fused(Layers(**vars(case) | {"dropout": dropout}), strategy)
+    case = Layers(**vars(case) | {"dropout": dropout})
     given_ = tensors(case, 2, whole=True)
     for lora_B in given_.lora_B:
         lora_B.detach().zero_()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,9 @@ def test_a_measured_row_is_chosen_and_says_so():
 
 
 def test_a_row_that_cannot_is_not_chosen():
-    store_rows(tuning.table_path(PROBLEM.gpu), PROBLEM.gpu, {PROBLEM.key: row("fused")})
-    assert PROBLEM.dropout and choose(PROBLEM).strategy != "fused"
+    sliced = replace(PROBLEM, layers=2, sliced=True)
+    store_rows(tuning.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
+    assert choose(sliced).strategy != "fused"
 
 
 def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
@@ -121,7 +123,7 @@ def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
         choice = step.choice
         seen.append(choice)
         time = {"library": 50.0, "split": 40.0, "fused": 30.0, "hybrid": 60.0}[choice.strategy]
-        fast = choice.tile is not None and choice.tile.input_gradients.m == 16
+        fast = choice.tile is not None and choice.tile.parameter_gradients.m == 16
         return time - 5 * fast
 
     monkeypatch.setattr(tune, "training_step", watched)
@@ -129,7 +131,7 @@ def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
     rows = tune.tune([problem], DEVICE, measure=clock, report=lines.append)
     found = rows[problem.key]
     assert found.strategy == "fused" and found.median_us == 25.0
-    assert found.tiles["input_gradients"] == Tile(16, 32, 16, 1, 1)
+    assert found.tiles["parameter_gradients"] == Tile(16, 32, 16, 1, 1)
     assert found.tiles["fused_gemm"] != Tile(16, 32, 16, 1, 1)  # no faster: the shipped one stays
     assert "project" not in found.tiles  # which fused does not use
     assert {choice.strategy for choice in seen} == set(STRATEGIES)

@@ -2,11 +2,11 @@
 
 from .dropout import apply_mask, draw_masks
 from .fused_gemm import fused_gemm
-from .gradients import input_gradients, output_gradients
+from .gradients import Gradient, output_gradients, parameter_gradients
 from .low_rank_gemm import low_rank_gemm
 from .project import project
 
 __all__ = [
-    "apply_mask", "draw_masks", "fused_gemm", "input_gradients", "low_rank_gemm",
-    "output_gradients", "project",
+    "Gradient", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm", "output_gradients",
+    "parameter_gradients", "project",
 ]  # fmt: skip

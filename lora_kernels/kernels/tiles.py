@@ -124,7 +124,7 @@ def spread_bits(packed, ROWS: tl.constexpr, BYTES: tl.constexpr):
 def load_keep(
     mask_ptr, rows, first_column, M, N, stride_mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Keep flags [ROWS, COLUMNS] of a tile from a packed mask in memory.
+    """Keep flags [ROWS, COLUMNS] of a tile from a packed mask in memory; outside it all is kept.
 
     A byte is loaded once and spread in registers; one load an element would cost as much as a
     step of the K loop.
@@ -133,6 +133,6 @@ def load_keep(
     packed = tl.load(
         mask_ptr + rows[:, None] * stride_mask + columns[None, :],
         mask=(rows < M)[:, None] & (columns * 8 < N)[None, :],
-        other=0,
+        other=0xFF,
     )
     return spread_bits(packed.to(tl.int32), ROWS, COLUMNS // 8)
