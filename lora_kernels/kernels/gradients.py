@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..tuning import Tile, rank_block
 from .launch import Out, Plan, launch, planned
-from .tiles import cast, dot, index_type, load_keep, pick
+from .tiles import cast, divisor, dot, index_type, load_keep, multiple, pick
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -31,9 +31,10 @@ def _column_gradients(
     M, Ps, R, rows_per_split,
     stride_tms, stride_tp, stride_bp, stride_br, stride_mask,
     INPUTS: tl.constexpr, INDEX: tl.constexpr, HAS_MASK: tl.constexpr, WANT_G: tl.constexpr,
-    WANT_D: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_D: tl.constexpr, PRECISION: tl.constexpr, R_BY: tl.constexpr, BP_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    R, stride_bp = multiple(R, R_BY), multiple(stride_bp, BP_BY)
     # Segments are neighbours in the grid: where they share t, all but the first read it from L2.
     segment = tl.program_id(0)
     block_p = tl.program_id(1)
@@ -67,7 +68,8 @@ def _column_gradients(
         b = cast(b_tile, t_ptrs[0].dtype.element_ty)
     else:
         last = tl.where(block_p * BLOCK_P < P, last, first)
-    g = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.float32)
+    # Transposed, so that the large tile is an operand as it lies: no pass through registers first.
+    g = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
     for start in range(first, last, BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(INDEX)
         row_inside = rows < M
@@ -93,7 +95,7 @@ def _column_gradients(
                     BLOCK_M, BLOCK_P,
                 )  # fmt: skip
                 t = tl.where(keep, t, 0.0)
-            g = dot(tl.trans(t), s, g, PRECISION)
+            g = dot(tl.trans(s), t, g, PRECISION)
     if WANT_G:
         before = 0  # columns of the segments of this kind before this one, and of all of them
         every = 0
@@ -104,8 +106,8 @@ def _column_gradients(
         # dlora_A is [R, K], dlora_B [N, R].
         stride_gp, stride_gr = tl.where(of_x, 1, R), tl.where(of_x, P, 1)
         g_ptr += (split.to(INDEX) * every + before) * R
-        offsets = columns[:, None] * stride_gp + ranks[None, :] * stride_gr
-        tl.store(g_ptr + offsets, g, mask=gradient_inside)
+        offsets = columns[None, :] * stride_gp + ranks[:, None] * stride_gr
+        tl.store(g_ptr + offsets, g, mask=column_inside[None, :] & rank_inside[:, None])
 
 
 @triton.jit(do_not_specialize=["parts", "lengths"])
@@ -202,7 +204,7 @@ def _plan(
         *((0, 0) if b is None else b[0].stride()), 0 if mask is None else mask.stride(1),
         INPUTS=inputs, INDEX=index_type((*t, dh, h, *(b or ()), d, parts_A, parts_B)),
         HAS_MASK=mask is not None, WANT_G=dh is not None or h is not None, WANT_D=b is not None,
-        PRECISION=precision,
+        PRECISION=precision, R_BY=divisor(R), BP_BY=1 if b is None else divisor(b[0].stride(0)),
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
         then=_plan_sum(sums),

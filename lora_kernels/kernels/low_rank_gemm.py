@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tuning import Tile, rank_block
 from .launch import Out, Plan, launch, planned
-from .tiles import cast, dot, index_type, load_keep, locate, of_term, pick
+from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -30,10 +30,11 @@ def _low_rank_gemm(
     scale,
     GEMM: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    R_BY: tl.constexpr, VN_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N, GROUP_M)
+    segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
+    R, stride_vn = multiple(R, R_BY), multiple(stride_vn, VN_BY)
     N = pick(Ns, segment)
     rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
@@ -143,7 +144,7 @@ def _plan(
         scale,
         GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *written)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
-        PRECISION=precision,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R), GROUP_M=8,
+        PRECISION=precision, R_BY=divisor(R), VN_BY=divisor(v[0].stride()[0]),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

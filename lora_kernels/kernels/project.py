@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import masks
 from ..tuning import Tile, rank_block
 from .launch import Out, Plan, launch, planned
-from .tiles import cast, dot, draw_keep_bytes, index_type, pick, spread_bits
+from .tiles import cast, divisor, dot, draw_keep_bytes, index_type, multiple, pick, spread_bits
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -27,8 +27,9 @@ def _project(
     stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
     scale, threshold,
     INDEX: tl.constexpr, DRAW: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    R_BY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    R = multiple(R, R_BY)
     segment = tl.program_id(0)
     A_ptr = pick(A_ptrs, segment)
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
@@ -94,7 +95,7 @@ def _plan(
         *x.stride(), *lora_A[0].stride(), stride_mask,
         scale, masks.threshold(dropout),
         INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
-        PRECISION=precision,
+        PRECISION=precision, R_BY=divisor(R),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,8 @@ import triton.language as tl
 # The interpreter's dot computes bf16 on the raw bits; there, and only there, operands go through
 # fp32, which is exact for the products of bf16 numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Row blocks that walk over the columns side by side (`locate`).
+GROUP_M = tl.constexpr(8)
 
 
 def index_type(tensors: Iterable[Any]) -> Any:
@@ -23,6 +26,23 @@ def index_type(tensors: Iterable[Any]) -> Any:
         if t is not None and sum(map(operator.mul, t.shape, t.stride())) >= 1 << 31:
             return tl.int64
     return tl.int32
+
+
+def divisor(n: int) -> int:
+    """What `multiple` is to make known of a rank or a stride: 1, 2, 4 or 8."""
+    return math.gcd(n, 8)
+
+
+@triton.jit
+def multiple(value, BY: tl.constexpr):
+    """`value`, now known to be a multiple of BY, so that loads along it can be wide.
+
+    Of an argument the compiler sees by itself only whether 16 divides it, and ranks are often 8.
+    """
+    if BY == 1:
+        return value
+    else:
+        return value // BY * BY
 
 
 @triton.jit
@@ -45,7 +65,7 @@ def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(segment, block_m, block_n) of this program, for outputs [M, Ns[0]], [M, Ns[1]], ...
 
     Programs that run together share what they read: GROUP_M row blocks walk over the columns side
