@@ -120,8 +120,6 @@ def refusal(card: Card, provider: str, case: Case) -> str | None:
         return "no fast bfloat16 on sm_75"
     if card.arch == "sm_75" and provider in TRITON:
         return "Triton has no matrix instructions for sm_75"
-    if provider == "fused" and case.dropout:
-        return "fused takes no dropout"
     return None
 
 
@@ -158,8 +156,6 @@ def kernel_lines(card: Card, case: Case) -> list[str]:
     """Each launch of each provider in one case, as declared."""
     lines = [f"\n  declared for {case}, forward + backward"]
     for name in PROVIDERS:
-        if name == "fused" and case.dropout:
-            continue
         launches = launches_of(name, case, "forward_backward", card)
         total = sum(launch.bytes for launch in launches) / 1e6
         lines.append(f"  {name}: {len(launches)} launches, {total:.1f} MB")

@@ -31,7 +31,7 @@ class Explanation:
             for kernel in STRATEGIES[choice.strategy].kernels(problem):
                 m, n, k, warps, stages = getattr(choice.tile, kernel)
                 tile = "x".join(str(size) for size in (m, n, k) if size)
-                lines.append(f"      {kernel:<17} {tile} tiles, {warps} warps, {stages} stages")
+                lines.append(f"      {kernel:<19} {tile} tiles, {warps} warps, {stages} stages")
         return "\n".join(lines)
 
 

@@ -83,7 +83,9 @@ _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
 
 # (card, bytes an element, rank above 32) -> tiles. WGMMA on sm_90 takes deeper tiles than MMA;
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by.
-_HOPPER = _HALF._replace(low_rank_gemm=Tile(128, 128, 64, 8, 3))
+_HOPPER = _HALF._replace(
+    low_rank_gemm=Tile(128, 128, 64, 8, 3), fused_gemm=Tile(128, 128, 64, 8, 3)
+)
 DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
     ("cpu", 2, False): _INTERPRETER,
     ("cpu", 2, True): _INTERPRETER,
