@@ -19,10 +19,10 @@ DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint types pytest compile-gate gpu format install clean check-python
+.PHONY: help demo test lint types pytest compile-gate run-compiled gpu format install clean check-python
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo "variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, WORKERS=2, ARGS='more arguments'"
 
 # The model is small: on a CPU more threads than cores would only wait for one another.
@@ -48,6 +48,11 @@ pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
 
 compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
 	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report
+
+run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, instruction by instruction
+	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled_code.py || exit 1; \
+	done
 
 # Installs nothing: PYTHON has torch, Triton, transformers, peft, pytest and pytest-xdist. A step that
 # fails or runs out of its share of MINUTES does not stop the next; rows are written as they are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import subprocess
@@ -23,6 +24,16 @@ def passes(name: str, **environment: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+# The cards that ptx.py can play, one each day; `make run-compiled` takes all.
+PLAYED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is compiled")
+@pytest.mark.parametrize("arch", [PLAYED[datetime.date.today().toordinal() % len(PLAYED)]])
+def test_compiled_code(arch):
+    passes("compiled_code.py", COMPILED_FOR=arch)
 
 
 def test_launches():
