@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from . import masks, ops
 from .columns import Ranges, check_columns, widths
 from .dispatch import Strategy, check_strategy, plan
-from .held import autocast_dtype
+from .held import autocast_dtype, without_autocast
 from .layers import Layers, Wanted
 from .tuning import Tiles
 
@@ -57,7 +57,11 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
         # With create_graph=True a second differentiation must fail; saying so costs 4 us a call.
-        return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, *dy)
+        gradients = _differentiable_once if torch.is_grad_enabled() else _gradients
+        if autocast_dtype(dy[0].device) is None:
+            return gradients(ctx, *dy)
+        with without_autocast(dy[0].device):  # dtypes are as forward left them
+            return gradients(ctx, *dy)
 
 
 def _gradients(ctx: Any, *dy: Tensor) -> Any:
@@ -183,7 +187,9 @@ def lora_linears(
     G = len(weights)
     for g in range(G):
         check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout, columns)
-    if G > 1 and not all(_one_layout(tensors) for tensors in (weights, lora_A, lora_B)):
+    if any(bias.stride(0) != 1 for bias in biases):
+        biases = tuple(bias.contiguous() for bias in biases)
+    if G > 1 and not all(_one_layout(tensors) for tensors in (weights, lora_A, lora_B, biases)):
         options: Any = {
             "scale": scale,
             "dropout": dropout,
@@ -225,10 +231,12 @@ def lora_linears(
 
 def _one_layout(tensors: tuple[Tensor, ...]) -> bool:
     """Whether kernels may take the strides, the dtype and the rank of the first for all."""
+    if not tensors:
+        return True
     first = tensors[0]
-    stride, dtype, last = first.stride(), first.dtype, first.shape[1]
+    stride, dtype, last = first.stride(), first.dtype, first.shape[1:]
     return all(
-        t.stride() == stride and t.dtype is dtype and t.shape[1] == last for t in tensors[1:]
+        t.stride() == stride and t.dtype is dtype and t.shape[1:] == last for t in tensors[1:]
     )
 
 

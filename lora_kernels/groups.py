@@ -43,7 +43,7 @@ SIBLINGS = (
     Siblings(("wi_0", "wi_1")),
 )
 # Attention over another sequence: its query reads one tensor, its key and value another.
-_CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn", "encoder_decoder")
+_CROSS = ("cross", "encoder_attn", "encdec", "encoder_decoder")
 _PATIENCE = 3
 
 
@@ -168,7 +168,7 @@ def group_siblings(
     """
     groups = []
     for path, parent in model.named_modules():
-        if any(name in path.split(".") for name in _CROSS):
+        if any(name in path.lower() for name in _CROSS):
             continue
         children = parent._modules
         for names, first_only in SIBLINGS:

@@ -6,6 +6,7 @@ weights do not, so it casts each of them in every forward.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operators take their operands as they are."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class HeldCast:
@@ -39,7 +47,8 @@ class HeldCast:
         if dtype is None or weight.dtype in (dtype, torch.float64) or weight.requires_grad:
             return weight  # an unfrozen one's cast must be in the graph
         made = self._made
-        # A compiled graph cannot ask for the state; whoever holds this calls `forget`.
+        # A compiled graph cannot ask for the state; whoever holds this calls `forget`. It takes a
+        # copy that an eager call made.
         compiling = torch.compiler.is_compiling()
         if (
             made is not None
@@ -48,8 +57,15 @@ class HeldCast:
             and (compiling or made[2] == _state(weight))
         ):
             return made[0]
-        copy = weight.detach().to(dtype)
-        self._made = copy, weight, None if compiling else _state(weight)
+        if compiling:
+            # Not held: what a graph makes lives in the graph's memory, which CUDA graphs reuse.
+            return weight.detach().to(dtype)
+        with torch.inference_mode(False):  # training may be next
+            copy = weight.detach().to(dtype)
+        # As torch._dynamo.mark_static_address says it, whose import takes a second: CUDA graphs
+        # need not copy this at each replay.
+        copy._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+        self._made = copy, weight, _state(weight)
         return copy
 
     def forget(self) -> None:

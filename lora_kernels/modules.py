@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .columns import Range, Ranges, check_columns, unfold, widths
 from .dispatch import Problem, check_strategy
 from .functional import Parts, lora_layer
-from .held import HeldCast
+from .held import HeldCast, without_autocast
 
 
 def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
@@ -264,7 +264,8 @@ class FusedLoRALinear(nn.Module):
             return
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         lora_A, lora_B = self.unfolded()
-        update = self.scale * (lora_B.to(wide) @ lora_A.to(wide))
+        with without_autocast(self.weight.device):
+            update = self.scale * (lora_B.to(wide) @ lora_A.to(wide))
         merged = self.weight.to(wide) + (update.T if self.conv1d else update)
         self._unmerged = self.weight
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)

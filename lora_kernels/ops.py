@@ -76,9 +76,14 @@ def backward(
     )  # fmt: skip
     return [
         dy[0].new_empty(0) if dx is None else dx,
-        *(dlora_A or (A.new_empty(0) for A in lora_A)),
-        *(dlora_B or (B.new_empty(0) for B in lora_B)),
+        *map(_apart, dlora_A or (A.new_empty(0) for A in lora_A)),
+        *map(_apart, dlora_B or (B.new_empty(0) for B in lora_B)),
     ]
+
+
+def _apart(gradient: Tensor) -> Tensor:
+    """A group's gradients are parts of one buffer, of which an operator may return one view."""
+    return gradient.clone() if gradient._is_view() else gradient
 
 
 @backward.register_fake

@@ -89,7 +89,9 @@ CASES = [
     Case(130, 144, 160, 8, dropout=0.1, adapter=FULL),
     Case(150, 45, 77, 3, dropout=0.1, x="strided"),
     Case(70, 136, 96, 16, weight="conv1d"),
-    Case(66, 80, 64, 40, dropout=0.5, bias=False, adapter=FULL),
+    Case(266, 80, 64, 40, dropout=0.5, bias=False, adapter=FULL),
+    Case(1, 16, 40, 1, dropout=0.1),  # a pooler of one row: sums of a single element
+    Case(65, 1, 1, 1),
 ]
 
 

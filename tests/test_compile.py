@@ -10,16 +10,17 @@ from torch import nn
 from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear, masks, ops
 
 
-def arguments(dtype=torch.float32, dropout=0.0, G=2):
+def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
     given = [inputs(Case(M=20, N=24, K=16, R=3), dtype, seed) for seed in range(G)]
     tensors = [[getattr(m, n) for m in given] for n in ("weight", "lora_A", "lora_B", "bias")]
     seed = torch.tensor([7], device=DEVICE) if dropout else None
-    return given[0].x, *tensors, seed, [], 0.5, dropout, "library"
+    return given[0].x, *tensors, seed, [], 0.5, dropout, strategy
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
-def test_opcheck(dropout):
-    torch.library.opcheck(ops.forward, arguments(dropout=dropout))
+def test_opcheck(dropout, strategy):
+    torch.library.opcheck(ops.forward, arguments(dropout=dropout, strategy=strategy))
 
 
 def test_opcheck_on_columns():
@@ -73,9 +74,10 @@ def gradients(y, model, x):
     return torch.autograd.grad(y.float().square().sum(), wanted)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "split", "fused"])
 @pytest.mark.parametrize("group", [False, True], ids=["alone", "grouped"])
 @pytest.mark.parametrize("family", ["roberta", "gpt2"])
-def test_a_transformer_block_is_one_graph(family, group):
+def test_a_transformer_block_is_one_graph(family, group, strategy):
     transformers = pytest.importorskip("transformers")
     size = {"num_hidden_layers": 1, "num_attention_heads": 2}
     if family == "roberta":
@@ -93,7 +95,7 @@ def test_a_transformer_block_is_one_graph(family, group):
         model = transformers.GPT2Model(config)
         block = model.h[0]
     model.to(DEVICE)
-    add_lora(model, LoRAConfig(rank=3, targets="all-linear", group=group))
+    add_lora(model, LoRAConfig(rank=3, targets="all-linear", group=group, strategy=strategy))
     for layer in model.modules():
         if isinstance(layer, FusedLoRALinear):
             nn.init.normal_(layer.lora_B, std=0.1)
@@ -131,6 +133,18 @@ def test_compiled_dropout_is_fresh_in_every_call_and_layer():
     again, _ = fast(x)
     assert not torch.equal(first, second)
     assert not torch.equal(first, again)
+
+
+def test_a_graph_holds_no_copy_of_its_own():
+    """What a graph leaves behind lies in memory that a replay of a CUDA graph writes again."""
+    layer = FusedLoRALinear(16, 24, rank=3, device=DEVICE)
+    nn.init.normal_(layer.lora_B)
+    fast, x = compiled(layer), torch.randn(8, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        first = fast(x)
+        assert layer._held.copy is None
+        assert torch.equal(first, layer(x))
+        assert torch.equal(first, fast(x)) and layer._held.copy is not None
 
 
 def test_compiled_autocast_casts_the_frozen_weight_once():

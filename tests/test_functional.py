@@ -157,6 +157,36 @@ def test_autocast_is_the_half_precision_layer(strategy, dtype):
         torch.testing.assert_close(actual[name].float(), expected[name].float(), msg=name)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_backward_under_autocast_is_that_of_its_forward(strategy):
+    case = Case(M=40, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    expected = run(given, call(case, strategy))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+
+        def outside(*arguments):
+            with torch.autocast(DEVICE.type, enabled=False):
+                return call(case, strategy)(*arguments)
+
+        actual = run(given, outside)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bias_of_any_stride(strategy):
+    case = Case(M=40, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    spread = torch.full((24, 2), torch.nan, device=DEVICE)
+    spread[:, 0] = given.bias.detach()
+    expected = run(given, call(case, strategy))
+    given.bias = spread[:, 0].detach().requires_grad_()
+    assert given.bias.stride() == (2,)
+    actual = run(given, call(case, strategy))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 def test_the_caller_s_tensors_are_left_alone():
     case = Case(M=33, N=24, K=40, R=3, dropout=0.2)
     given = inputs(case, torch.float32)

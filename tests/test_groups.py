@@ -263,9 +263,28 @@ def test_members_of_another_layout_or_rank_are_computed_one_by_one():
             torch.testing.assert_close(y, exact)
 
 
+NAMES = ("weight", "lora_A", "lora_B", "bias")
+
+
+def test_biases_of_two_dtypes_are_not_read_by_one_kernel():
+    first, second = given = members((24, 24), 4, torch.float32)
+    second.bias = second.bias.detach().half().requires_grad_()
+    ys = lora_linears(
+        first.x, *(tuple(getattr(m, n) for m in given) for n in NAMES),
+        scale=0.5, dropout=0.0, training=True, strategy="split",
+    )  # fmt: skip
+    assert ys[0].grad_fn is not ys[1].grad_fn
+    for y, m in zip(ys, given, strict=True):
+        exact = reference.forward(
+            first.x, m.weight, m.lora_A, m.lora_B, bias=m.bias.float(), scale=0.5
+        )
+        torch.testing.assert_close(y, exact)
+
+
 def test_layers_that_differ_are_left_alone():
     assert group_siblings(Attention(key=8)) == (("query", "value"),)
-    assert group_siblings(nn.ModuleDict({"crossattention": Attention()})) == ()
+    for name in ("crossattention", "cross_attention", "EncDecAttention", "cross_attn_to_image"):
+        assert group_siblings(nn.ModuleDict({name: Attention()})) == (), name
     model = Attention(key=8)
     model.value = nn.Linear(24, 24)
     assert group_siblings(model) == ()

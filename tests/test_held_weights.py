@@ -255,6 +255,26 @@ def test_autocast_is_the_half_layer_with_wide_adapters(dtype):
         judge(name, actual[name], eager[name], exact[name])
 
 
+def test_an_evaluation_in_inference_mode_leaves_a_copy_that_can_be_trained_with():
+    layer, x = adapted(), batch()
+    with torch.inference_mode(), autocast():
+        layer(x.detach())
+    assert layer._held.copy is not None and not layer._held.copy.is_inference()
+    with autocast():
+        y = layer(x)
+    y.float().sum().backward()
+    assert layer.lora_A.grad.abs().sum() > 0
+
+
+def test_merging_under_autocast_is_exact():
+    layer, under = (adapted() for _ in range(2))
+    under.load_state_dict(layer.state_dict())
+    layer.merge()
+    with autocast():
+        under.merge()
+    assert torch.equal(under.weight, layer.weight)
+
+
 @pytest.mark.parametrize("enabled", [False, True], ids=["plain", "autocast"])
 def test_inference_mode(enabled):
     """Its tensors count no versions, neither an x nor a weight that was made in it."""

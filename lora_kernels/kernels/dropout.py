@@ -23,8 +23,8 @@ def _draw_masks(
     seed_ptr, mask_ptr, M, stride_mask, threshold,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0)
-    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    segment = tl.program_id(1)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     columns = tl.program_id(2) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     packed = draw_keep_bytes(tl.load(seed_ptr), rows, columns, segment, threshold)
     tl.store(
@@ -65,7 +65,7 @@ def _plan_draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: floa
     mask = Out((groups, rows, width), torch.uint8)
     block_m, block_bytes = 16, 64
     return planned(
-        _draw_masks, (groups, triton.cdiv(rows, block_m), triton.cdiv(width, block_bytes)),
+        _draw_masks, (triton.cdiv(rows, block_m), groups, triton.cdiv(width, block_bytes)),
         (mask,), rows, width, masks.threshold(dropout),
         INDEX=index_type((mask,)), BLOCK_M=block_m, BLOCK_BYTES=block_bytes,
     )  # fmt: skip

@@ -116,7 +116,7 @@ def _add_parts(
 ):
     for job in tl.static_range(len(lengths)):
         if tl.program_id(1) == job:
-            length = lengths[job].to(INDEX)
+            length = tl.full((), lengths[job], INDEX)  # a length of 1 is no tensor when compiled
             index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
             acc = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -197,6 +197,9 @@ def _plan(
         R = h.shape[2]
         parts_B = Out((splits, sum(Ps[inputs:]), R), torch.float32)
         sums.append((parts_B, Out((sum(Ps[inputs:]), R), dlora_B.dtype), dlora_B.scale))
+    # On Hopper a wide rank makes g of wgmmas, which read t while the next tile is on its way. Where
+    # another product also reads t, Triton (3.6, 3.7) makes one buffer too few: then no pipeline.
+    stages = 1 if b is not None and rank_block(R) >= 64 else tile.stages
     return planned(
         _column_gradients, (len(t), blocks_p, splits), (d, parts_A, parts_B),
         M, Ps, R, rows_per_split,
@@ -206,7 +209,7 @@ def _plan(
         HAS_MASK=mask is not None, WANT_G=dh is not None or h is not None, WANT_D=b is not None,
         PRECISION=precision, R_BY=divisor(R), BP_BY=1 if b is None else divisor(b[0].stride(0)),
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=stages,
         then=_plan_sum(sums),
     )  # fmt: skip
 

@@ -30,9 +30,9 @@ def _project(
     R_BY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R = multiple(R, R_BY)
-    segment = tl.program_id(0)
+    segment = tl.program_id(0) % len(A_ptrs)
     A_ptr = pick(A_ptrs, segment)
-    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    rows = (tl.program_id(0) // len(A_ptrs) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     row_inside = rows < M
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     rank_inside = ranks < R
@@ -90,7 +90,7 @@ def _plan(
         mask = Out((G, M, stride_mask), torch.uint8)
         scale = 1 / (1 - dropout)
     return planned(
-        _project, (G, triton.cdiv(M, tile.m), 1), (h, mask),
+        _project, (G * triton.cdiv(M, tile.m), 1, 1), (h, mask),
         M, K, R,
         *x.stride(), *lora_A[0].stride(), stride_mask,
         scale, masks.threshold(dropout),
