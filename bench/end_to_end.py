@@ -23,7 +23,7 @@ from lora_kernels.tune import captured
 
 from . import timing, training_run
 from .kernels import explain_error
-from .records import RESULTS, Results, Row
+from .records import RESULTS, Results, Row, folder_of
 from .subjects import METHODS, MODELS, PRECISIONS, Method, Model, Precision, Recipe
 
 QUICK = {
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     models = arguments.models or quick.get("models", MODELS)
     precisions = arguments.precisions or quick.get("precisions", PRECISIONS)
     recipe = Recipe(arguments.rank, arguments.dropout)
-    results = Results("end_to_end", device, arguments.results)
+    results = Results("end_to_end", device, folder_of(arguments))
     failed = 0
     methods = [METHODS[name] for name in arguments.methods or METHODS]
     methods.sort(key=lambda method: method.compiled)  # compiling takes minutes: a run may be cut

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import timing
 from .launches import launch_cost
 from .providers import attach_lora, attach_peft
-from .records import RESULTS, ROOT, Results, Row
+from .records import RESULTS, ROOT, Results, Row, folder_of
 from .subjects import MODELS
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write, print; 1 if a provider is wrong."""
     samples = 10 if arguments.quick else arguments.samples
-    results = Results("host", CPU, arguments.results)
+    results = Results("host", CPU, folder_of(arguments))
     found = []
     emulated = not (arguments.tiny or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if emulated:

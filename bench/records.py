@@ -53,6 +53,14 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def folder_of(arguments: Any) -> Path:
+    """Where the rows go; toys, which test a suite, may not replace what was measured."""
+    if getattr(arguments, "tiny", False) and arguments.results == RESULTS:
+        raise SystemExit("error: --tiny measures toys: say with --results where their rows may go")
+    folder: Path = arguments.results
+    return folder
+
+
 def device_name(device: torch.device) -> str:
     """The card's name, or "CPU", the processor's and the instructions that torch uses there.
 

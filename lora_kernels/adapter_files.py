@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,10 +60,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is {what}: not read ({error})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is no file of plain tensors: {str(error).splitlines()[0]}"
-        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # what the unpickler raises on other bytes is of many kinds
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no file of plain tensors: {why}") from None
     for key in ("model_state_dict", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

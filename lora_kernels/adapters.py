@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from os import PathLike
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapter_files import Adapter, LayerValues, write_files
 from .columns import check_columns, fold
-from .injection import describe, fused_layers, inject, refuse_injected
+from .injection import describe, fused_layers, inject, refuse_injected, unwrapped
 from .loralib_format import read_loralib
 from .modules import FusedLoRALinear, LoRAConfig, features_of
 from .peft_format import (
@@ -51,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
         >>> save_adapter(model, "runs/sst2/adapter")
         >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
-    model = getattr(model, "_orig_mod", model)  # the model that torch.compile wraps
+    model = unwrapped(model)
     layers = fused_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to save")
@@ -64,6 +65,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     for name in trained_by_peft(model, config["modules_to_save"] or ()):
         module = model.get_submodule(name)
         state |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+    _warn_of_what_stays_behind(model, layers, state)
     # Copies, because one tensor under two names (tied weights) cannot be written.
     tensors = {
         key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
@@ -72,6 +74,25 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     content = safetensors.torch.save(tensors, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_files(Path(path), {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
+
+
+def _warn_of_what_stays_behind(
+    model: nn.Module, layers: dict[str, FusedLoRALinear], state: dict[str, Tensor]
+) -> None:
+    """Parameters that train, and that neither LoRA nor the configuration's `train` saves."""
+    lora = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in lora and f"{PREFIX}{name}" not in state
+    ]
+    if left:
+        named = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
+        warnings.warn(
+            f"{len(left)} trained parameters are not in the adapter, since LoRAConfig's `train` "
+            f"does not name their modules: {named}",
+            stacklevel=3,
+        )
 
 
 def load_adapter(
@@ -101,7 +122,7 @@ def load_adapter(
         >>> load_adapter(model, "runs/sst2/adapter")
         >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     adapter = _read(Path(path), model, alpha, enable_lora)
     injected = fused_layers(model)
     if not injected:

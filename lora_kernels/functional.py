@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import masks, ops
 from .columns import Ranges, check_columns, widths
@@ -56,12 +55,16 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
-        # With create_graph=True a second differentiation must fail; saying so costs 4 us a call.
-        gradients = _differentiable_once if torch.is_grad_enabled() else _gradients
+        if torch.is_grad_enabled():
+            # once_differentiable would raise only where a second backward passes through this
+            # node; a Hessian that does not find its way here would come out as zero.
+            raise RuntimeError(
+                "lora_linear has no second derivative: call backward without create_graph=True"
+            )
         if autocast_dtype(dy[0].device) is None:
-            return gradients(ctx, *dy)
+            return _gradients(ctx, *dy)
         with without_autocast(dy[0].device):  # dtypes are as forward left them
-            return gradients(ctx, *dy)
+            return _gradients(ctx, *dy)
 
 
 def _gradients(ctx: Any, *dy: Tensor) -> Any:
@@ -89,7 +92,6 @@ def _gradients(ctx: Any, *dy: Tensor) -> Any:
     return dx, None, *dweight, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
 
 
-_differentiable_once = once_differentiable(_gradients)
 # Function.apply, but for its look at torch.func, which `lora_linears` has taken: 4 us a call.
 _apply = super(torch.autograd.Function, _LoRALinears).apply
 

@@ -40,6 +40,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     Example:
         >>> print(add_lora(model, LoRAConfig(rank=8, alpha=16, train=("classifier",))))
     """
+    model = unwrapped(model)
     refuse_injected(model)
     train = find_train(model, config.train)
     columns, skipped = find_targets(model, config.targets, train)
@@ -73,11 +74,23 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if not layer.merged:
             layer.merge()
-    unhook(model)
-    _replace(model, {id(layer): layer.to_linear() for layer in layers.values()})
-    if hasattr(model, "lora_config"):
-        del model.lora_config
+    inner = unwrapped(model)
+    unhook(inner)
+    _replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
+    if hasattr(inner, "lora_config"):
+        del inner.lora_config
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:

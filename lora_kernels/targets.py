@@ -166,11 +166,16 @@ def near_misses(name: str, paths: Iterable[str]) -> str:
     return "; there are: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
+# Modules that compute with their linear layers' weights themselves.
+_READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention")
+
+
 def why_not(model: nn.Module, path: str) -> str | None:
     """The reason why the module at `path` cannot be replaced, or None."""
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+    parents = [type(parent).__name__, type(parent).__base__.__name__]  # type: ignore[union-attr]
+    if any(name in _READS_WEIGHTS for name in parents):
         return f"{type(parent).__name__} reads this weight without calling the layer"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"

@@ -54,9 +54,10 @@ _HALF = Tiles(
     fused_gemm=Tile(128, 128, 32, 8, 3),
     low_rank=Tile(64, 128, 32, 4, 1),
     output_gradients=Tile(64, 128, 0, 4, 2),
-    parameter_gradients=Tile(64, 128, 0, 4, 2),
+    parameter_gradients=Tile(32, 128, 0, 4, 2),
 )
-# Rank above 32: the rank-R tiles and accumulators are as large as the others.
+# Rank above 32, where the rank-R tiles and accumulators are as large as the others, and rows that
+# cannot be loaded wide, whose addresses fill the registers.
 _HALF_WIDE = _HALF._replace(
     fused_gemm=Tile(64, 128, 32, 8, 3),
     low_rank=Tile(64, 64, 32, 4, 1),
@@ -117,10 +118,9 @@ def bucket(M: int) -> int:
 def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True) -> Tiles:
     """The shipped tiles of a card for elements of `itemsize` bytes at rank R.
 
-    Without `aligned` rows (sizes that are multiples of 16) loads cannot be vectorised and addresses
-    fill the registers: then the smaller tiles that fit every card.
+    `aligned` says that the sizes of rows are multiples of 16, so that loads can be wide.
     """
-    key = itemsize, rank_block(R) > 32
+    key = itemsize, not aligned or rank_block(R) > 32
     kind = arch if aligned or arch == "cpu" else "any"
     tiles = DEFAULT_TILES.get((kind, *key), DEFAULT_TILES[("any", *key)])
     return tiles._replace(precision="tf32" if tf32 else "ieee")

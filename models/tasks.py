@@ -201,7 +201,7 @@ def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]
         for path in (directory / f"{name}.csv", directory / f"{name}.csv.gz"):
             if path.is_file():
                 opener = gzip.open if path.suffix == ".gz" else open
-                with opener(path, "rt", encoding="utf-8", newline="") as file:
+                with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
                     found[name] = (str(path), list(csv.DictReader(file)))
                 break
     if "all" in found and "train" not in found:

@@ -142,6 +142,36 @@ def test_a_trained_tied_weight_reaches_peft_under_both_names(tmp_path):
     assert_same_function(again, model, "gpt2-lm")
 
 
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m))]
+)
+def test_a_wrapped_model_saves_and_loads_as_the_model_in_it(wrap, tmp_path):
+    model = injected()
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(wrap(model), tmp_path / "wrapped")
+    for name in (CONFIG, WEIGHTS):
+        plain, wrapped = (tmp_path / each / name for each in ("plain", "wrapped"))
+        assert plain.read_bytes() == wrapped.read_bytes()
+    fresh = model_zoo.build("roberta")
+    assert len(load_adapter(wrap(fresh), tmp_path / "wrapped").fused) == len(fused_layers(model))
+    torch.testing.assert_close(model_zoo.logits(fresh), model_zoo.logits(model))
+    inner = model_zoo.build("roberta")
+    add_lora(wrap(inner), LoRAConfig(rank=3, train=heads_of(inner)))
+    assert inner.lora_config.rank == 3 and fused_layers(inner)
+
+
+def test_trained_parameters_that_are_left_out_are_named(tmp_path):
+    model = injected(train=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "whole")
+    model.classifier.requires_grad_(True)
+    with pytest.warns(
+        UserWarning, match=r"4 trained parameters are not in.*classifier\.dense\.weight"
+    ):
+        save_adapter(model, tmp_path / "part")
+
+
 def test_values_load_into_a_model_that_has_lora(tmp_path):
     source, target = injected(), model_zoo.build("roberta")
     add_lora(target, LoRAConfig(rank=3, alpha=5, train="classifier", dropout=0.3))
@@ -267,6 +297,16 @@ def test_pickles_run_no_code_and_are_not_taken_for_safetensors(tmp_path):
         with pytest.raises(ValueError, match="no file of plain tensors"):
             load_adapter(model_zoo.build("roberta"), directory)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello there\n", bytes(range(256))], ids=["empty", "text", "bytes"]
+)
+def test_what_is_no_file_of_tensors_gets_one_message(content, tmp_path):
+    path = tmp_path / "adapter.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter\.pt is no file of plain tensors: \w"):
+        load_adapter(model_zoo.build("roberta"), path, alpha=8)
 
 
 def test_broken_directories_get_one_message(tmp_path):

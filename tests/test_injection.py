@@ -34,6 +34,14 @@ def state(model: nn.Module) -> dict:
     return {"classes": classes, "flags": flags, "config": hasattr(model, "lora_config")}
 
 
+class WavLMAttention(nn.Module):
+    """Transformers' computes with `q_proj.weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+
+
 class Custom(nn.Module):
     """No family: two blocks of linear layers, one read by torch's attention directly."""
 
@@ -43,6 +51,7 @@ class Custom(nn.Module):
             nn.ModuleDict({"q": nn.Linear(8, 8), "seq": nn.Linear(8, 8)}) for _ in range(2)
         )
         self.attention = nn.MultiheadAttention(8, 2)
+        self.wavlm = WavLMAttention()
         self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
         self.norm = nn.LayerNorm(8)
         self.score = nn.Linear(8, 2)
@@ -145,6 +154,7 @@ def test_all_linear_says_what_it_leaves_alone():
         r.name: r.reason for r in add_lora(Custom(), LoRAConfig(targets="all-linear")).skipped
     }
     assert "MultiheadAttention reads this weight" in reasons["attention.out_proj"]
+    assert "WavLMAttention reads this weight" in reasons["wavlm.q_proj"]
     assert "TransformerEncoderLayer reads this weight" in reasons["encoder.linear1"]
     assert reasons["score"] == "task head"
     gpt2 = add_lora(model_zoo.build("gpt2-lm"), LoRAConfig(targets="all-linear"))
