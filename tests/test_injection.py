@@ -212,7 +212,7 @@ def test_bad_names_get_one_message_and_leave_the_model_alone(changes, message):
 
 def test_an_unknown_family_asks_for_targets():
     with pytest.raises(
-        ValueError, match=r"model_type None .Custom.: pass targets=; .*q, score, seq"
+        ValueError, match=r"model_type None .Custom.: pass targets=; .*q, q_proj, score, seq"
     ):
         add_lora(Custom(), LoRAConfig())
     add_lora(Custom(), LoRAConfig(targets="q", train="score"))

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Tile, rank_block
-from .launch import Out, Plan, launch, planned
+from .launch import Out, Plan, has_asynchronous_products, launch, planned
 from .tiles import cast, divisor, dot, index_type, load_keep, multiple, pick
 
 
@@ -197,9 +197,12 @@ def _plan(
         R = h.shape[2]
         parts_B = Out((splits, sum(Ps[inputs:]), R), torch.float32)
         sums.append((parts_B, Out((sum(Ps[inputs:]), R), dlora_B.dtype), dlora_B.scale))
-    # On Hopper a wide rank makes g of wgmmas, which read t while the next tile is on its way. Where
-    # another product also reads t, Triton (3.6, 3.7) makes one buffer too few: then no pipeline.
-    stages = 1 if b is not None and rank_block(R) >= 64 else tile.stages
+    # From rank 33 on g is made of wgmmas on Hopper, which read t while the next tile is on its way.
+    # Where another product reads t as well, Triton (3.6, 3.7) makes one buffer too few: the race
+    # that tests/ptx.py finds. Then no tile is on its way.
+    stages = tile.stages
+    if b is not None and rank_block(R) >= 64 and has_asynchronous_products():
+        stages = 1
     return planned(
         _column_gradients, (len(t), blocks_p, splits), (d, parts_A, parts_B),
         M, Ps, R, rows_per_split,
