@@ -46,10 +46,12 @@ def explain(
 
     `dtype` is that of the activations (default: the weight's; give the one of autocast). A model
     may be one that `add_lora` or `fuse_peft` changed, or a single FusedLoRALinear. Raises
-    ValueError for a model without LoRA layers.
+    ValueError for a model without LoRA layers, or a count of tokens that is none.
 
     >>> print(explain(model, tokens=16 * 128))
     """
+    if not isinstance(tokens, int) or tokens < 0:
+        raise ValueError(f"tokens must be a whole number, zero or more: got {tokens!r}")
     if isinstance(model_or_problem, Problem):
         return Explanation((("problem", model_or_problem, choose(model_or_problem)),))
     rows = [

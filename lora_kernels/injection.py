@@ -40,6 +40,9 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     Example:
         >>> print(add_lora(model, LoRAConfig(rank=8, alpha=16, train=("classifier",))))
     """
+    if not isinstance(config, LoRAConfig):
+        cls = type(config)
+        raise TypeError(f"config must be a LoRAConfig: got a {cls.__module__}.{cls.__qualname__}")
     model = unwrapped(model)
     refuse_injected(model)
     train = find_train(model, config.train)

@@ -19,15 +19,18 @@ from .held import HeldCast, without_autocast
 def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1: got {rank!r}")
-    if not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number: got {alpha!r}")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1): got {dropout!r}")
     check_strategy(strategy)
 
 
-def _names(value: str | Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _names(field: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} must be a name or several: got {value!r}")
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check(self.rank, self.alpha, self.dropout, self.strategy)
         if self.targets is not None:
-            object.__setattr__(self, "targets", _names(self.targets))
+            object.__setattr__(self, "targets", _names("targets", self.targets))
             if not self.targets:
                 raise ValueError(
                     "targets is empty: name at least one layer, or None for the default"
                 )
-        object.__setattr__(self, "train", _names(self.train))
+        object.__setattr__(self, "train", _names("train", self.train))
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -153,7 +156,8 @@ class FusedLoRALinear(nn.Module):
     def supports(layer: nn.Module) -> str | None:
         """Why a layer cannot be replaced; None if it can."""
         if type(layer) is not nn.Linear and not is_conv1d(layer):
-            return f"{type(layer).__name__} is not a plain Linear or Conv1D"
+            cls = type(layer)
+            return f"{cls.__module__}.{cls.__qualname__} is not a plain Linear or Conv1D"
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             return f"its weight is {weight.dtype}"

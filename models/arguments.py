@@ -107,6 +107,8 @@ def check(arguments: Arguments) -> None:
     rate = arguments.learning_rate
     if rate is not None and not (rate > 0 and math.isfinite(rate)):
         raise ValueError(f"--learning-rate {rate} must be positive")
+    if not (arguments.weight_decay >= 0 and math.isfinite(arguments.weight_decay)):
+        raise ValueError(f"--weight-decay {arguments.weight_decay} must be zero or positive")
     if not 0 <= arguments.warmup_ratio <= 1:
         raise ValueError(f"--warmup-ratio {arguments.warmup_ratio} is not within 0 and 1")
     if arguments.save_steps < 0:

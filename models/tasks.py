@@ -201,8 +201,11 @@ def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]
         for path in (directory / f"{name}.csv", directory / f"{name}.csv.gz"):
             if path.is_file():
                 opener = gzip.open if path.suffix == ".gz" else open
-                with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-                    found[name] = (str(path), list(csv.DictReader(file)))
+                try:
+                    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+                        found[name] = (str(path), list(csv.DictReader(file)))
+                except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+                    raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
                 break
     if "all" in found and "train" not in found:
         found["train"] = found["all"]

@@ -125,6 +125,12 @@ def test_the_strategy_is_the_one_that_a_layer_was_given():
     assert "fused was asked for, but: columns" in str(explain(sliced))
 
 
+@pytest.mark.parametrize("tokens", [-3, 2.5, None])
+def test_a_count_of_tokens_that_is_none_is_refused(tokens):
+    with pytest.raises(ValueError, match=f"tokens must be a whole number.*: got {tokens}"):
+        explain(FusedLoRALinear(8, 6, rank=2), tokens=tokens)
+
+
 def test_what_is_explained_is_what_runs():
     for strategy in ("auto", "split", "hybrid"):
         layer = FusedLoRALinear(8, 6, rank=2, strategy=strategy)

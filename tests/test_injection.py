@@ -216,6 +216,8 @@ def test_an_unknown_family_asks_for_targets():
     ):
         add_lora(Custom(), LoRAConfig())
     add_lora(Custom(), LoRAConfig(targets="q", train="score"))
+    with pytest.raises(TypeError, match=r"config must be a LoRAConfig: got a builtins\.dict"):
+        add_lora(Custom(), {"rank": 8})
 
 
 def test_a_second_add_lora_is_refused():

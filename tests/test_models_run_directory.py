@@ -90,6 +90,7 @@ def test_full_fine_tuning_saves_a_plain_model(arguments):
         ({"dropout": 1.0}, "dropout"),
         ({"learning_rate": -1.0}, "learning-rate"),
         ({"warmup_ratio": 2.0}, "warmup-ratio"),
+        ({"weight_decay": float("nan")}, "weight-decay"),
         ({"scheduler": "linaer"}, "linear"),
         ({"strategy": "fastest"}, "strategy"),
         ({"task": "sst3"}, "did you mean sst2"),

@@ -216,6 +216,24 @@ def test_bad_files_are_refused_with_what_was_found(tmp_path, header, rows, messa
         tasks.load(tasks.task_of("sst2"), tmp_path)
 
 
+def test_files_that_are_no_text_are_refused_by_name(tmp_path):
+    latin = "sentence,label\né,1\n".encode("latin-1")
+    for name, content in (("train.csv", latin), ("train.csv.gz", b"sentence")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is no CSV file in UTF-8"):
+            tasks.load(tasks.task_of("sst2"), tmp_path)
+        path.unlink()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column_s_name(tmp_path):
+    text = "\ufeffsentence,label\ngood,1\nbad,0\n"
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(text, encoding="utf-8")
+    found = tasks.load(tasks.task_of("sst2"), tmp_path).splits
+    assert found["train"]["text"][:] == ["good", "bad"]
+
+
 def test_bad_places_are_refused(tmp_path):
     sst2 = tasks.task_of("sst2")
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -268,4 +269,8 @@ def test_config_takes_a_name_or_names_and_cannot_change():
         config.rank = 4  # type: ignore[misc]
     with pytest.raises(ValueError, match="targets is empty"):
         LoRAConfig(targets=())
+    wrong = (("train", None), ("targets", ("query", 5)), ("alpha", "16"), ("dropout", None))
+    for field, value in wrong:
+        with pytest.raises(ValueError, match=f"{field} must .*: got {re.escape(repr(value))}"):
+            LoRAConfig(**{field: value})
     assert hash(config) == hash(LoRAConfig(targets=("all-linear",), train=("classifier",)))

@@ -26,6 +26,7 @@ KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 _HIP = torch.version.hip is not None
 _LIMIT = 4096  # signatures; a run whose shapes never repeat starts over rather than grow
 
+
 def has_asynchronous_products() -> bool:
     """Whether Triton multiplies by wgmma or tcgen05 (sm_90, sm_100) on the card in use."""
     if INTERPRETED:
