@@ -57,8 +57,9 @@ class HeldCast:
             and (compiling or made[2] == _state(weight))
         ):
             return made[0]
-        if compiling:
-            # Not held: what a graph makes lives in the graph's memory, which CUDA graphs reuse.
+        if compiling or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # Not held: what a graph makes lies in the graph's memory, which is written when it is
+            # replayed, not before, and which other graphs may use.
             return weight.detach().to(dtype)
         with torch.inference_mode(False):  # training may be next
             copy = weight.detach().to(dtype)
