@@ -62,19 +62,19 @@ def folder_of(arguments: Any) -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or "CPU", the processor's and the instructions that torch uses there.
+    """The card's name, or "CPU", the processor's, its family and the instructions torch uses there.
 
-    A virtual machine may call processors of several generations by one name.
+    A virtual machine may call processors of several generations by one name: the family tells.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    facts = {"model name": platform.processor() or platform.machine()}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"CPU {name} {torch.backends.cpu.get_cpu_capability()}"
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        found = [line.partition(":") for line in first.splitlines()]
+        facts |= {name.strip(): value.strip() for name, _, value in found}
+    family = f" family {facts['cpu family']}" if "cpu family" in facts else ""
+    return f"CPU {facts['model name']}{family} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def slug(name: str) -> str:
