@@ -51,7 +51,7 @@ compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fai
 
 run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, instruction by instruction
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
-		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled_code.py || exit 1; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled_code.py tests/compiled_tiles.py || exit 1; \
 	done
 
 # Installs nothing: PYTHON has torch, Triton, transformers, peft, pytest and pytest-xdist. A step that

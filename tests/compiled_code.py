@@ -27,7 +27,7 @@ from lora_kernels.columns import unfold
 from lora_kernels.compile_report import AbsentCard
 from lora_kernels.dispatch import STRATEGIES
 from lora_kernels.functional import Parts, lora_layer
-from lora_kernels.tuning import tiles_for
+from lora_kernels.tuning import Tile, tiles_for
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
@@ -68,11 +68,14 @@ def flat(types: Any, values: Any, memory: ptx.Memory) -> Iterator[Any]:
 
 @pytest.fixture
 def on(monkeypatch):
-    """Called with an architecture and a strategy: layers on the CPU run on such a card."""
+    """Called with an architecture and a strategy: layers on the CPU run on such a card.
 
-    def begin(arch: str, strategy: str, dtype: torch.dtype, R: int) -> Card:
+    With its shipped tiles, but for those given by the name of their kernel.
+    """
+
+    def begin(arch: str, strategy: str, dtype: torch.dtype, R: int, **given: Tile) -> Card:
         card = Card(arch)
-        tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)
+        tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
         monkeypatch.setattr(driver, "_active", card)
         # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
         monkeypatch.setattr(sys.modules["lora_kernels.kernels.launch"], "KNOWN", False)
