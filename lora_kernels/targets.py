@@ -174,8 +174,7 @@ def why_not(model: nn.Module, path: str) -> str | None:
     """The reason why the module at `path` cannot be replaced, or None."""
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
-    parents = [type(parent).__name__, type(parent).__base__.__name__]  # type: ignore[union-attr]
-    if any(name in _READS_WEIGHTS for name in parents):
+    if any(cls.__name__ in _READS_WEIGHTS for cls in type(parent).__mro__):
         return f"{type(parent).__name__} reads this weight without calling the layer"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"

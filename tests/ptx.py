@@ -17,11 +17,10 @@ shared memory and writes registers until it is waited for). Source: NVIDIA, PTX 
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from ptx_matrices import MATRICES, Products
+from ptx_matrices import MATRICES, Products, vector
 from ptx_memory import Array, Fault, Memory, Shared
 from ptx_numbers import ARITHMETIC, COMPARE, TYPES, extract, from_bf16, permute, to_bf16
 
@@ -76,12 +75,6 @@ def parse(text: str) -> Program:
         guard = f"{found[1]}{found[2]}" if found[2] else ""
         statements.append((guard, found[3], [each.strip() for each in operands]))
     return Program(head[1], statements, labels, parameters, int(threads[1]))
-
-
-@cache
-def vector(operand: str) -> list[str]:
-    """The registers between braces, or the only one."""
-    return [each.strip() for each in operand.strip("{} ").split(",")]
 
 
 class Machine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +14,15 @@ LANE = np.arange(32)
 GROUP, QUAD = LANE // 4, LANE % 4  # a thread holds row GROUP of a fragment, columns around QUAD
 
 
-def _vector(operand: str) -> list[str]:
+@cache
+def vector(operand: str) -> list[str]:
+    """The registers between braces, or the only one."""
     return [each.strip() for each in operand.strip("{} ").split(",")]
 
 
 def ldmatrix(machine: Any, kinds: list[str], operands: list[str]) -> None:
     """Thread l gives row l % 8 of matrix l // 8, and gets two of the eight of row l // 4."""
-    targets, address = _vector(operands[0]), machine.address(operands[1], "u32")
+    targets, address = vector(operands[0]), machine.address(operands[1], "u32")
     count = len(targets)
     givers = machine.lanes[machine.lanes % 32 < 8 * count]
     rows = machine.shared.load(address[givers], 16, givers).view(np.uint16)
@@ -34,7 +37,7 @@ def ldmatrix(machine: Any, kinds: list[str], operands: list[str]) -> None:
 
 def stmatrix(machine: Any, kinds: list[str], operands: list[str]) -> None:
     """The way back."""
-    sources, address = _vector(operands[1]), machine.address(operands[0], "u32")
+    sources, address = vector(operands[1]), machine.address(operands[0], "u32")
     count = len(sources)
     held = np.stack([machine.read(each, "b32") for each in sources], 1).view(np.uint16)
     matrices = held.reshape(-1, 32, count, 2).swapaxes(1, 2).reshape(-1, count, 8, 8)
@@ -95,7 +98,7 @@ def _registers(C: Array) -> Array:
 
 def mma(machine: Any, kinds: list[str], operands: list[str]) -> None:
     """D [16, 8] = A [16, k] B [k, 8] + C, of each warp."""
-    targets, *sources = (_vector(each) for each in operands)
+    targets, *sources = (vector(each) for each in operands)
     A, B = _left(machine, sources[0], kinds[-2]), _right(machine, sources[1], kinds[-2])
     held = np.stack([machine.read(each, "f32") for each in sources[2]], 1)
     D = A @ B + _accumulator(held.reshape(-1, 32, len(targets)))
@@ -177,7 +180,7 @@ def wgmma(machine: Any, kinds: list[str], operands: list[str]) -> None:
             machine.products.wait(int(operands[0], 0))
         return
     n, k = map(int, re.fullmatch(r"m64n(\d+)k(\d+)", kinds[3]).groups())  # type: ignore[union-attr]
-    kind, targets = kinds[-1], _vector(operands[0])
+    kind, targets = kinds[-1], vector(operands[0])
     a, b, add, _, _, *across = operands[1:]
     across = [int(each) for each in across] if across else [0, 0]
     if len(across) == 1:  # A from registers lies one way
@@ -189,7 +192,7 @@ def wgmma(machine: Any, kinds: list[str], operands: list[str]) -> None:
     A = np.zeros((warps, 16, k), np.float32)
     B = np.zeros((warps, k, n), np.float32)
     if a.startswith("{"):
-        A = _left(machine, _vector(a), kind)
+        A = _left(machine, vector(a), kind)
     for first in range(0, warps, 4):
         here = slice(first, first + 4)
         if not a.startswith("{"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -60,10 +61,19 @@ def test_a_step_trains(precision):
     assert all("lora_" in name or "score" in name for name in changed)
 
 
-def test_training_run_puts_both_side_by_side(tmp_path, monkeypatch, capsys):
-    calls = []
+def test_toys_do_not_replace_what_was_measured():
+    parser = argparse.ArgumentParser()
+    host.add_arguments(parser)
+    with pytest.raises(SystemExit, match="--tiny measures toys"):
+        host.run(parser.parse_args(["--tiny"]))
 
-    def fake(command, **_):
+
+def test_training_run_puts_both_side_by_side(tmp_path, monkeypatch, capsys):
+    calls, real = [], training_run.subprocess.run
+
+    def fake(command, **options):
+        if "--output-dir" not in command:  # git, which says the commit
+            return real(command, **options)
         calls.append(command)
         directory = command[command.index("--output-dir") + 1]
         method = command[command.index("--method") + 1]
@@ -240,6 +250,4 @@ def test_plots_are_made_of_what_was_measured(tmp_path, capsys):
 
 
 def _plot_arguments(folder):
-    import argparse
-
     return argparse.Namespace(results=folder, output=None)
