@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import loralib
 import model_zoo
 import pytest
 import torch
@@ -13,6 +12,8 @@ from test_adapters import injected
 from torch import nn
 
 from lora_kernels.adapters import load_adapter
+
+loralib = pytest.importorskip("loralib")
 
 
 class GPT2Attention(nn.Module):

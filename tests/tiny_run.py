@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from models.train import Arguments
+pytest.importorskip("datasets", reason="the models read their data by it")
+from models.train import Arguments  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(40)]
 ROWS = {"train": 44, "validation": 12, "test": 12}
