@@ -137,8 +137,8 @@ def _library_forward(s: Size, tiles: Tiles) -> list[Launch]:
         found += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout
         found += _casts(t)
         found.append(Launch("h", t.x + _cast_A(t) + t.h, t.rank_K, vendor=True))
-        found.append(Launch("gemm", t.x + t.weight + t.y, t.gemm, vendor=True))
-        found.append(Launch("rank-R add", t.h + _cast_B(t) + 2 * t.y, t.rank_N, vendor=True))
+        found.append(Launch("rank-R product", t.h + _cast_B(t) + t.y, t.rank_N, vendor=True))
+        found.append(Launch("gemm", t.x + t.weight + 2 * t.y, t.gemm, vendor=True))
     return found
 
 
@@ -148,14 +148,13 @@ def _library_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
     for g, t in enumerate(s.alone(g) for g in range(len(s.N))):
         found += _casts(t) * 2  # the operands in, the gradients out
         found.append(Launch("dh", t.y + _cast_B(t) + t.h, t.rank_N, vendor=True))
-        found.append(Launch("dx", t.y + t.weight + (2 if g else 1) * t.x, t.gemm, vendor=True))
-        rank = Launch("rank-R add", t.h + _cast_A(t) + 2 * t.x, t.rank_K, vendor=True)
+        found.append(Launch("dx", t.y + t.weight + 2 * t.x, t.gemm, vendor=True))
+        onto = t.x if g else 0.0  # the first product is dx, the next are added to it
+        product = t.h + _cast_A(t) + t.x + onto * (not t.dropout)
+        found.append(Launch("rank-R product", product, t.rank_K, vendor=True))
         if t.dropout:
-            found.append(rank._replace(kernel="rank-R product", bytes=rank.bytes - t.x))
-            found.append(Launch("apply_mask", 3 * t.x + t.mask))
+            found.append(Launch("apply_mask", 2 * t.x + onto + t.mask))
             found.append(Launch("apply_mask", 2 * t.x + t.mask))
-        else:
-            found.append(rank)
         found.append(Launch("dlora_A", t.x + t.h + _cast_A(t), t.rank_K, vendor=True))
         found.append(Launch("dlora_B", t.y + t.h + _cast_B(t), t.rank_N, vendor=True))
     return found

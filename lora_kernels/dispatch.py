@@ -177,7 +177,7 @@ def _hybrid_kernels(problem: Problem) -> tuple[str, ...]:
 _ROWS = (
     Strategy(
         "library", library.library_forward, library.library_backward, _library_supports,
-        "the vendor's GEMM, then a rank-R product added in place", _library_kernels,
+        "the vendor's GEMMs, the frozen one added in place to the rank-R product", _library_kernels,
     ),
     Strategy(
         "split", strategies.split_forward, strategies.split_backward, _triton_supports,

@@ -45,7 +45,7 @@ def saved_by(layer: FusedLoRALinear, x: torch.Tensor) -> tuple[Saved, torch.Tens
     return saved, y
 
 
-M, K, N, R = 30, 136, 104, 3
+M, K, N, R = 30, 160, 104, 3  # masks of whole words of eight bytes, as a CPU draws them
 
 
 def layer_to_save(dropout=0.25, dtype=torch.float16, **options) -> FusedLoRALinear:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models.train import Arguments  # noqa: E402
+from models.train import Arguments
 
 WORDS = [f"word{i}" for i in range(40)]
 ROWS = {"train": 44, "validation": 12, "test": 12}
