@@ -110,6 +110,12 @@ def refuse_injected(model: nn.Module) -> None:
         )
     if hasattr(model, "peft_config"):
         raise ValueError(f"{type(model).__name__} is a PEFT model: call fuse_peft(model) instead")
+    for path, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
+            raise ValueError(
+                f"{path!r} is a layer of PEFT's: call fuse_peft on the PEFT model instead, or "
+                "merge_and_unload() it first"
+            )
 
 
 def inject(

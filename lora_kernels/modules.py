@@ -63,6 +63,8 @@ class LoRAConfig:
                 raise ValueError(
                     "targets is empty: name at least one layer, or None for the default"
                 )
+            if "all-linear" in self.targets and len(self.targets) > 1:
+                raise ValueError(f"'all-linear' takes every layer, alone: got {self.targets}")
         object.__setattr__(self, "train", _names("train", self.train))
 
 

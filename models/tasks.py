@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -250,17 +251,17 @@ def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> dat
 
 def _label(task: Task, value: Any, where: str) -> int | float:
     """Parse a class id, a class name or a score."""
+    label: int | float
     if isinstance(value, str) and value in task.labels:
         return task.labels.index(value)
     try:
-        if task.regression:
-            return float(value)
-        label = int(value)
+        label = float(value) if task.regression else int(value)
     except ValueError:
-        label = task.num_labels
-    if not -1 <= label < task.num_labels:
-        known = ", ".join(f"{i}={name}" for i, name in enumerate(task.labels)) or "a number"
-        raise ValueError(f"{where}: label {value!r} is not one of {known}")
+        label = math.nan
+    if not (math.isfinite(label) if task.regression else -1 <= label < task.num_labels):
+        known = ", ".join(f"{i}={name}" for i, name in enumerate(task.labels))
+        wanted = "a finite number" if task.regression else f"one of {known}"
+        raise ValueError(f"{where}: label {value!r} is not {wanted}")
     return label
 
 

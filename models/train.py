@@ -114,7 +114,9 @@ def train(
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, train, print the table; return the exit status."""
     parser = HfArgumentParser(Arguments, prog="python -m models.train", description=__doc__)  # type: ignore[arg-type]
-    (arguments,) = parser.parse_args_into_dataclasses(args=argv)
+    arguments, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest[-1]:
+        parser.error(f"unknown arguments: {' '.join(rest[-1])}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

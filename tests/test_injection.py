@@ -230,6 +230,17 @@ def test_a_second_add_lora_is_refused():
         merge(model_zoo.build("bert"))
 
 
+def test_a_part_of_a_peft_model_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    wrapped = peft.get_peft_model(model_zoo.build("bert"), config)
+    part = wrapped.base_model.model.bert.encoder
+    before = state(part)
+    with pytest.raises(ValueError, match=r"query' is a layer of PEFT's: call fuse_peft"):
+        add_lora(part, LoRAConfig(targets=("value",)))
+    assert state(part) == before
+
+
 def test_a_failure_while_building_layers_leaves_the_model_alone(monkeypatch):
     model, made = model_zoo.build("bert"), []
     before, original = state(model), FusedLoRALinear.from_linear

@@ -82,6 +82,12 @@ def test_full_fine_tuning_saves_a_plain_model(arguments):
 # --- refusals -------------------------------------------------------------------------------------
 
 
+def test_unknown_flags_are_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--task", "sst2", "--learningrate", "1e-3"])
+    assert "unknown arguments: --learningrate 1e-3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

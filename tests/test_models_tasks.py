@@ -216,6 +216,13 @@ def test_bad_files_are_refused_with_what_was_found(tmp_path, header, rows, messa
         tasks.load(tasks.task_of("sst2"), tmp_path)
 
 
+@pytest.mark.parametrize("score", ["nan", "inf", "high"])
+def test_a_score_that_is_no_number_is_refused(tmp_path, score):
+    write_csv(tmp_path / "train.csv", ["sentence1", "sentence2", "label"], [["a", "b", score]])
+    with pytest.raises(ValueError, match=f"row 1: label '{score}' is not a finite number"):
+        tasks.load(tasks.task_of("stsb"), tmp_path)
+
+
 def test_files_that_are_no_text_are_refused_by_name(tmp_path):
     latin = "sentence,label\né,1\n".encode("latin-1")
     for name, content in (("train.csv", latin), ("train.csv.gz", b"sentence")):

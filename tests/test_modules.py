@@ -269,6 +269,8 @@ def test_config_takes_a_name_or_names_and_cannot_change():
         config.rank = 4  # type: ignore[misc]
     with pytest.raises(ValueError, match="targets is empty"):
         LoRAConfig(targets=())
+    with pytest.raises(ValueError, match=r"alone: got \('all-linear', 'query'\)"):
+        LoRAConfig(targets=("all-linear", "query"))
     wrong = (("train", None), ("targets", ("query", 5)), ("alpha", "16"), ("dropout", None))
     for field, value in wrong:
         with pytest.raises(ValueError, match=f"{field} must .*: got {re.escape(repr(value))}"):

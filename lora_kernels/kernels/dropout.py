@@ -3,7 +3,7 @@
     mask [G, M, K / 8] bytes from a seed       out = D(t), or out + D(t)        t, out [M, K]
 
 No matrix instruction is needed, so these run on cards where the other kernels do not. In plain
-torch the same takes thirty passes over x (`masks`): more than the frozen layer itself.
+torch drawing takes 66 bytes an element (`masks`): more than the frozen layer itself moves.
 """
 
 from __future__ import annotations
