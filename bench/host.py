@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import os
 import statistics
 import subprocess
 import sys
@@ -281,11 +282,14 @@ def import_time(runs: int = 7) -> list[Row]:
         "import lora_kernels; "
         "print((time.perf_counter() - wall) * 1e6, (time.process_time() - cpu) * 1e6)"
     )
+    # As installed, where pip has compiled the files: not every environment lets Python keep them.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     taken, busy = [], []  # where other programs run, the wall clock also counts waiting for a core
     for _ in range(runs + 1):
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-        )
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True,
+            env=environment,
+        )  # fmt: skip
         wall, cpu = map(float, done.stdout.split())
         taken.append(wall)
         busy.append(cpu)
