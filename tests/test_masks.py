@@ -41,6 +41,32 @@ def test_unpack_reads_bit_j_of_byte_q_as_column_8q_plus_j(columns):
     assert torch.equal(masks.unpack(packed, columns), keep)
 
 
+@pytest.mark.parametrize("columns", [1, 8, 13])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_lanes_drop_exactly(columns, dtype):
+    t = torch.randn(70, columns).to(dtype)
+    t[::7] = math.inf
+    mask = masks.draw(torch.tensor([8]), 1, 70, columns, 0.5)[0]
+    lanes = masks.unpack_lanes(mask, columns, dtype)
+    dropped = (t.view(lanes.dtype) & lanes).view(dtype)
+    assert torch.equal(dropped, torch.where(masks.unpack(mask, columns), t, 0))
+
+
+@pytest.mark.parametrize("columns", [5, 64])
+def test_the_ends_of_dropout(columns):
+    seed = torch.tensor([3])
+    for dropout, keep in ((1e-6, True), (1 - 1e-6, False)):  # to 16 bits: never, always
+        mask = masks.draw(seed, 2, 9, columns, dropout)
+        assert mask.shape == (2, 9, masks.packed_width(columns))
+        assert (masks.unpack(mask, columns) == keep).all()
+    assert masks.draw(seed, 1, 0, columns, 0.5).numel() == 0
+    # Two chances from the same seed: whatever the smaller keeps, the larger keeps as well.
+    rare, usual = (masks.unpack(masks.draw(seed, 1, 99, 99, p), 99) for p in (0.7, 0.3))
+    assert (rare <= usual).all() and rare.sum() < usual.sum()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_keep_rate_in_every_bit_row_and_column(strategy, dropout):
