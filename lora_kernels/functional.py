@@ -191,7 +191,7 @@ def lora_linears(
         check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout, columns)
     if any(bias.stride(0) != 1 for bias in biases):
         biases = tuple(bias.contiguous() for bias in biases)
-    if G > 1 and not all(_one_layout(tensors) for tensors in (weights, lora_A, lora_B, biases)):
+    if G > 1 and not _one_layout(weights, lora_A, lora_B, biases):
         options: Any = {
             "scale": scale,
             "dropout": dropout,
@@ -231,15 +231,19 @@ def lora_linears(
     return _apply(x, call, *weights, *lora_A, *lora_B, *biases)
 
 
-def _one_layout(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether kernels may take the strides, the dtype and the rank of the first for all."""
-    if not tensors:
-        return True
-    first = tensors[0]
-    stride, dtype, last = first.stride(), first.dtype, first.shape[1:]
-    return all(
-        t.stride() == stride and t.dtype is dtype and t.shape[1:] == last for t in tensors[1:]
-    )
+def _one_layout(
+    weights: tuple[Tensor, ...], lora_A: tuple[Tensor, ...], lora_B: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...],
+) -> bool:  # fmt: skip
+    """Whether kernels may take the strides, the dtypes and the rank of the first for all.
+
+    Each layer has passed `check`: its shapes follow from x, its rank and its N.
+    """
+    layouts = [
+        (A.shape[0], weight.stride(), A.stride(), B.stride(), A.dtype, B.dtype)
+        for weight, A, B in zip(weights, lora_A, lora_B, strict=True)
+    ]
+    return layouts.count(layouts[0]) == len(layouts) and len({b.dtype for b in biases}) < 2
 
 
 def check(

@@ -117,12 +117,9 @@ class Group:
         if len(parts) < len(every) or not _alike(parts, x):
             return None
         first = parts[0]
+        weights, biases, lora_A, lora_B, *_ = zip(*parts, strict=True)
         ys = lora_linears(
-            x,
-            tuple(p.weight for p in parts),
-            tuple(p.lora_A for p in parts),
-            tuple(p.lora_B for p in parts),
-            tuple(p.bias for p in parts if p.bias is not None),
+            x, weights, lora_A, lora_B, () if first.bias is None else biases,
             scale=first.scale, dropout=first.dropout, training=first.training,
             strategy=first.strategy,
         )  # fmt: skip
@@ -136,12 +133,12 @@ class Group:
 
 def _alike(parts: list[Parts], x: Tensor) -> bool:
     """Whether these layers can share a launch now: offloading takes siblings' tensors away."""
-    first, device, K = parts[0], x.device, x.shape[-1:]
+    first, device, K = parts[0], x.device, x.shape[-1]
     return all(
         p[4:] == first[4:]
         and (p.bias is None) == (first.bias is None)
         and p.weight.device == device
-        and p.weight.shape[-1:] == K
+        and p.weight.shape[-1] == K
         for p in parts
     )
 
@@ -150,8 +147,8 @@ def _state(parts: Parts) -> Any:
     """What must be as it was when a result was computed: the adapter and its values."""
     if torch.compiler.is_compiling():
         return parts[4:]
-    adapters = parts.lora_A, parts.lora_B
-    return *(fact for t in adapters for fact in (id(t), t._version)), *parts[4:]
+    A, B = parts.lora_A, parts.lora_B
+    return id(A), A._version, id(B), B._version, *parts[4:]
 
 
 def fused_layer(module: nn.Module | None) -> Any:
