@@ -244,7 +244,8 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, tree)
     for folder in (*OURS, "tests"):
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, tree / folder)
+            ignored = shutil.ignore_patterns("__pycache__")  # where other tests write now
+            shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     build = "from setuptools import build_meta as backend; backend.build_wheel('.')"
     command = [sys.executable, "-c", build]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tree, check=False)
