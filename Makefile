@@ -56,21 +56,24 @@ run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, ins
 
 # Installs nothing: PYTHON has torch, Triton, transformers, peft, pytest and pytest-xdist. A step that
 # fails or runs out of its share of MINUTES does not stop the next; rows are written as they are
-# measured, and a second call goes on. Tests mostly wait for the compiler: processes side by side.
+# measured, and a second call goes on (tuning begins anew). Interrupted, not killed, pytest still says
+# what failed. Tests mostly wait for the compiler: processes side by side.
 EACH_KERNEL := tests/test_masks.py tests/test_functional.py -k "every_gradient or project_draws or applied"
 MINUTES ?= 50
 GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 16 ? (n + 1) / 2 : 8)))
-share = timeout $$(($(MINUTES) * 60 * $(1) / 100))
+seconds = $$(($(MINUTES) * 60 * $(1) / 100))
+share = timeout -s INT -k 30 $(call seconds,$(1))
 gpu: export PYTHONPATH := .
+gpu: export PYTHONUNBUFFERED := 1
 gpu: ## on a GPU, with what PYTHON has: test, check memory, measure, tune, plot (MINUTES=25: in half the time)
 	-$(call share,28) $(PYTHON) -m pytest -q -m "not slow" --maxfail 20 -n $(GPU_WORKERS) --dist worksteal
 	-@if command -v compute-sanitizer >/dev/null; then set -x; PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 		$(call share,12) compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
 		$(PYTHON) -m pytest -q $(EACH_KERNEL); else echo "no compute-sanitizer here"; fi
-	-$(call share,12) $(PYTHON) -m bench kernels --quick
+	-$(call share,12) $(PYTHON) -m bench kernels --quick --seconds $(call seconds,10)
 	-$(call share,17) $(PYTHON) -m lora_kernels.cli tune --model roberta-base
 	-$(call share,17) $(PYTHON) -m bench end_to_end --quick
-	-$(call share,12) $(PYTHON) -m bench kernels --quick
+	-$(call share,12) $(PYTHON) -m bench kernels --quick --seconds $(call seconds,10)
 	-$(call share,2) $(PYTHON) -m bench plots
 
 format: $(VENV)/.installed-all ## rewrite the sources in the house format

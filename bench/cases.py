@@ -114,14 +114,12 @@ class Case:
         """The dtype of x and of the frozen weight."""
         return DTYPES[self.dtype]
 
-    def problems(self, device: torch.device) -> list[Problem]:
-        """What each projection asks of `lora_kernels.dispatch.choose`."""
-        return [
-            Problem.on(
-                device, self.M, N, self.layer.K, self.R, self.torch_dtype, dropout=self.dropout > 0
-            )
-            for N in self.layer.N
-        ]
+    def problem(self, device: torch.device) -> Problem:
+        """What the layer, or the group, asks of `lora_kernels.dispatch.choose`."""
+        return Problem.on(
+            device, self.M, max(self.layer.N), self.layer.K, self.R, self.torch_dtype,
+            dropout=self.dropout > 0, layers=len(self.layer.N),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

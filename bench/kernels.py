@@ -7,7 +7,9 @@ difference between two providers inside it is printed as a tie.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +35,17 @@ from .table import goals_table, print_case
 ROUNDS = {"cuda": 2, "cpu": 6}
 # No table shows these, and compiling takes most of a quick run.
 NOT_QUICK = ("peft-bf16-adapter-compile", "loralib")
-QUICK_SECONDS = 225.0  # then the quick run begins no new case; another call goes on
+QUICK_SECONDS = 225.0  # then a quick run begins no new case; another call goes on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m bench kernels`."""
     parser.add_argument("--quick", action="store_true", help="the tables' cases, within 4 minutes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"begin no new case after (default: {QUICK_SECONDS}, if quick)",
+    )
     parser.add_argument("--only", default="", help="regular expression over case names")
     parser.add_argument("--providers", nargs="+", help="names of providers (default: all)")
     parser.add_argument("--part", help="2/5: every fifth case, from the second on")
@@ -63,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"unknown providers {sorted(unknown)}: one of {', '.join(known)}")
     usual = [name for name in known if not (arguments.quick and name in NOT_QUICK)]
     chosen = [known[name] for name in arguments.providers or usual]
-    deadline = time.monotonic() + QUICK_SECONDS if arguments.quick else None
+    seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else math.inf)
+    deadline = time.monotonic() + seconds
     passes = [chosen]
     if arguments.quick:  # a case compiles longer than it runs: compiled providers come last
         slow = [provider for provider in chosen if provider.name.endswith("-compile")]
@@ -85,12 +93,12 @@ def select(device: torch.device, quick: bool, only: str) -> tuple[Case, ...]:
 
 def suite(
     jobs: Sequence[tuple[Case, Sequence[Provider]]], device: torch.device, results: Results, *,
-    samples: int = timing.SAMPLES, again: bool = False, deadline: float | None = None,
+    samples: int = timing.SAMPLES, again: bool = False, deadline: float = math.inf,
 ) -> int:  # fmt: skip
     """Run what the file does not hold yet; 1 if a measurement is wrong or failed."""
     bad = 0
     for done, (case, chosen) in enumerate(jobs):
-        if deadline is not None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             print(f"{len(jobs) - done} cases left: the same command goes on with them")
             break
         todo = [p for p in chosen if again or not _all_there(results, case, p, device)]
@@ -98,7 +106,15 @@ def suite(
             continue
         if all(p.name != "floor" for p in todo):  # every ratio needs the floor of its own run
             todo.insert(0, providers()["floor"])
-        found = measure(case, todo, device, samples)
+        try:
+            found = measure(case, todo, device, samples)
+        except RuntimeError as error:  # of the device itself: an illegal access ends its process
+            found = [
+                _key(case, provider, *way) | {"status": "failed", "reason": explain_error(error)}
+                for provider in todo
+                for way in measurements(case)
+            ]
+            deadline = -math.inf
         results.add(found)
         print_case(case, found)
         bad += sum(row["status"] in ("wrong", "failed") for row in found)
@@ -239,7 +255,8 @@ def _time(entry: _Entry, case: Case, ring: Ring, device: torch.device, samples: 
         finally:
             run = timed = None  # type: ignore[assignment]  # a graph's memory goes with it
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # or it would hide what failed
+                    torch.cuda.empty_cache()
 
 
 def _rates(case: Case, device: torch.device) -> tuple[float, float]:
@@ -265,7 +282,7 @@ def _rows(
             row = _key(case, entry.provider, direction, mode)
             row |= {"status": entry.status, "reason": entry.reason, "also": case.layer.also}
             if entry.provider.name == "auto":
-                row["strategy"] = ", ".join(_choices(case, device))
+                row["strategy"] = choose(case.problem(device)).strategy
             row |= {"error_ratio": entry.error_ratio, "peak_bytes": entry.peak.get(direction)}
             row |= {"copy_gb_per_s": round(bandwidth, 1), "matrix_tflops": round(rate, 3)}
             rounds = entry.rounds.get((direction, mode), [])
@@ -293,8 +310,3 @@ def _rows(
 def _halves(rounds: list[list[float]]) -> tuple[list[float], list[float]]:
     middle = len(rounds) // 2
     return list(chain(*rounds[:middle])), list(chain(*rounds[middle:]))
-
-
-def _choices(case: Case, device: torch.device) -> list[str]:
-    """What `auto` picks, without repetition."""
-    return list(dict.fromkeys(choose(problem).strategy for problem in case.problems(device)))

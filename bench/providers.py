@@ -191,15 +191,12 @@ def _ours(case: Case, device: torch.device, strategy: str) -> Built:
 
 
 def _strategy_refuses(case: Case, device: torch.device, strategy: str) -> str | None:
-    for problem in case.problems(device):
-        reason = STRATEGIES[strategy].supports(problem)
-        if reason is not None:
-            return reason
-        choice = choose(problem, strategy)
-        if choice.strategy != strategy:
-            return choice.reason
-        if device.type == "cpu" and choice.tile is not None and interpreting():
-            return "Triton's interpreter is never timed"
+    problem = case.problem(device)
+    reason = STRATEGIES[strategy].supports(problem)
+    if reason is not None:
+        return reason
+    if device.type == "cpu" and choose(problem, strategy).tile is not None and interpreting():
+        return "Triton's interpreter is never timed"
     return None
 
 

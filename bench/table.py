@@ -60,15 +60,17 @@ def goals_table(rows: Iterable[Row]) -> str:
 
 
 def _goal_line(goal: Goal, index: dict[tuple[str, int, str], Row]) -> str:
-    ratios: dict[str, list[float]] = {"floor": [], "peft": [], "peft-compile": []}
+    over_floor: list[float] = []
+    ratios: dict[str, list[float]] = {"peft": [], "peft-compile": []}
     for name in goal.layers:
         for M in goal.tokens:
             ours = index.get((name, M, "auto"))
+            if ours and ours.get("floor_ratio"):  # to the floor of its own run
+                over_floor.append(ours["floor_ratio"])
             for peer, found in ratios.items():
                 row = index.get((name, M, peer))
                 if ours and row:
                     found.append(row["median_us"] / ours["median_us"])
-    over_floor = [1 / ratio for ratio in ratios["floor"]]
     cells = (
         _cell(max(over_floor, default=None), goal.floor),
         _cell(min(ratios["peft"], default=None), goal.peft),

@@ -13,8 +13,9 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,31 +123,43 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def training_step(problem: Problem, choice: Choice, device: torch.device) -> Step:
-    """A function that runs one forward and backward of a problem, always on the same inputs."""
+    """A function that runs one forward and backward of a problem, on inputs in turn.
+
+    Adapters are float32 at least, as `from_linear` makes them. The inputs are more than a GPU's
+    cache holds, as far as `STEPS` of them are: what a layer reads in training is not there.
+    """
     M, N, K, R, G = problem.M, problem.N, problem.K, problem.R, problem.layers
     draw = torch.Generator(device).manual_seed(0)
+    held = torch.promote_types(problem.dtype, torch.float32)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         tensor = torch.randn(*shape, generator=draw, device=device) * shape[-1] ** -0.5
-        return tensor.to(problem.dtype)
+        return tensor.to(dtype)
 
     if problem.sliced:
         columns = segments(N, max(3, G))[-G:]
         layers = Layers(
-            (normal(N, K),), (normal(N),), (normal(G * R, K),), (normal(sum(widths(columns)), R),),
-            columns,
+            (normal(N, K),), (normal(N),), (normal(G * R, K, dtype=held),),
+            (normal(sum(widths(columns)), R, dtype=held),), columns,
         )  # fmt: skip
     else:
         layers = Layers(
             tuple(normal(N, K) for _ in range(G)), tuple(normal(N) for _ in range(G)),
-            tuple(normal(R, K) for _ in range(G)), tuple(normal(N, R) for _ in range(G)),
+            tuple(normal(R, K, dtype=held) for _ in range(G)),
+            tuple(normal(N, R, dtype=held) for _ in range(G)),
         )  # fmt: skip
-    x, dy = normal(M, K), tuple(normal(M, N) for _ in layers.weight)
+    count, each = 1, M * (K + N * len(layers.weight)) * problem.dtype.itemsize
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = max(1, min(STEPS, -(-2 * cache // max(1, each))))
+    inputs = [(normal(M, K), tuple(normal(M, N) for _ in layers.weight)) for _ in range(count)]
+    turn = cycle(inputs)
     dropout = 0.1 if problem.dropout else 0.0
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
     row, tiles = STRATEGIES[choice.strategy], choice.tile
 
     def step() -> tuple[Tensor, ...]:
+        x, dy = next(turn)
         y, h, mask = row.forward(x, layers, 1.0, dropout, seed, tiles)
         wanted = Wanted(True, True, True)
         dx, dA, dB = row.backward(dy, x, layers, h, mask, 1.0, dropout, wanted, tiles)
@@ -168,14 +181,19 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     current.wait_stream(side)
     torch.cuda.synchronize()
     graph, spare = torch.cuda.CUDAGraph(), generator.clone_state()
+    pool = torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             run()
     except Exception as error:
-        # Left in capture, torch's stream and generator would fail all that follows. What ends the
-        # capture raises an error of its own over the one that tells why.
+        # Left in capture, torch's stream and generator would fail all that follows, and its
+        # allocator would free nothing. What ends the capture raises an error of its own over the
+        # one that tells why.
         torch.cuda.set_stream(current)
         generator.graphsafe_set_state(spare)
+        with suppress(RuntimeError):  # it has ended properly
+            torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            torch._C._cuda_releasePool(current.device_index, pool)
         raise error.__context__ or error from None
     return graph.replay
 
@@ -238,6 +256,8 @@ def _fastest(problem: Problem, device: torch.device, measure: Callable[[Step], f
         choice = choose(problem, name)
         if choice.strategy == name:
             shipped[name] = _measured(problem, choice, device, measure)
+    if min(shipped.values()) == math.inf:  # after an illegal access nothing runs in this process
+        raise RuntimeError(f"no strategy runs {problem}: see the warnings; nothing is stored")
     best: Tuned | None = None
     for name in sorted(shipped, key=shipped.__getitem__)[:2]:
         tuned = _search(problem, choose(problem, name), shipped[name], device, measure)

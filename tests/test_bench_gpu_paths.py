@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import types
 
@@ -73,6 +74,8 @@ class Event:
 
 
 class Stream:
+    device_index = 0
+
     def wait_stream(self, other):
         assert isinstance(other, Stream)
 
@@ -89,7 +92,8 @@ class Graph:
         assert self.whole
 
     @contextlib.contextmanager
-    def capture(self):
+    def capture(self, pool):
+        assert pool == "pool"
         state["capturing"] = True
         try:
             with Capturing():
@@ -126,6 +130,7 @@ def gpu(monkeypatch, tmp_path):
         "get_device_name": lambda device=None: "NVIDIA H200",
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (9, 0),
+        "graph_pool_handle": lambda: "pool",
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": Graph.capture,
         "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda: home,
         "set_stream": lambda stream: state.update(stream=stream),
@@ -139,6 +144,10 @@ def gpu(monkeypatch, tmp_path):
     for name, value in stand_ins.items():
         assert hasattr(torch.cuda, name), name  # a stand-in for what torch does not have hides it
         monkeypatch.setattr(torch.cuda, name, value)
+    cleared = state.setdefault("cleared", [])
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool", "_cuda_clearCublasWorkspaces"):
+        called = functools.partial(lambda name, *given: cleared.append((name, *given)), name)
+        monkeypatch.setattr(torch._C, name, called, raising=False)  # a CPU build has none of them
     generator, draw = torch.Generator, masks.draw
     posed = type("Generator", (generator,), {"__new__": lambda cls, d="cpu": generator(on_cpu(d))})
     monkeypatch.setattr(torch, "Generator", posed)
@@ -223,6 +232,8 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
     with pytest.raises(RuntimeError, match="not permitted"):
         tune.captured(reads)
     assert state["stream"] is gpu and state["generator"] == "before"
+    names = ("_cuda_endAllocateToPool", "_cuda_releasePool")
+    assert state["cleared"] == [(name, 0, "pool") for name in names]
 
 
 def test_tuning(gpu, monkeypatch):

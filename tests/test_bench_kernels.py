@@ -189,7 +189,7 @@ def test_goals_table_takes_the_worst_case():
     measured = [
         {"case": goal.layers[0], "M": M, "provider": name, "median_us": us, "dtype": "bfloat16"}
         | {"dropout": 0.1, "R": 16, "direction": "forward_backward", "mode": "graph"}
-        | {"device": "cuda"}
+        | {"device": "cuda", "floor_ratio": us / times[0]}
         for M, times in ((2048, (10, 15, 40, 20)), (4096, (20, 25, 90, 50)))
         for name, us in zip(("floor", "auto", "peft", "peft-compile"), times, strict=True)
     ]
@@ -198,7 +198,22 @@ def test_goals_table_takes_the_worst_case():
     assert "- / 1.12" in table.goals_table(measured)
 
 
+def test_a_device_that_fails_ends_the_run_and_is_told(tmp_path, monkeypatch, capsys):
+    def fails(device, dtype, tf32=False):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels.timing, "matrix_rate", fails)
+    results = records.Results("kernels", CPU, tmp_path)
+    job = (ALONE, [providers()[name] for name in ("floor", "auto")])
+    assert kernels.suite([job, job], CPU, results, samples=2) == 1
+    rows = results.rows()
+    assert {row["status"] for row in rows} == {"failed"} and len(rows) == 4
+    assert all("illegal memory access" in row["reason"] for row in rows)
+    assert "1 cases left" in capsys.readouterr().out
+
+
 def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # there the cases are thousands
     monkeypatch.setattr(cases, "small", lambda: (ALONE,))
     arguments = ["kernels", "--results", str(tmp_path), "--samples", "2", "--providers"]
     assert command.main([*arguments, "auto"]) == 0

@@ -26,7 +26,8 @@ def end_to_end_row(**changes):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_end_to_end_steps(tmp_path, name, capsys):
+def test_end_to_end_steps(tmp_path, name, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     methods = ("full", "peft", "lora", "lora-graph")
     arguments = ["end_to_end", "--tiny", "--models", name, "--methods", *methods, "--steps", "1"]
     arguments += ["--precisions", "bf16-autocast", "--results", str(tmp_path)]
@@ -44,6 +45,42 @@ def test_end_to_end_steps(tmp_path, name, capsys):
     capsys.readouterr()
     assert command.main(arguments) == 0  # nothing is measured again
     assert "samples/s" not in capsys.readouterr().out
+
+
+def test_compiled_methods_come_last_and_model_by_model(tmp_path, monkeypatch):
+    seen = []
+
+    def measured(model, method, precision, *_, **__):
+        seen.append((method.name, model.name))
+        row = end_to_end._key(model, method, precision, tiny=True)
+        return row | {"status": "failed", "reason": "not today"}
+
+    monkeypatch.setattr(end_to_end, "measure", measured)
+    flags = ["--models", "gpt2", "roberta-base", "--precisions", "fp32", "--results", str(tmp_path)]
+    flags += ["--methods", "peft-compile", "lora", "lora-compile"]
+    assert command.main(["end_to_end", "--tiny", *flags]) == 1
+    compiled = [(method, name) for name in ("gpt2", "roberta-base") for method in METHODS]
+    compiled = [pair for pair in compiled if pair[0].endswith("-compile")]
+    assert seen == [("lora", "gpt2"), ("lora", "roberta-base"), *compiled]
+    seen.clear()
+    monkeypatch.setattr(end_to_end, "_alive", lambda device: False)
+    assert command.main(["end_to_end", "--tiny", *flags]) == 1
+    assert len(seen) == 1, "after an illegal access nothing else would run"
+
+
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.unmasked])
+def test_attention_gets_no_mask(name, monkeypatch):
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*given, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return real(*given, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model = MODELS[name].build(CPU, torch.float32, tiny=True)
+    ids = torch.randint(5, 100, (2, 8))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert masks == [None, None]
 
 
 @pytest.mark.parametrize("precision", [name for name, row in PRECISIONS.items() if not row.scaled])
@@ -94,7 +131,9 @@ def test_training_run_puts_both_side_by_side(tmp_path, monkeypatch, capsys):
     assert command.main(["end_to_end", "--train-run", "--method", "full"]) == 2
 
 
-def test_host_suite(tmp_path, capsys):
+def test_host_suite(tmp_path, monkeypatch, capsys):
+    # tests/test_launch.py has the launches; they want a process that is not interpreting.
+    monkeypatch.setattr(host, "launch_cost", lambda samples: [])
     arguments = ["host", "--tiny", "--samples", "2", "--results", str(tmp_path)]
     assert command.main(arguments) == 0
     (path,) = tmp_path.iterdir()

@@ -157,6 +157,18 @@ def test_a_tile_that_changes_the_numbers_is_never_chosen(monkeypatch):
     assert Tile(16, 32, 16, 1, 1) not in rows[problem.key].tiles.values()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_stored_where_nothing_runs(monkeypatch):
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+
+    def gone(step):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match=r"no strategy runs .*M=33"):
+        tune.tune([problem], DEVICE, measure=gone)
+    assert not tuning.table_path(problem.gpu or DEVICE.type).exists()
+
+
 def test_shapes_of_models(tmp_path):
     problems = tune.problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
     assert {(p.N, p.K, p.layers) for p in problems} == {
