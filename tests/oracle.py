@@ -114,7 +114,29 @@ def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict
         )
 
     exact = run(given, reference_layer, torch.float64)
-    return exact, run(given, reference_layer, given.x.dtype)
+    eager = run(given, reference_layer, given.x.dtype)
+    if YARDSTICKS > 1:
+        keep, here = None if keep is None else keep.cpu(), Inputs._make(map(on_cpu, given))
+        other = run(here, reference_layer, given.x.dtype)
+        eager = {name: coarser(eager[name], other[name], exact[name]) for name in exact}
+    return exact, eager
+
+
+# Eager PyTorch's error is that of the vendor's kernel for a shape: a GPU's may cut K in slices and
+# add these up, which rounds half as much as a plain sum. A CPU's is the second yardstick there.
+YARDSTICKS = 1 if DEVICE.type == "cpu" else 2
+
+
+def on_cpu(tensor: Tensor | None) -> Tensor | None:
+    """A copy there, a leaf that asks for a gradient as the tensor does."""
+    return None if tensor is None else tensor.detach().cpu().requires_grad_(tensor.requires_grad)
+
+
+def coarser(eager: Tensor, other: Tensor, exact: Tensor) -> Tensor:
+    """Of two eager results the one with the larger error."""
+    other = other.to(exact.device)
+    first, second = (_rms(each.double() - exact) for each in (eager, other))
+    return eager if not first < second else other
 
 
 def judge(

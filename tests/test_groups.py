@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import DEVICE, Case, inputs, judge
+from oracle import DEVICE, YARDSTICKS, Case, coarser, inputs, judge
 from torch import nn
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, masks, reference
@@ -46,26 +46,32 @@ def test_every_output_and_gradient_of_a_group(name, strategy):
     leaves = [x] + [t for m in given for t in (m.lora_A, m.lora_B, m.bias)]
     gradients = torch.autograd.grad(y, leaves, [m.dy for m in given])
 
-    def expected(dtype):
-        cast = [t.detach().to(dtype).requires_grad_() for t in leaves]
+    def expected(dtype, device=DEVICE):
+        cast = [t.detach().to(device, dtype).requires_grad_() for t in leaves]
         outputs = []
         for g, m in enumerate(given):
-            keep = None if mask is None else masks.unpack(mask[g], 48)
+            keep = None if mask is None else masks.unpack(mask[g], 48).to(device)
             A, B, bias = cast[1 + 3 * g : 4 + 3 * g]
-            weight = m.weight.detach().to(dtype)
+            weight = m.weight.detach().to(device, dtype)
             outputs.append(
                 reference.forward(
                     cast[0], weight, A, B, bias=bias, scale=0.75, keep=keep, dropout=dropout
                 )
             )
-        return outputs, torch.autograd.grad(outputs, cast, [m.dy.to(dtype) for m in given])
+        found = torch.autograd.grad(outputs, cast, [m.dy.to(device, dtype) for m in given])
+        return [*(y.detach() for y in outputs), *found]
 
-    (exact_y, exact), (eager_y, eager) = expected(torch.float64), expected(dtype)
-    names = ["dx"] + [f"{n}{g}" for g in range(len(given)) for n in ("dlora_A", "dlora_B", "dbias")]
-    for g in range(len(given)):
-        judge(f"y{g}", y[g].detach(), eager_y[g].detach(), exact_y[g].detach())
-    for label, actual, e, x64 in zip(names, gradients, eager, exact, strict=True):
-        judge(label, actual, e, x64)
+    exact, eager = expected(torch.float64), expected(dtype)
+    if YARDSTICKS > 1:
+        eager = [*map(coarser, eager, expected(dtype, "cpu"), exact)]
+    names = (
+        [f"y{g}" for g in range(len(given))]
+        + ["dx"]
+        + [f"{n}{g}" for g in range(len(given)) for n in ("dlora_A", "dlora_B", "dbias")]
+    )
+    actual = [*(each.detach() for each in y), *gradients]
+    for label, *values in zip(names, actual, eager, exact, strict=True):
+        judge(label, *values, independent=70 * rank)
     if mask is not None:  # each layer draws its own
         assert not torch.equal(mask[0], mask[1])
 
@@ -226,7 +232,7 @@ def test_checkpointing_recomputes_the_same_step(x):
 
 
 def test_merging_dissolves_a_group_cleanly(x):
-    model = Attention()
+    model, x = Attention().double(), x.detach().double()  # merged, another order of sums
     group_siblings(model)
     before = model(x)
     model.key.merge()

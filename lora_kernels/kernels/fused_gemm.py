@@ -46,6 +46,8 @@ def _fused_gemm(
     rank_inside = ranks < R
 
     TERMS: tl.constexpr = len(Ks)
+    # As in `low_rank_gemm`: in exact float32 each product starts from zero.
+    EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(TERMS):
         at = segment if TERMS == 1 else term
@@ -57,6 +59,9 @@ def _fused_gemm(
         a_ptr = of_term(a_ptrs, segment, term, TERMS)
         a_tile_ptrs = a_ptr + ranks[None, :] * stride_ar + ks[:, None] * stride_ak
         h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        before = acc
+        if EXACT:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
             x_inside = row_inside
             w_inside = column_inside
@@ -91,6 +96,8 @@ def _fused_gemm(
             )
             product = tl.where(keep, product, 0.0)
         acc += product
+        if EXACT:
+            acc += before
 
     if HAS_BIAS:
         bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)

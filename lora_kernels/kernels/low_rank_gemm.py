@@ -68,6 +68,9 @@ def _low_rank_gemm(
             acc = dot(u, cast(v, u.dtype), acc, PRECISION)
     acc *= scale
 
+    # Exact float32 rounds at every step, and the more the larger the sum is: there each product
+    # starts from zero, as the vendor's does.
+    EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
     if GEMM:
         ks = tl.arange(0, BLOCK_K).to(INDEX)
         step = tl.full((), BLOCK_K, INDEX)
@@ -77,6 +80,9 @@ def _low_rank_gemm(
             x_tile_ptrs = x_ptrs[term] + rows[:, None] * stride_xms[term] + ks[None, :] * stride_xk
             w_ptr = of_term(w_ptrs, segment, term, TERMS)
             w_tile_ptrs = w_ptr + columns[None, :] * stride_wn + ks[:, None] * stride_wk
+            before = acc
+            if EXACT:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for start in range(0, K, BLOCK_K):
                 x_inside = row_inside
                 w_inside = column_inside
@@ -88,6 +94,8 @@ def _low_rank_gemm(
                 acc = dot(x, w, acc, PRECISION)
                 x_tile_ptrs += step * stride_xk
                 w_tile_ptrs += step * stride_wk
+            if EXACT:
+                acc += before
 
     if HAS_BIAS:
         bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)
