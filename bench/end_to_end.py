@@ -3,8 +3,7 @@
 Batches are full: every sequence has the same length and no padding, and attention takes no mask.
 (Left to itself transformers drops a mask of ones in eager code alone, since that reads it: graphs
 would be timed with a slower attention.) Steps follow one another without waiting for the device, as
-in training. Peak memory counts from the
-model's arrival on the device to the last step.
+in training. Peak memory counts from the model's arrival on the device to the last step.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     methods = [METHODS[name] for name in arguments.methods or METHODS]
     eager = [method for method in methods if not method.compiled]
     slow = [method for method in methods if method.compiled]  # minutes each: a run may be cut
-    jobs = [(m, name, p) for m, name, p in product(eager, models, precisions)]
+    jobs = [*product(eager, models, precisions)]
     jobs += [(m, name, p) for name, p, m in product(models, precisions, slow)]
     for method, name, precision in jobs:
         subject = (MODELS[name], method, PRECISIONS[precision])

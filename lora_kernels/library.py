@@ -66,9 +66,9 @@ def _draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) ->
 
 def _keep(mask: Tensor | None, g: int, columns: int, dtype: torch.dtype) -> Tensor | None:
     """The mask of one layer as `_drop` takes it: packed bytes for Triton, else lanes of bits."""
-    if mask is None or _launches_masks(mask.device):
-        return mask if mask is None else mask[g]
-    return masks.unpack_lanes(mask[g], columns, dtype)
+    if mask is None:
+        return None
+    return mask[g] if _launches_masks(mask.device) else masks.unpack_lanes(mask[g], columns, dtype)
 
 
 def _drop(t: Tensor, keep: Tensor | None) -> Tensor:

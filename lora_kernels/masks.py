@@ -60,6 +60,11 @@ def _random(seed: Tensor, *shape: int) -> Tensor:
     words = torch.empty(shape, dtype=torch.int64, device=seed.device)
     if seed.device.type == "cpu":
         return words.random_(-(1 << 63), None, generator=torch.Generator().manual_seed(int(seed)))
+    return _hashed(words, seed)
+
+
+def _hashed(words: Tensor, seed: Tensor) -> Tensor:
+    """Every word the hash of its place, counted from the seed."""
     torch.arange(words.numel(), out=words.view(-1))
     return _mix(words.add_(seed))
 

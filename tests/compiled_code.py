@@ -115,6 +115,22 @@ def test_y_and_every_gradient(on, case, strategy):
     assert ("_fused_gemm" in card.launched) == (strategy == "fused")
 
 
+@pytest.mark.parametrize("strategy", TRITON)
+def test_exact_float32_rounds_no_more_than_eager(on, strategy, monkeypatch):
+    """A chain of FMAs that started from the low-rank product would."""
+    case = Case(64, 64, 80, 8, dropout=0.5)
+    tiles = tiles_for(ARCH, 4, case.R, tf32=False)
+    on(ARCH, strategy, FULL, case.R)
+    monkeypatch.setattr("lora_kernels.functional.plan", lambda *_: (STRATEGIES[strategy], tiles))
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, dropout=case.dropout
+        )
+
+    judge_layer(layer, case, FULL)
+
+
 GROUPS = {
     "tf32": Layers(40, (33, 70), 72, 8, FULL, FULL, dropout=0.5, dy=("plain", "slice")),
     "fp16": Layers(

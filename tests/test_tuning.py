@@ -157,6 +157,17 @@ def test_a_tile_that_changes_the_numbers_is_never_chosen(monkeypatch):
     assert Tile(16, 32, 16, 1, 1) not in rows[problem.key].tiles.values()
 
 
+def test_another_order_of_sums_is_no_other_number():
+    """A half-precision h that is rounded the other way shows in gradients held in float32."""
+    problem = Problem.on(DEVICE, 512, 64, 64, 8, torch.float16, dropout=False)
+    h, dy = torch.randn(512, 8), torch.randn(512, 64)
+    gradient, other = (dy.T @ each.half().float() for each in (h, h * (1 + 2**-13)))
+    assert (gradient - other).abs().max() > 100 * torch.finfo(torch.float32).eps
+    assert tune._same(other, gradient, problem)
+    assert not tune._same(gradient * 1.01, gradient, problem)
+    assert not tune._same(other, gradient, replace(problem, dtype=torch.float32))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_stored_where_nothing_runs(monkeypatch):
     problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
