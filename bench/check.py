@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import reference
+from lora_kernels.algebra import reference
 
 from .cases import Case
 from .providers import ALPHA_PER_RANK, Built, Projection

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.compile_report import AbsentCard, absent_card
 from lora_kernels.dispatch import STRATEGIES, Problem, choose, interpreting
-from lora_kernels.layers import Layers, Wanted
 from lora_kernels.library import has_triton
 
 from .records import Row

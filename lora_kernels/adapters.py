@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import Adapter, LayerValues, write_files
-from .columns import check_columns, fold
+from .algebra.columns import check_columns, fold
 from .injection import describe, fused_layers, inject, refuse_injected, unwrapped
 from .loralib_format import read_loralib
 from .modules import FusedLoRALinear, LoRAConfig, features_of

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .columns import segments
+from .algebra.columns import segments
+from .algebra.operands import Layers, Wanted
 from .dispatch import STRATEGIES, Problem, choose, interpreting
-from .layers import Layers, Wanted
 
 
 class Card(NamedTuple):

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 
 from . import library, strategies
-from .layers import Backward, Forward
+from .algebra.operands import Backward, Forward
 from .tuning import (
     MAX_RANK,
     Tile,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from .algebra import reference
 from .dispatch import STRATEGIES, Problem, architecture, choose, interpreting
 from .functional import lora_linear
 

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import masks, ops
-from .columns import Ranges, check_columns, widths
+from . import ops
+from .algebra import masks
+from .algebra.columns import Ranges, check_columns, widths
+from .algebra.operands import Layers, Wanted
 from .dispatch import Strategy, check_strategy, plan
 from .held import autocast_dtype, without_autocast
-from .layers import Layers, Wanted
 from .tuning import Tiles
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from .columns import Ranges
+from .algebra.columns import Ranges
 from .dispatch import choose
 from .groups import group_siblings, unhook
 from .modules import FusedLoRALinear, LoRAConfig

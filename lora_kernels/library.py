@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import masks
-from .layers import Backward, Forward, Layers, Tensors, Wanted
+from .algebra import masks
+from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
 from .tuning import Tiles
 
 

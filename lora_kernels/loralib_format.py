@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
-from .columns import Ranges, segments, unfold
+from .algebra.columns import Ranges, segments, unfold
 from .modules import features_of
 from .targets import is_layer
 

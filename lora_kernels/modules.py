@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .columns import Range, Ranges, check_columns, unfold, widths
+from .algebra.columns import Range, Ranges, check_columns, unfold, widths
 from .dispatch import Problem, check_strategy
 from .functional import Parts, lora_layer
 from .held import HeldCast, without_autocast

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import masks
+from .algebra import masks
+from .algebra.operands import Layers, Wanted
 from .dispatch import plan
-from .layers import Layers, Wanted
 
 
 def _layers(

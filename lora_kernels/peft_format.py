@@ -19,7 +19,7 @@ import safetensors
 from torch import nn
 
 from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
-from .columns import Ranges
+from .algebra.columns import Ranges
 from .modules import FusedLoRALinear
 from .targets import inside, is_layer
 

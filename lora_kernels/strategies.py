@@ -22,8 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .columns import complement
-from .layers import Backward, Forward, Layers, Tensors, Wanted
+from .algebra.columns import complement
+from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
 from .library import triton_kernels
 from .tuning import Tile, Tiles, splits_for
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .columns import Range, Ranges, segments
+from .algebra.columns import Range, Ranges, segments
 from .modules import FusedLoRALinear, features_of, is_conv1d
 from .report import SkippedRow
 

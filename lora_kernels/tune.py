@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import segments, widths
+from .algebra.columns import segments, widths
+from .algebra.operands import Layers, Wanted
 from .dispatch import STRATEGIES, Choice, Problem, choose
-from .layers import Layers, Wanted
 from .tuning import Tile, Tuned, store_rows, table_path
 
 

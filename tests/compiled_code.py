@@ -22,8 +22,9 @@ from test_properties import Layers, expected, mask_of, run, tensors
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from lora_kernels import kernels, lora_linear, masks
-from lora_kernels.columns import unfold
+from lora_kernels import kernels, lora_linear
+from lora_kernels.algebra import masks
+from lora_kernels.algebra.columns import unfold
 from lora_kernels.compile_report import AbsentCard
 from lora_kernels.dispatch import STRATEGIES
 from lora_kernels.functional import Parts, lora_layer

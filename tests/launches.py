@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels import kernels
-from lora_kernels.layers import Layers, Wanted
+from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.strategies import (
     fused_backward,
     fused_forward,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels import masks, reference
+from lora_kernels.algebra import masks, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -23,7 +23,8 @@ from bench import __main__ as command
 from bench import cases, end_to_end, kernels, records, timing
 from bench.providers import providers
 from bench.subjects import METHODS, MODELS, PRECISIONS, Recipe
-from lora_kernels import dispatch, doctor, library, masks, tune
+from lora_kernels import dispatch, doctor, library, tune
+from lora_kernels.algebra import masks
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")

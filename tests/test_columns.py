@@ -22,12 +22,11 @@ from lora_kernels import (
     add_lora,
     explain,
     load_adapter,
-    masks,
     merge,
-    reference,
     save_adapter,
 )
-from lora_kernels.columns import complement, fold, unfold
+from lora_kernels.algebra import masks, reference
+from lora_kernels.algebra.columns import complement, fold, unfold
 from lora_kernels.dispatch import Problem, choose
 from lora_kernels.functional import lora_linears
 from lora_kernels.injection import family_of

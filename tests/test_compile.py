@@ -7,7 +7,8 @@ import torch
 from oracle import DEVICE, Case, inputs, run
 from torch import nn
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear, masks, ops
+from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear, ops
+from lora_kernels.algebra import masks
 
 
 def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracle import DEVICE, Case, inputs, judge, judge_layer, run
 
-from lora_kernels import STRATEGIES, lora_linear, ops, reference
+from lora_kernels import STRATEGIES, lora_linear, ops
+from lora_kernels.algebra import reference
 from lora_kernels.dispatch import Problem, choose
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

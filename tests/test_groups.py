@@ -12,7 +12,8 @@ import torch
 from oracle import DEVICE, YARDSTICKS, Case, coarser, inputs, judge
 from torch import nn
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, masks, reference
+from lora_kernels import STRATEGIES, FusedLoRALinear
+from lora_kernels.algebra import masks, reference
 from lora_kernels.functional import lora_linears
 from lora_kernels.groups import group_siblings
 

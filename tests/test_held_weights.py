@@ -13,7 +13,8 @@ from oracle import DEVICE, Case, expected, inputs, judge, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import FusedLoRALinear, reference
+from lora_kernels import FusedLoRALinear
+from lora_kernels.algebra import reference
 from lora_kernels.groups import group_siblings
 
 # ---------------------------------------------------------------- merge

@@ -21,13 +21,13 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl
+from triton.runtime import interpreter
 
-from lora_kernels import kernels  # noqa: E402
-from lora_kernels.dispatch import STRATEGIES  # noqa: E402
-from lora_kernels.functional import Parts, lora_layer  # noqa: E402
-from lora_kernels.tuning import tiles_for  # noqa: E402
+from lora_kernels import kernels
+from lora_kernels.dispatch import STRATEGIES
+from lora_kernels.functional import Parts, lora_layer
+from lora_kernels.tuning import tiles_for
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="watches Triton's interpreter (TRITON_INTERPRET=1)"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 datasets = pytest.importorskip("datasets", reason="the models read their data by it")
-from models import docstrings, splits, tasks  # noqa: E402
+from models import docstrings, splits, tasks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODELS = Path(tasks.__file__).parent

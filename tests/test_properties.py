@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from oracle import DEVICE, YARDSTICKS, coarser, judge
 from torch import Tensor
 
-from lora_kernels import STRATEGIES, lora_linear, masks, reference
+from lora_kernels import STRATEGIES, lora_linear
+from lora_kernels.algebra import masks, reference
 from lora_kernels.functional import lora_linears
 
 # Reproducible in CI: the examples are a function of the test alone. Shrinking takes minutes.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import Case, expected, inputs, judge
 
-from lora_kernels import masks, reference
+from lora_kernels.algebra import masks, reference
 
 CASE = Case(M=33, N=20, K=24, R=3, dropout=0.25)
 

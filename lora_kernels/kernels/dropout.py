@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import masks
+from ..algebra import masks
 from .launch import Out, Plan, launch, planned
 from .tiles import cast, draw_keep_bytes, index_type, load_keep
 
