@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_kernels import cost
-from lora_kernels.cards import Card
-from lora_kernels.cost import Launch, Size
-from lora_kernels.tuning import tiles_for
+from lora_kernels.hardware import cost
+from lora_kernels.hardware.cards import Card
+from lora_kernels.hardware.cost import Launch, Size
+from lora_kernels.hardware.tiles import tiles_for
 
 from .cases import Case
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kernels import cost
-from lora_kernels.cards import CARDS, Card, card_of
+from lora_kernels.hardware import cost
+from lora_kernels.hardware.cards import CARDS, Card, card_of
 
 from . import cases
 from .cases import DTYPES, LAYERS, Case

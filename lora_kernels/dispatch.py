@@ -19,17 +19,8 @@ import torch
 
 from . import library, strategies
 from .algebra.operands import Backward, Forward
-from .tuning import (
-    MAX_RANK,
-    Tile,
-    Tiles,
-    Tuned,
-    bucket,
-    load_table,
-    rank_block,
-    table_path,
-    tiles_for,
-)
+from .hardware.tiles import MAX_RANK, Tile, Tiles, bucket, rank_block, tiles_for
+from .hardware.tuned import Tuned, load_table, table_path
 
 
 @dataclass(frozen=True)
@@ -255,8 +246,8 @@ def predict(problem: Problem, strategy: str) -> float:
     """Microseconds of forward + backward by the cost model; infinite where it is not supported."""
     if STRATEGIES[strategy].supports(problem) is not None:
         return math.inf
-    from . import cost  # a tenth of what importing the package takes, for what a CPU never asks
-    from .cards import nearest
+    from .hardware import cost
+    from .hardware.cards import nearest
 
     p, card = problem, nearest(problem.gpu, problem.arch)
     N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all

@@ -12,8 +12,8 @@ from .algebra import masks
 from .algebra.columns import Ranges, check_columns, widths
 from .algebra.operands import Layers, Wanted
 from .dispatch import Strategy, check_strategy, plan
+from .hardware.tiles import Tiles
 from .held import autocast_dtype, without_autocast
-from .tuning import Tiles
 
 
 class _Call(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .algebra import masks
 from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
-from .tuning import Tiles
+from .hardware.tiles import Tiles
 
 
 @cache

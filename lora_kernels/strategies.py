@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .algebra.columns import complement
 from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
+from .hardware.tiles import Tile, Tiles, splits_for
 from .library import triton_kernels
-from .tuning import Tile, Tiles, splits_for
 
 
 def _project(

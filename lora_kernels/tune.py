@@ -25,7 +25,8 @@ from torch import Tensor
 from .algebra.columns import segments, widths
 from .algebra.operands import Layers, Wanted
 from .dispatch import STRATEGIES, Choice, Problem, choose
-from .tuning import Tile, Tuned, store_rows, table_path
+from .hardware.tiles import Tile
+from .hardware.tuned import Tuned, store_rows, table_path
 
 
 class Shape(NamedTuple):

@@ -28,7 +28,7 @@ from lora_kernels.algebra.columns import unfold
 from lora_kernels.compile_report import AbsentCard
 from lora_kernels.dispatch import STRATEGIES
 from lora_kernels.functional import Parts, lora_layer
-from lora_kernels.tuning import Tile, tiles_for
+from lora_kernels.hardware.tiles import Tile, tiles_for
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 

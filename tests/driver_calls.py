@@ -20,7 +20,7 @@ from launches import BASE, Step, run_step, tensors
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
-from lora_kernels.tuning import Tile
+from lora_kernels.hardware.tiles import Tile
 
 launch = sys.modules["lora_kernels.kernels.launch"]
 STREAM = 77

@@ -25,6 +25,7 @@ from triton.runtime import driver
 
 from lora_kernels import kernels
 from lora_kernels.algebra.operands import Layers, Wanted
+from lora_kernels.hardware.tiles import Tile, Tiles
 from lora_kernels.strategies import (
     fused_backward,
     fused_forward,
@@ -33,7 +34,6 @@ from lora_kernels.strategies import (
     split_backward,
     split_forward,
 )
-from lora_kernels.tuning import Tile, Tiles
 
 launch = sys.modules["lora_kernels.kernels.launch"]
 assert not launch.INTERPRETED

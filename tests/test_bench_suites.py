@@ -13,8 +13,9 @@ from bench import end_to_end, host, plots, records, roofline, training_run
 from bench.cases import LAYERS, Case
 from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
-from lora_kernels import cost, dispatch
-from lora_kernels.cards import CARDS
+from lora_kernels import dispatch
+from lora_kernels.hardware import cost
+from lora_kernels.hardware.cards import CARDS
 
 CPU = torch.device("cpu")
 

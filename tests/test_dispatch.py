@@ -10,8 +10,9 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, dispatch, library, lora_linear, tuning
+from lora_kernels import STRATEGIES, FusedLoRALinear, dispatch, library, lora_linear
 from lora_kernels.dispatch import Problem, choose, plan
+from lora_kernels.hardware import tiles
 
 HALF = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,7 +75,7 @@ REFUSALS = {
     "Volta": ({"arch": "sm_70"}, TRITON, "no matrix instructions for sm_70"),
     "another device": ({"arch": "mps"}, TRITON, "no kernels for the device mps"),
     "fp64": ({"dtype": torch.float64}, TRITON, "no kernel for torch.float64"),
-    "rank": ({"R": tuning.MAX_RANK + 1}, TRITON, "rank 129 is over 128"),
+    "rank": ({"R": tiles.MAX_RANK + 1}, TRITON, "rank 129 is over 128"),
     "no rows": ({"M": 0}, TRITON, "nothing to compute"),
     "no columns": ({"N": 0}, TRITON, "nothing to compute"),
     "no features": ({"K": 0}, TRITON, "nothing to compute"),
@@ -101,7 +102,7 @@ def test_what_a_strategy_cannot_do_falls_back_with_the_reason(name):
 
 def test_the_largest_rank_is_still_taken():
     for name in TRITON:
-        assert STRATEGIES[name].supports(changed(R=tuning.MAX_RANK)) is None
+        assert STRATEGIES[name].supports(changed(R=tiles.MAX_RANK)) is None
 
 
 def test_without_triton_everything_is_the_library(no_triton):
@@ -138,7 +139,7 @@ def test_a_layer_on_a_cpu_runs_the_library():
 
 @pytest.mark.parametrize("arch", ["sm_199", "sm_130", "gfx9999", "gfx90a"])
 def test_an_unknown_card_gets_tiles_that_fit_every_card(arch):
-    safe = {key[1:]: tiles for key, tiles in tuning.DEFAULT_TILES.items() if key[0] == "any"}
+    safe = {key[1:]: tiles for key, tiles in tiles.DEFAULT_TILES.items() if key[0] == "any"}
     for dtype, R, dropout, strategy in product(
         DTYPES[:3], (1, 8, 33, 128), (False, True), ("auto", *STRATEGIES)
     ):

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, explain, fuse_peft, unfuse_peft
 from lora_kernels.dispatch import Problem, choose
+from lora_kernels.hardware.tiles import KERNELS
 from lora_kernels.injection import TYPICAL_TOKENS
-from lora_kernels.tuning import KERNELS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -12,7 +12,7 @@ from lora_kernels import library, lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.operands import Layers
 from lora_kernels.dispatch import STRATEGIES, Problem, choose
-from lora_kernels.tuning import tiles_for
+from lora_kernels.hardware.tiles import tiles_for
 
 TILES = tiles_for("cpu" if DEVICE.type == "cpu" else "any", 4, 3, tf32=False)
 

@@ -27,7 +27,7 @@ from triton.runtime import interpreter
 from lora_kernels import kernels
 from lora_kernels.dispatch import STRATEGIES
 from lora_kernels.functional import Parts, lora_layer
-from lora_kernels.tuning import tiles_for
+from lora_kernels.hardware.tiles import tiles_for
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="watches Triton's interpreter (TRITON_INTERPRET=1)"

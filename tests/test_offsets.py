@@ -23,8 +23,8 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels import kernels
 from lora_kernels.algebra import masks
+from lora_kernels.hardware.tiles import Tile
 from lora_kernels.kernels.tiles import index_type
-from lora_kernels.tuning import Tile
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cpu" or sys.platform != "linux", reason="reserves host memory, as Linux does"

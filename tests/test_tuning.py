@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,9 +14,11 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from lora_kernels import STRATEGIES, cards, cost, tune, tuning
+from lora_kernels import STRATEGIES, tune
 from lora_kernels.dispatch import Problem, choose
-from lora_kernels.tuning import DEFAULT_TILES, KERNELS, Tile, Tuned, load_table, store_rows
+from lora_kernels.hardware import cards, cost, tiles, tuned
+from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
+from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = Problem(
@@ -37,8 +40,8 @@ def row(strategy="split", us=12.5):
 
 
 def test_a_measured_row_is_chosen_and_says_so():
-    path = tuning.table_path(PROBLEM.gpu)
-    assert "rtx-3070" in path.name and tuning.kernel_hash() in path.name and "triton" in path.name
+    path = tuned.table_path(PROBLEM.gpu)
+    assert "rtx-3070" in path.name and tuned.kernel_hash() in path.name and "triton" in path.name
     store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
     choice = choose(PROBLEM)
     assert choice.strategy == "split" and choice.tile.low_rank_gemm == MEASURED
@@ -55,8 +58,21 @@ def test_a_measured_row_is_chosen_and_says_so():
 
 def test_a_row_that_cannot_is_not_chosen():
     sliced = replace(PROBLEM, layers=2, sliced=True)
-    store_rows(tuning.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
+    store_rows(tuned.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
     assert choose(sliced).strategy != "fused"
+
+
+def test_an_edited_kernel_makes_tuned_tables_another_s(tmp_path):
+    copy = shutil.copytree(tuned.KERNEL_SOURCES, tmp_path / "kernels")
+    assert tuned.kernel_hash(copy) == tuned.kernel_hash()
+    edited = copy / "gradients.py"
+    edited.write_text(edited.read_text().replace("acc += tl.load", "acc -= tl.load"))
+    assert tuned.kernel_hash(copy) != tuned.kernel_hash()
+
+
+def test_the_digest_of_no_kernels_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="no kernel sources in"):
+        tuned.kernel_hash(tmp_path)
 
 
 def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
@@ -76,7 +92,7 @@ def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
     ],
 )  # fmt: skip
 def test_a_corrupt_table_is_ignored_with_one_warning_and_then_replaced(text):
-    path = tuning.table_path(PROBLEM.gpu)
+    path = tuned.table_path(PROBLEM.gpu)
     path.write_text(text)
     with pytest.warns(UserWarning, match="is ignored"):
         assert "cost model" in choose(PROBLEM).reason
@@ -91,7 +107,8 @@ def test_writers_at_the_same_time_lose_nothing(cache):
     """Eight processes add a row each to one file, again and again."""
     path = cache / "table.json"
     script = (
-        "import sys; from pathlib import Path; from lora_kernels.tuning import Tuned, store_rows\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from lora_kernels.hardware.tuned import Tuned, store_rows\n"
         "path, me = Path(sys.argv[1]), sys.argv[2]\n"
         "for i in range(5):\n"
         "    store_rows(path, 'card', {f'{me}-{i}': Tuned('split', {}, 1.0)})\n"
@@ -136,7 +153,7 @@ def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
     assert "project" not in found.tiles  # which fused does not use
     assert {choice.strategy for choice in seen} == set(STRATEGIES)
     assert len(lines) == 1 and "fused 25.0 us" in lines[0]
-    stored = load_table(tuning.table_path(problem.gpu or DEVICE.type))
+    stored = load_table(tuned.table_path(problem.gpu or DEVICE.type))
     assert stored[problem.key] == found
 
 
@@ -177,7 +194,7 @@ def test_nothing_is_stored_where_nothing_runs(monkeypatch):
 
     with pytest.raises(RuntimeError, match=r"no strategy runs .*M=33"):
         tune.tune([problem], DEVICE, measure=gone)
-    assert not tuning.table_path(problem.gpu or DEVICE.type).exists()
+    assert not tuned.table_path(problem.gpu or DEVICE.type).exists()
 
 
 def test_shapes_of_models(tmp_path):
@@ -205,7 +222,7 @@ def test_tuning_without_a_gpu_is_one_clear_error(capsys):
 SIZE = cost.Size(4096, 768, (768,), 16, True, 2)
 X = Y = 4096 * 768 * 2
 W, H, MASK, SMALL = 768 * 768 * 2, 4096 * 16 * 2, 4096 * 768 / 8, 16 * 768 * 4
-SHIPPED = tuning.tiles_for("sm_86", 2, 16, tf32=False)
+SHIPPED = tiles.tiles_for("sm_86", 2, 16, tf32=False)
 
 
 def test_bytes_and_flops_by_hand():

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import Tile, rank_block
+from ..hardware.tiles import Tile, rank_block
 from .launch import Out, Plan, launch, planned
 from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
 

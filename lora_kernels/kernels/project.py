@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..algebra import masks
-from ..tuning import Tile, rank_block
+from ..hardware.tiles import Tile, rank_block
 from .launch import Out, Plan, launch, planned
 from .tiles import cast, divisor, dot, draw_keep_bytes, index_type, multiple, pick, spread_bits
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .cards import Card
-from .tuning import Tile, Tiles, rank_block, splits_for
+from .tiles import Tile, Tiles, rank_block, splits_for
 
 GAP_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
 MEMORY_SHARE = 0.85

@@ -1,25 +1,12 @@
-"""Tile sizes as plain data: shipped rows for every kind of card, and the table that `tune`
-measured.
+"""Tile sizes as plain data: a shipped row for every kind of card.
 
 The launchers choose nothing; `tiles_for` picks a row. A card that has no row of its own gets tiles
-that fit every card, never an exception. A tuned table is a JSON file a GPU, named after the card,
-the Triton release and a hash of the kernels' sources, so that it is never applied to other kernels.
+that fit every card, never an exception. What was measured on a card lies in `tuned`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import re
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Tile(NamedTuple):
@@ -130,94 +117,3 @@ def splits_for(M: int, columns: int, tile: Tile, processors: int) -> int:
     """Ranges of rows for a column gradient: two programs a processor, four row blocks each."""
     blocks = -(-columns // tile.n)
     return max(1, min(-(-2 * processors // blocks), M // (4 * tile.m)))
-
-
-# ---------------------------------------------------------------- the tuned table
-FORMAT = 1
-
-
-class Tuned(NamedTuple):
-    """A measured row: the fastest strategy of a problem, its tiles, and its time."""
-
-    strategy: str
-    tiles: Mapping[str, Tile]
-    median_us: float
-
-
-def kernel_hash() -> str:
-    """A hash of the kernels' sources: a table measured on other kernels is not applied."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("kernels/*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def table_path(gpu: str) -> Path:
-    """Where the table of a GPU lies: under $LORA_KERNELS_CACHE, else the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("LORA_KERNELS_CACHE") or Path(cache, "lora_kernels")
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
-    return Path(folder, f"{name}-triton{triton}-{kernel_hash()}.json")
-
-
-@lru_cache(maxsize=8)
-def load_table(path: Path) -> Mapping[str, Tuned]:
-    """Problem key -> measured row; empty without a table. A corrupt one is ignored, warned once."""
-    try:
-        return _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"the tuning table {path} is ignored: {error!r}", stacklevel=2)
-        return {}
-
-
-def _parse(text: str) -> dict[str, Tuned]:
-    content = json.loads(text)
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}, not {FORMAT}")
-    rows = {}
-    for key, row in content["rows"].items():
-        tiles = {kernel: Tile(*(int(v) for v in tile)) for kernel, tile in row["tiles"].items()}
-        if unknown := set(tiles) - set(KERNELS):
-            raise ValueError(f"unknown kernels {sorted(unknown)}")
-        rows[key] = Tuned(str(row["strategy"]), tiles, float(row["median_us"]))
-    return rows
-
-
-def store_rows(path: Path, gpu: str, rows: Mapping[str, Tuned]) -> None:
-    """Add rows to a table: written aside and renamed, one writer at a time, nobody's rows lost."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        try:
-            merged = {**_parse(path.read_text(encoding="utf-8")), **rows}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            merged = dict(rows)
-        content: dict[str, Any] = {"format": FORMAT, "gpu": gpu, "kernels": kernel_hash()}
-        content["rows"] = {
-            key: {"strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
-            for key, r in sorted(merged.items())
-        }
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    load_table.cache_clear()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows, where Triton has no wheels either
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
