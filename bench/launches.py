@@ -7,7 +7,6 @@ arguments. Triton's own launcher, the CUDA driver, torch's allocator and autogra
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +88,8 @@ def _calls(strategy: str, G: int, dropout: float) -> dict[str, Callable[[], Any]
 @contextmanager
 def _remembering() -> Iterator[None]:
     """Launches as they are; what they remember of a card that is not there goes with it."""
-    launch: Any = sys.modules["lora_kernels.kernels.launch"]
+    from lora_kernels.kernels import launch
+
     launch._STEPS.clear()
     try:
         yield
@@ -100,7 +100,8 @@ def _remembering() -> Iterator[None]:
 @contextmanager
 def _forgetful() -> Iterator[None]:
     """Every launch goes through Triton's dispatch, as on a release that `launch` does not know."""
-    launch: Any = sys.modules["lora_kernels.kernels.launch"]
+    from lora_kernels.kernels import launch
+
     known, launch.KNOWN = launch.KNOWN, False
     try:
         with _remembering():

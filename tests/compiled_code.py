@@ -8,7 +8,6 @@ that it was given, and faults on what a sanitizer would find. ptxas and the card
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lora_kernels.compile_report import AbsentCard
 from lora_kernels.dispatch import STRATEGIES
 from lora_kernels.functional import Parts, lora_layer
 from lora_kernels.hardware.tiles import Tile, tiles_for
+from lora_kernels.kernels import launch
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
@@ -79,7 +79,7 @@ def on(monkeypatch):
         tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
         monkeypatch.setattr(driver, "_active", card)
         # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
-        monkeypatch.setattr(sys.modules["lora_kernels.kernels.launch"], "KNOWN", False)
+        monkeypatch.setattr(launch, "KNOWN", False)
         row = STRATEGIES[strategy]
         monkeypatch.setattr("lora_kernels.functional.plan", lambda *_: (row, tiles))
         return card

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import itertools
 import struct
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,8 +20,8 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 from lora_kernels.hardware.tiles import Tile
+from lora_kernels.kernels import launch
 
-launch = sys.modules["lora_kernels.kernels.launch"]
 STREAM = 77
 
 

@@ -8,7 +8,6 @@ on what was remembered of all steps before, and again with nothing remembered.
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from triton.runtime import driver
 from lora_kernels import kernels
 from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.hardware.tiles import Tile, Tiles
+from lora_kernels.kernels import launch, projection
 from lora_kernels.strategies import (
     fused_backward,
     fused_forward,
@@ -35,7 +35,6 @@ from lora_kernels.strategies import (
     split_forward,
 )
 
-launch = sys.modules["lora_kernels.kernels.launch"]
 assert not launch.INTERPRETED
 
 
@@ -276,7 +275,7 @@ def test_known_signatures_launch_without_triton_s_dispatch(monkeypatch):
 
 
 def test_two_plans_share_no_signature():
-    ours = sys.modules["lora_kernels.kernels.project"]._plan
+    ours = projection._plan
 
     def theirs(*arguments):
         return ours(*arguments)._replace(grid=(7, 7, 7))

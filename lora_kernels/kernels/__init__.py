@@ -1,10 +1,14 @@
-"""The Triton kernels: the only place that imports triton."""
+"""The Triton kernels: a file each, with its launcher.
+
+Rule: this wing and `tools` alone import Triton. A launcher checks, allocates and launches; which
+kernel runs, and at which tile, is for the caller to say.
+"""
 
 from .dropout import apply_mask, draw_masks
-from .fused_gemm import fused_gemm
+from .fused import fused_gemm
 from .gradients import Gradient, output_gradients, parameter_gradients
-from .low_rank_gemm import low_rank_gemm
-from .project import project
+from .low_rank import low_rank_gemm
+from .projection import project
 
 __all__ = [
     "Gradient", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm", "output_gradients",
