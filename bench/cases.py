@@ -11,7 +11,7 @@ from itertools import product, zip_longest
 
 import torch
 
-from lora_kernels.dispatch import Problem
+from lora_kernels.strategies.problem import Problem
 
 
 @dataclass(frozen=True)

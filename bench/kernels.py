@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import choose
+from lora_kernels.strategies.choose import choose
 from lora_kernels.tune import captured
 
 from . import cases, timing

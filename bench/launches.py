@@ -16,8 +16,9 @@ import torch
 
 from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.compile_report import AbsentCard, absent_card
-from lora_kernels.dispatch import STRATEGIES, Problem, choose, interpreting
-from lora_kernels.library import has_triton
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem, has_triton, interpreting
+from lora_kernels.strategies.table import STRATEGIES
 
 from .records import Row
 
@@ -69,7 +70,7 @@ def _calls(strategy: str, G: int, dropout: float) -> dict[str, Callable[[], Any]
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    tiles = choose(Problem(M, N, K, R, torch.bfloat16, ARCH, dropout > 0, layers=G), strategy).tile
+    tiles = choose(Problem(M, N, K, R, torch.bfloat16, ARCH, dropout > 0, layers=G), strategy).tiles
     row, x = STRATEGIES[strategy], tensor(M, K)
     layers = Layers(
         tuple(tensor(N, K) for _ in range(G)), tuple(tensor(N) for _ in range(G)),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora
-from lora_kernels.dispatch import choose, interpreting
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import interpreting
 
 from .cases import Case
 
@@ -195,7 +196,7 @@ def _strategy_refuses(case: Case, device: torch.device, strategy: str) -> str | 
     reason = STRATEGIES[strategy].supports(problem)
     if reason is not None:
         return reason
-    if device.type == "cpu" and choose(problem, strategy).tile is not None and interpreting():
+    if device.type == "cpu" and choose(problem, strategy).tiles is not None and interpreting():
         return "Triton's interpreter is never timed"
     return None
 

@@ -8,13 +8,13 @@ without a GPU.
 """
 
 from .adapters import load_adapter, save_adapter
-from .dispatch import STRATEGIES
 from .explain import explain
 from .functional import lora_linear
 from .injection import add_lora, merge
 from .modules import FusedLoRALinear, LoRAConfig
 from .peft import fuse_peft, unfuse_peft
 from .report import Report
+from .strategies.table import STRATEGIES
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,7 +22,9 @@ import torch
 
 from .algebra.columns import segments
 from .algebra.operands import Layers, Wanted
-from .dispatch import STRATEGIES, Problem, choose, interpreting
+from .strategies.choose import choose
+from .strategies.problem import Problem, interpreting
+from .strategies.table import STRATEGIES
 
 
 class Card(NamedTuple):
@@ -171,7 +173,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
         return  # refused (`fused` with dropout, say)
-    if choice.tile is None:  # a library, whose masks alone are kernels of ours
+    if choice.tiles is None:  # a library, whose masks alone are kernels of ours
         if dropout:
             _library_masks(M, K, G, dtype)
         return
@@ -194,9 +196,9 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
         columns,
     )
     seed = tensor(1, dtype=torch.int64) if dropout else None
-    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tile)
+    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tiles)
     dy = tuple(tensor(M, N) for _ in range(weights))
-    row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tile)
+    row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tiles)
 
 
 def _library_masks(M: int, K: int, G: int, dtype: torch.dtype) -> None:

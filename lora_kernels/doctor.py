@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from .algebra import reference
-from .dispatch import STRATEGIES, Problem, architecture, choose, interpreting
 from .functional import lora_linear
+from .strategies.choose import choose
+from .strategies.problem import Problem, architecture, interpreting
+from .strategies.table import STRATEGIES
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .dispatch import STRATEGIES, Choice, Problem, choose
 from .injection import TYPICAL_TOKENS, fused_layers
 from .peft import fused_peft_layers
+from .strategies.choose import Choice, choose
+from .strategies.problem import Problem
+from .strategies.table import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Explanation:
             lines.append(f"    {problem}")
             lines.append(f"    {choice.strategy}: {choice.reason}")
             for kernel in STRATEGIES[choice.strategy].kernels(problem):
-                m, n, k, warps, stages = getattr(choice.tile, kernel)
+                m, n, k, warps, stages = getattr(choice.tiles, kernel)
                 tile = "x".join(str(size) for size in (m, n, k) if size)
                 lines.append(f"      {kernel:<19} {tile} tiles, {warps} warps, {stages} stages")
         return "\n".join(lines)

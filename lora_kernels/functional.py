@@ -11,9 +11,10 @@ from . import ops
 from .algebra import masks
 from .algebra.columns import Ranges, check_columns, widths
 from .algebra.operands import Layers, Wanted
-from .dispatch import Strategy, check_strategy, plan
 from .hardware.tiles import Tiles
 from .held import autocast_dtype, without_autocast
+from .strategies.choose import decide
+from .strategies.table import Strategy, check_strategy
 
 
 class _Call(NamedTuple):
@@ -227,7 +228,7 @@ def lora_linears(
         )
     M = x.shape[0] if x.dim() == 2 else x.numel() // K if K else 0
     drops = dropout > 0
-    row, tiles = plan(x.device, M, N, K, R, x.dtype, drops, count, sliced, strategy)
+    row, tiles = decide(x.device, M, N, K, R, x.dtype, drops, count, sliced, strategy)
     call = _Call(scale, dropout, seed, row, tiles, G, columns)
     return _apply(x, call, *weights, *lora_A, *lora_B, *biases)
 

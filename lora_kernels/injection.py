@@ -12,10 +12,10 @@ from types import MappingProxyType
 from torch import nn
 
 from .algebra.columns import Ranges
-from .dispatch import choose
 from .groups import group_siblings, unhook
 from .modules import FusedLoRALinear, LoRAConfig
 from .report import FusedRow, Report, SkippedRow, count_parameters
+from .strategies.choose import choose
 from .targets import FAMILIES, Family, family_of, find_targets, find_train, heads_of
 
 __all__ = ["FAMILIES", "Family", "add_lora", "family_of", "fused_layers", "heads_of", "merge"]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .algebra.columns import Range, Ranges, check_columns, unfold, widths
-from .dispatch import Problem, check_strategy
 from .functional import Parts, lora_layer
 from .held import HeldCast, without_autocast
+from .strategies.problem import Problem
+from .strategies.table import check_strategy
 
 
 def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:

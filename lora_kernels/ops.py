@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .algebra import masks
 from .algebra.operands import Layers, Wanted
-from .dispatch import plan
+from .strategies.choose import decide
 
 
 def _layers(
@@ -31,11 +31,11 @@ def _layers(
     return Layers(tuple(weights), tuple(biases) or None, tuple(lora_A), tuple(lora_B), ranges)
 
 
-def _plan(x: Tensor, layers: Layers, N: int, dropout: float, strategy: str) -> Any:
+def _decide(x: Tensor, layers: Layers, N: int, dropout: float, strategy: str) -> Any:
     lora_A, _ = layers.adapters()
     (R, K), G = lora_A[0].shape, len(lora_A)
     sliced = layers.columns is not None
-    return plan(x.device, x.shape[0], N, K, R, x.dtype, dropout > 0, G, sliced, strategy)
+    return decide(x.device, x.shape[0], N, K, R, x.dtype, dropout > 0, G, sliced, strategy)
 
 
 @torch.library.custom_op("lora_kernels::forward", mutates_args=())
@@ -47,7 +47,7 @@ def forward(
     """[h, mask, *y] of a group of layers, a pure function of its inputs; see `strategies`."""
     layers = _layers(weights, lora_A, lora_B, biases, columns)
     N = max(weight.shape[0] for weight in weights)
-    row, tiles = _plan(x, layers, N, dropout, strategy)
+    row, tiles = _decide(x, layers, N, dropout, strategy)
     y, h, mask = row.forward(x, layers, scale, dropout, seed, tiles)
     return [h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, *y]
 
@@ -69,7 +69,7 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dx, *dlora_A, *dlora_B] of a group of layers; see `strategies`."""
     layers = _layers(weights, lora_A, lora_B, (), columns)
-    row, tiles = _plan(dy[0], layers, max(each.shape[1] for each in dy), dropout, strategy)
+    row, tiles = _decide(dy[0], layers, max(each.shape[1] for each in dy), dropout, strategy)
     dx, dlora_A, dlora_B = row.backward(
         tuple(dy), x, layers, h, mask if dropout else None, scale, dropout,
         Wanted(want_x, want_A, want_B), tiles,

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from .algebra.columns import segments, widths
 from .algebra.operands import Layers, Wanted
-from .dispatch import STRATEGIES, Choice, Problem, choose
 from .hardware.tiles import Tile
 from .hardware.tuned import Tuned, store_rows, table_path
+from .strategies.choose import Choice, choose
+from .strategies.problem import Problem
+from .strategies.table import STRATEGIES
 
 
 class Shape(NamedTuple):
@@ -157,7 +159,7 @@ def training_step(problem: Problem, choice: Choice, device: torch.device) -> Ste
     turn = cycle(inputs)
     dropout = 0.1 if problem.dropout else 0.0
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
-    row, tiles = STRATEGIES[choice.strategy], choice.tile
+    row, tiles = STRATEGIES[choice.strategy], choice.tiles
 
     def step() -> tuple[Tensor, ...]:
         x, dy = next(turn)
@@ -273,7 +275,7 @@ def _search(
     measure: Callable[[Step], float],
 ) -> Tuned:  # fmt: skip
     """Vary one kernel's tile at a time, keeping the best."""
-    tiles: Any = choice.tile
+    tiles: Any = choice.tiles
     kernels = STRATEGIES[choice.strategy].kernels(problem)
     if tiles is not None:
         for kernel in kernels:
@@ -281,7 +283,7 @@ def _search(
                 trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
                 faster = _measured(problem, trial, device, measure)
                 if faster < time:
-                    time, tiles = faster, trial.tile
+                    time, tiles = faster, trial.tiles
     return Tuned(choice.strategy, {name: getattr(tiles, name) for name in kernels}, time)
 
 

@@ -26,7 +26,7 @@ from lora_kernels import kernels
 from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.hardware.tiles import Tile, Tiles
 from lora_kernels.kernels import launch, projection
-from lora_kernels.strategies import (
+from lora_kernels.strategies.tiled import (
     fused_backward,
     fused_forward,
     hybrid_backward,

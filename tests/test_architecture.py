@@ -21,33 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_kernels"
 OURS = ("lora_kernels", "models", "bench")
 
-# A module may import the layers before its own, and its own layer as long as that makes no circle.
-# A new module is placed by adding its name here.
-LAYERS = (
-    (
-        "algebra",
-        "hardware",
-        "held",
-    ),
-    (),
-    ("kernels",),
-    (),
-    ("library",),
-    ("strategies",),
-    ("dispatch",),
-    ("ops",),
-    ("functional",),
-    ("modules",),
-    ("groups",),
-    ("report", "adapter_files"),
-    ("targets",),
-    ("loralib_format", "peft_format"),
-    ("injection", "peft", "adapters"),
-    ("explain", "doctor", "compile_report", "tune"),
-    ("cli",),
-    ("__init__",),
-)
-LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+# The wings, from the ground up. A wing may import the wings before it; within a wing imports make
+# no circle. `tools` stands beside `layers`: it drives strategies and kernels, and knows no model.
+WINGS = (
+    "algebra", "hardware", "kernels", "strategies", "autograd", "layers", "injection", "adapters",
+)  # fmt: skip
+MAY_IMPORT = {wing: set(WINGS[: i + 1]) for i, wing in enumerate(WINGS)}
+MAY_IMPORT["algebra"] = {"algebra"}
+MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
+MAY_IMPORT["__init__"] = set(WINGS)  # the public names
+MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
+IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
     "FusedLoRALinear", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain", "fuse_peft",
@@ -87,56 +71,86 @@ def _imports(node: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, ...
         yield from _imports(child, package)
 
 
-def _siblings(path: Path) -> set[str]:
-    """The modules that a file of lora_kernels imports; `__init__` for the package's own names."""
-    package = path.relative_to(ROOT).parent.parts
-    found = set()
-    for target in _imports(_tree(path), package):
-        if target[0] == "lora_kernels":
-            name = target[1] if len(target) > 1 else "__init__"
-            is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
-            found.add(name if is_module else "__init__")
-    return found
-
-
-def _module(path: Path) -> str:
+def _wing(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def _ours(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports of lora_kernels, without that first name."""
+    for target in _imports(_tree(path), path.relative_to(ROOT).parent.parts):
+        if target[0] == "lora_kernels":
+            yield target[1:]
+
+
+def _wings_imported(path: Path) -> set[str]:
+    named = {target[0] if target else "__init__" for target in _ours(path)}
+    modules = {entry.name.removesuffix(".py") for entry in PACKAGE.iterdir()}
+    return {name if name in modules else "__init__" for name in named} - {_wing(path)}
+
+
+def _files_imported(path: Path) -> set[Path]:
+    """The files that define what a file imports; a door stands for the names that it hands on."""
+    found = set()
+    for target in _ours(path):
+        for length in (len(target), len(target) - 1):
+            base = PACKAGE.joinpath(*target[:length])
+            if base.with_suffix(".py").is_file() and length:
+                found.add(base.with_suffix(".py"))
+                break
+            if (base / "__init__.py").is_file():
+                found.add(base / "__init__.py")
+                break
+    return found
+
+
 @_each("lora_kernels")
-def test_imports_run_one_way(path):
-    module = _module(path)
-    assert module in LEVEL, f"{module}: place it in LAYERS, beside the modules it may import"
-    for other in _siblings(path) - {module}:
-        # The package's own names are for its users; the command line alone reads its version there.
-        allowed = LEVEL[other] <= LEVEL[module] or (module, other) == ("cli", "__init__")
-        assert allowed, f"{_name(path)} imports {other}, which is of a later layer"
+def test_a_wing_imports_the_wings_below_it(path):
+    wing = _wing(path)
+    assert wing in MAY_IMPORT, f"{_name(path)}: which wing does it live in?"
+    for other in _wings_imported(path):
+        assert other in MAY_IMPORT[wing], f"{_name(path)} imports {other}: that runs upwards"
 
 
 def test_imports_make_no_circle():
-    edges: dict[str, set[str]] = {}
-    for path in _sources("lora_kernels"):
-        edges.setdefault(_module(path), set()).update(_siblings(path) - {_module(path), "__init__"})
+    edges = {path: _files_imported(path) - {path} for path in _sources("lora_kernels")}
 
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join((*trail, module))
-        for other in edges.get(module, ()):
-            visit(other, (*trail, module))
+    def visit(path: Path, trail: tuple[Path, ...]) -> None:
+        assert path not in trail, " -> ".join(map(_name, (*trail, path)))
+        for other in edges[path]:
+            visit(other, (*trail, path))
 
-    for module in edges:
-        visit(module, ())
+    for path in edges:
+        visit(path, ())
+
+
+@pytest.mark.parametrize("wing", [*WINGS, "tools"])
+def test_a_wing_says_its_rule_at_the_door(wing):
+    door = ast.get_docstring(_tree(PACKAGE / wing / "__init__.py"))
+    assert door and "Rule: " in door
 
 
 @_each("lora_kernels")
-def test_triton_is_imported_by_the_kernels_alone(path):
-    """compile_report drives Triton's compiler, but only once it is called."""
-    module, tree = _module(path), _tree(path)
-    if module == "kernels":
+def test_triton_is_imported_by_kernels_and_tools_alone(path):
+    """Tools drive Triton's compiler, but only once they are called."""
+    wing, tree = _wing(path), _tree(path)
+    if wing == "kernels":
         return
-    if module == "compile_report":
+    if wing in IMPORT_TRITON:
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             function.body = []
     assert "triton" not in {target[0] for target in _imports(tree, ())}
+
+
+@_each("lora_kernels/algebra", "lora_kernels/hardware", "lora_kernels/layers")
+def test_layers_and_all_below_know_no_model(path):
+    text = path.read_text(encoding="utf-8")
+    assert "model_type" not in text and "named_modules" not in text
+
+
+@_each("lora_kernels/injection")
+def test_injection_knows_no_file(path):
+    roots = {target[0] for target in _imports(_tree(path), path.relative_to(ROOT).parent.parts)}
+    assert not roots & {"json", "os", "pathlib", "safetensors", "tempfile"}
 
 
 @_each("lora_kernels")

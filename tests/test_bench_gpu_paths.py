@@ -23,8 +23,12 @@ from bench import __main__ as command
 from bench import cases, end_to_end, kernels, records, timing
 from bench.providers import providers
 from bench.subjects import METHODS, MODELS, PRECISIONS, Recipe
-from lora_kernels import dispatch, doctor, library, tune
+from lora_kernels import doctor, tune
 from lora_kernels.algebra import masks
+from lora_kernels.strategies import library
+from lora_kernels.strategies.choose import _decide, choose
+from lora_kernels.strategies.problem import Problem, _gpu, architecture
+from lora_kernels.strategies.table import STRATEGIES
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -159,7 +163,7 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(masks, "draw", drawn)
     caches = (
-        dispatch.architecture, dispatch._gpu, dispatch._plan, records.machine,
+        architecture, _gpu, _decide, records.machine,
         timing.copy_bandwidth, timing.matrix_rate, library._launches_masks,
     )  # fmt: skip
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "tuned"))
@@ -238,15 +242,15 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
 
 
 def test_tuning(gpu, monkeypatch):
-    rows = {name: dispatch.STRATEGIES[name] for name in ("library", "split")}
+    rows = {name: STRATEGIES[name] for name in ("library", "split")}
     tiles = {**dict.fromkeys(tune.CANDIDATES, ()), "project": tune.CANDIDATES["project"][:1]}
     for name, value in (("STRATEGIES", rows), ("CANDIDATES", tiles), ("STEPS", 1)):
         monkeypatch.setattr(tune, name, value)  # the interpreter takes its time
-    problem = dispatch.Problem.on(CUDA, 33, 32, 48, 3, torch.float32, dropout=True)
+    problem = Problem.on(CUDA, 33, 32, 48, 3, torch.float32, dropout=True)
     assert (problem.arch, problem.gpu) == ("sm_90", "NVIDIA H200")
     rows = tune.tune([problem], CUDA, report=lambda line: None)
     assert rows[problem.key].median_us > 0
-    assert "measured on this card" in dispatch.choose(problem).reason
+    assert "measured on this card" in choose(problem).reason
 
 
 def test_doctor(gpu):

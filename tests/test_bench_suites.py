@@ -13,9 +13,9 @@ from bench import end_to_end, host, plots, records, roofline, training_run
 from bench.cases import LAYERS, Case
 from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
-from lora_kernels import dispatch
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import CARDS
+from lora_kernels.strategies import choice
 
 CPU = torch.device("cpu")
 
@@ -201,14 +201,14 @@ def test_roofline_and_choose_predict_the_same(card, dtype, dropout):
     case = Case(LAYERS["llama-8b.q_proj"], 2048, 8, dropout, dtype)
     row = CARDS[card]
     (N,) = case.layer.N
-    problem = dispatch.Problem(
+    problem = choice.Problem(
         2048, N, case.layer.K, 8, case.torch_dtype, row.arch, dropout > 0, dtype == "tf32", gpu=card
     )
     share = roofline.efficiency(row, dtype, [])
-    for name in dispatch.STRATEGIES:
+    for name in choice.STRATEGIES:
         found = roofline.predict(row, name, case, "forward_backward", share)
         if found is not None:
-            assert found.microseconds == dispatch.predict(problem, name)
+            assert found.microseconds == choice.predict(problem, name)
 
 
 def test_more_work_never_costs_less():

@@ -10,9 +10,10 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, dispatch, library, lora_linear
-from lora_kernels.dispatch import Problem, choose, plan
+from lora_kernels import STRATEGIES, FusedLoRALinear, lora_linear
 from lora_kernels.hardware import tiles
+from lora_kernels.strategies.choose import _decide, choose, decide
+from lora_kernels.strategies.problem import Problem, has_triton
 
 HALF = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,9 +28,9 @@ def changed(**changes) -> Problem:
 @pytest.fixture
 def fresh_plans():
     """Nothing remembered of other tests, and nothing left for them."""
-    dispatch._plan.cache_clear()
+    _decide.cache_clear()
     yield
-    dispatch._plan.cache_clear()
+    _decide.cache_clear()
 
 
 @pytest.fixture
@@ -37,10 +38,10 @@ def no_triton(monkeypatch, fresh_plans):
     def absent(name, *rest):
         assert name == "triton"
 
-    monkeypatch.setattr(library, "find_spec", absent)
-    library.has_triton.cache_clear()
+    monkeypatch.setattr("lora_kernels.strategies.problem.find_spec", absent)
+    has_triton.cache_clear()
     yield
-    library.has_triton.cache_clear()
+    has_triton.cache_clear()
 
 
 # ---------------------------------------------------------------- each row
@@ -50,7 +51,7 @@ def no_triton(monkeypatch, fresh_plans):
 def test_a_strategy_named_by_the_caller_is_taken(name):
     choice = choose(HALF, name)
     assert choice.strategy == name and choice.reason == "named by the caller"
-    assert (choice.tile is None) == (name == "library")
+    assert (choice.tiles is None) == (name == "library")
 
 
 def test_each_row_wins_somewhere_and_says_by_how_much():
@@ -96,7 +97,7 @@ def test_what_a_strategy_cannot_do_falls_back_with_the_reason(name):
         assert words in choice.reason
     if strategies == TRITON:
         choice = choose(problem)
-        assert choice.strategy == "library" and words in choice.reason and choice.tile is None
+        assert choice.strategy == "library" and words in choice.reason and choice.tiles is None
     assert choose(problem, "library").reason == "named by the caller"
 
 
@@ -108,7 +109,7 @@ def test_the_largest_rank_is_still_taken():
 def test_without_triton_everything_is_the_library(no_triton):
     for arch, strategy in product((*CARDS, "cpu"), ("auto", *TRITON)):
         choice = choose(changed(arch=arch), strategy)
-        assert choice.strategy == "library" and choice.tile is None
+        assert choice.strategy == "library" and choice.tiles is None
         if arch != "cpu" or strategy != "auto":
             assert "Triton is not installed" in choice.reason
     x, weight = torch.randn(5, 7), torch.randn(4, 7)
@@ -146,8 +147,8 @@ def test_an_unknown_card_gets_tiles_that_fit_every_card(arch):
         choice = choose(changed(arch=arch, dtype=dtype, R=R, dropout=dropout), strategy)
         if strategy in TRITON:
             assert choice.strategy == strategy
-        if choice.tile is not None:
-            assert choice.tile == safe[dtype.itemsize, R > 32]
+        if choice.tiles is not None:
+            assert choice.tiles == safe[dtype.itemsize, R > 32]
 
 
 def test_every_choice_can_compute_its_problem():
@@ -158,7 +159,7 @@ def test_every_choice_can_compute_its_problem():
         for strategy in ("auto", *STRATEGIES):
             choice = choose(problem, strategy)
             assert STRATEGIES[choice.strategy].supports(problem) is None
-            assert choice.reason and (choice.tile is None) == (choice.strategy == "library")
+            assert choice.reason and (choice.tiles is None) == (choice.strategy == "library")
 
 
 # ---------------------------------------------------------------- names
@@ -212,20 +213,20 @@ def planned(M: int, **changes):
         "device": DEVICE, "M": M, "N": 24, "K": 16, "R": 3, "dtype": torch.float32,
         "dropout": False, "layers": 1, "sliced": False, "strategy": "split",
     }  # fmt: skip
-    return plan(*(given | changes).values())
+    return decide(*(given | changes).values())
 
 
 @pytest.fixture
 def choices(monkeypatch, fresh_plans) -> list[Problem]:
     """The problems that `choose` is asked about."""
     asked: list[Problem] = []
-    original = dispatch.choose
+    original = choose
 
     def counted(problem, *rest):
         asked.append(problem)
         return original(problem, *rest)
 
-    monkeypatch.setattr(dispatch, "choose", counted)
+    monkeypatch.setattr("lora_kernels.strategies.choose.choose", counted)
     return asked
 
 
@@ -269,8 +270,8 @@ def test_empty_batches_and_fp64_run_in_the_library(choices):
 
 
 def test_torch_s_setting_for_tf32_decides_anew(monkeypatch, fresh_plans):
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_86")
-    monkeypatch.setattr(dispatch, "_gpu", lambda device: "")
+    monkeypatch.setattr("lora_kernels.strategies.problem.architecture", lambda device: "sm_86")
+    monkeypatch.setattr("lora_kernels.strategies.problem._gpu", lambda device: "")
     cuda = torch.device("cuda")
     before = torch.get_float32_matmul_precision()
     try:
@@ -287,8 +288,8 @@ def test_torch_s_setting_for_tf32_decides_anew(monkeypatch, fresh_plans):
 @pytest.mark.parametrize("where", ["backends", "backends.cuda.matmul"])
 def test_the_newer_setting_for_tf32_is_read_too(monkeypatch, fresh_plans, where):
     """The Trainer uses it (`tf32=True`, or torch_compile); torch's older getter then raises."""
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_86")
-    monkeypatch.setattr(dispatch, "_gpu", lambda device: "")
+    monkeypatch.setattr("lora_kernels.strategies.problem.architecture", lambda device: "sm_86")
+    monkeypatch.setattr("lora_kernels.strategies.problem._gpu", lambda device: "")
     cuda, matmul = torch.device("cuda"), torch.backends.cuda.matmul
     owner = operator.attrgetter(where)(torch)
     before = owner.fp32_precision, matmul.fp32_precision

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, explain, fuse_peft, unfuse_peft
-from lora_kernels.dispatch import Problem, choose
 from lora_kernels.hardware.tiles import KERNELS
 from lora_kernels.injection import TYPICAL_TOKENS
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -52,7 +53,7 @@ def test_the_tiles_printed_are_those_of_the_kernels_that_run():
         printed = [line.split() for line in text.splitlines()[3:]]
         for kernel, tile, *_ in printed:
             assert kernel in KERNELS
-            m, n, k, warps, stages = getattr(choice.tile, kernel)
+            m, n, k, warps, stages = getattr(choice.tiles, kernel)
             assert tile == "x".join(str(size) for size in (m, n, k) if size)
             line = next(line for line in text.splitlines() if line.split()[0] == kernel)
             assert f"{warps} warps, {stages} stages" in line
@@ -137,7 +138,7 @@ def test_what_is_explained_is_what_runs():
         ((_, _, choice),) = explain(layer, tokens=5).rows
         y = layer(torch.randn(5, 8))
         assert y.grad_fn.call.strategy.name == choice.strategy
-        assert y.grad_fn.call.tiles == choice.tile
+        assert y.grad_fn.call.tiles == choice.tiles
 
 
 def test_a_peft_model_that_was_fused():

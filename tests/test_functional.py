@@ -8,7 +8,8 @@ from oracle import DEVICE, Case, inputs, judge, judge_layer, run
 
 from lora_kernels import STRATEGIES, lora_linear, ops
 from lora_kernels.algebra import reference
-from lora_kernels.dispatch import Problem, choose
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CASES = [

@@ -8,11 +8,14 @@ import pytest
 import torch
 from oracle import DEVICE, Case, inputs, judge_layer
 
-from lora_kernels import library, lora_linear
+from lora_kernels import lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.operands import Layers
-from lora_kernels.dispatch import STRATEGIES, Problem, choose
 from lora_kernels.hardware.tiles import tiles_for
+from lora_kernels.strategies import library
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
+from lora_kernels.strategies.table import STRATEGIES
 
 TILES = tiles_for("cpu" if DEVICE.type == "cpu" else "any", 4, 3, tf32=False)
 
@@ -27,7 +30,7 @@ def drawn(strategy: str, rows: int, columns: int, dropout: float) -> torch.Tenso
     with torch.no_grad():
         layers = Layers((given.weight,), None, (given.lora_A,), (given.lora_B,))
         _, _, mask = STRATEGIES[strategy].forward(
-            given.x, layers, 1.0, dropout, masks.draw_seed(DEVICE), choice.tile
+            given.x, layers, 1.0, dropout, masks.draw_seed(DEVICE), choice.tiles
         )
     assert mask.dtype == torch.uint8 and mask.shape == (1, rows, masks.packed_width(columns))
     return masks.unpack(mask[0], columns)

@@ -15,10 +15,11 @@ import torch
 from oracle import DEVICE
 
 from lora_kernels import STRATEGIES, tune
-from lora_kernels.dispatch import Problem, choose
 from lora_kernels.hardware import cards, cost, tiles, tuned
 from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
 from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = Problem(
@@ -44,14 +45,14 @@ def test_a_measured_row_is_chosen_and_says_so():
     assert "rtx-3070" in path.name and tuned.kernel_hash() in path.name and "triton" in path.name
     store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
     choice = choose(PROBLEM)
-    assert choice.strategy == "split" and choice.tile.low_rank_gemm == MEASURED
-    assert choice.tile.project == DEFAULT_TILES["any", 2, False].project
+    assert choice.strategy == "split" and choice.tiles.low_rank_gemm == MEASURED
+    assert choice.tiles.project == DEFAULT_TILES["any", 2, False].project
     assert "measured on this card: 12 us" in choice.reason
     named = choose(PROBLEM, "split")
-    assert named.tile == choice.tile
+    assert named.tiles == choice.tiles
     assert named.reason == "named by the caller, with the tiles measured on this card"
     other = choose(PROBLEM, "hybrid")
-    assert other.reason == "named by the caller" and other.tile.low_rank_gemm != MEASURED
+    assert other.reason == "named by the caller" and other.tiles.low_rank_gemm != MEASURED
     other = Problem(2048, 768, 1024, 8, torch.bfloat16, "sm_86", dropout=True, gpu=PROBLEM.gpu)
     assert "cost model" in choose(other).reason
 
@@ -140,7 +141,7 @@ def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
         choice = step.choice
         seen.append(choice)
         time = {"library": 50.0, "split": 40.0, "fused": 30.0, "hybrid": 60.0}[choice.strategy]
-        fast = choice.tile is not None and choice.tile.parameter_gradients.m == 16
+        fast = choice.tiles is not None and choice.tiles.parameter_gradients.m == 16
         return time - 5 * fast
 
     monkeypatch.setattr(tune, "training_step", watched)

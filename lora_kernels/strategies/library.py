@@ -13,23 +13,14 @@ drawn and applied by Triton where a GPU has it, else by plain torch (`masks`).
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .algebra import masks
-from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
-from .hardware.tiles import Tiles
-
-
-@cache
-def triton_kernels() -> Any:
-    """The Triton launchers, imported at the first launch: importing the package needs no Triton."""
-    from . import kernels
-
-    return kernels
+from ..algebra import masks
+from ..algebra.operands import Backward, Forward, Layers, Tensors, Wanted
+from ..hardware.tiles import Tiles
+from .problem import has_triton, triton_kernels
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,12 +34,6 @@ def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
 
 
 @cache

@@ -22,10 +22,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .algebra.columns import complement
-from .algebra.operands import Backward, Forward, Layers, Tensors, Wanted
-from .hardware.tiles import Tile, Tiles, splits_for
-from .library import triton_kernels
+from ..algebra.columns import complement
+from ..algebra.operands import Backward, Forward, Layers, Tensors, Wanted
+from ..hardware.tiles import Tile, Tiles, splits_for
+from .problem import triton_kernels
 
 
 def _project(

@@ -1,0 +1,119 @@
+"""Which strategy computes a problem, and why.
+
+`choose` is a pure function of the problem: it takes what `lora-kernels tune` measured on this card,
+else what the cost model predicts. Tuning is an explicit act, never a side effect of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..hardware.tiles import Tile, Tiles, bucket, tiles_for
+from ..hardware.tuned import Tuned, load_table, table_path
+from .problem import Problem, tf32_allowed
+from .table import STRATEGIES, Strategy, check_strategy, triton_supports
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` picked: the row's name, the tiles of its kernels (None: a library), why."""
+
+    strategy: str
+    tiles: Tiles | None
+    reason: str
+
+
+def choose(problem: Problem, strategy: str = "auto") -> Choice:
+    """The strategy for a problem: the named one if it can, else the best that can, with the reason.
+
+    Raises ValueError for a name that is not in STRATEGIES.
+    """
+    check_strategy(strategy)
+    if strategy != "auto":
+        refusal = STRATEGIES[strategy].supports(problem)
+        if refusal is None:
+            row = _measured(problem)
+            tiles = row.tiles if row is not None and row.strategy == strategy else {}
+            where = ", with the tiles measured on this card" if tiles else ""
+            return _choice(strategy, "named by the caller" + where, problem, tiles)
+    best, reason, tiles = _best(problem)
+    if strategy != "auto":
+        reason = f"{strategy} was asked for, but: {refusal}; {reason}"
+    return _choice(best, reason, problem, tiles)
+
+
+def _best(problem: Problem) -> tuple[str, str, Mapping[str, Tile]]:
+    """The name of the best strategy, the reason, and the tiles that were measured for it."""
+    if problem.arch == "cpu":
+        return "library", "on a CPU the vendor's GEMM is fastest", {}
+    refusal = triton_supports(problem)
+    if refusal is not None:
+        return "library", refusal, {}
+    row = _measured(problem)
+    if row is not None:
+        return row.strategy, f"measured on this card: {row.median_us:.0f} us", row.tiles
+    times = sorted((predict(problem, name), name) for name in STRATEGIES)
+    (best, name), (second, other) = times[:2]
+    reason = f"cost model: {best:.0f} us forward + backward, {other} {second:.0f} us"
+    return name, f"{STRATEGIES[name].summary} ({reason})", {}
+
+
+def _measured(problem: Problem) -> Tuned | None:
+    """The row of the card's tuned table, if it has one that can still be run."""
+    if not problem.gpu:
+        return None
+    row = load_table(table_path(problem.gpu)).get(problem.key)
+    if row is None or row.strategy not in STRATEGIES or STRATEGIES[row.strategy].supports(problem):
+        return None
+    return row
+
+
+def predict(problem: Problem, strategy: str) -> float:
+    """Microseconds of forward + backward by the cost model; infinite where it is not supported."""
+    if STRATEGIES[strategy].supports(problem) is not None:
+        return math.inf
+    from ..hardware import cost
+    from ..hardware.cards import nearest
+
+    p, card = problem, nearest(problem.gpu, problem.arch)
+    N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all
+    size = cost.Size(p.M, p.K, (N,) * p.layers, p.R, p.dropout, p.dtype.itemsize)
+    launches = cost.launches(strategy, size, _shipped(p), card.processors)
+    return cost.microseconds(launches, card, p.dtype, tf32=p.tf32)
+
+
+def _shipped(problem: Problem) -> Tiles:
+    aligned = problem.N % 16 == 0 and problem.K % 16 == 0
+    size = problem.dtype.itemsize
+    return tiles_for(problem.arch, size, problem.R, tf32=problem.tf32, aligned=aligned)
+
+
+def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Tile]) -> Choice:
+    tiles = None
+    if name != "library":
+        tiles = _shipped(problem)._replace(**measured)  # type: ignore[arg-type]
+    return Choice(name, tiles, reason)
+
+
+@lru_cache(maxsize=8192)
+def _decide(
+    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    layers: int, sliced: bool, strategy: str, tf32: bool,
+) -> tuple[Strategy, Tiles | None]:  # fmt: skip
+    problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
+    choice = choose(problem, strategy)
+    return STRATEGIES[choice.strategy], choice.tiles
+
+
+def decide(
+    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    layers: int, sliced: bool, strategy: str,
+) -> tuple[Strategy, Tiles | None]:  # fmt: skip
+    """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
+    tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
+    return _decide(device, bucket(M), N, K, R, dtype, dropout, layers, sliced, strategy, tf32)

@@ -1,0 +1,105 @@
+"""What a strategy is chosen for: the sizes, the dtype and the card of one call.
+
+What this machine can run decides as well: whether Triton is installed, or interpreting, and the
+architecture of a device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ..hardware.tiles import bucket, rank_block
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: y [M, N] from x [M, K] at rank R, for so many `layers` (N is the widest of them).
+
+    With `sliced` they are so many ranges of the columns of a single weight. `arch` is "cpu",
+    "sm_86", "gfx942", ...
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    arch: str = "cpu"
+    dropout: bool = False
+    tf32: bool = False
+    layers: int = 1
+    gpu: str = ""  # the card's name, for its tuned table
+    sliced: bool = False
+
+    @classmethod
+    def on(
+        cls, device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, *,
+        dropout: bool, layers: int = 1, sliced: bool = False,
+    ) -> Problem:  # fmt: skip
+        """The problem on a device of this machine, with torch's own setting for TF32."""
+        tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
+        arch, gpu = architecture(device), _gpu(device)
+        return cls(M, N, K, R, dtype, arch, dropout, tf32, layers, gpu, sliced)
+
+    @property
+    def key(self) -> str:
+        """The row of a tuned table: M by its bucket, R by its padding."""
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        dropout = "-dropout" if self.dropout else ""
+        rank = rank_block(self.R)
+        count = f"{self.layers}{'-of' if self.sliced else 'x'}"
+        return f"{count}-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
+
+    def __str__(self) -> str:
+        dropout = ", dropout" if self.dropout else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        kind = "column ranges" if self.sliced else "layers"
+        layers = f"{self.layers} {kind}, " if self.layers > 1 or self.sliced else ""
+        return f"{layers}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors (the environment variable TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "cpu", "sm_86" or "gfx942" of a device."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may round the operands of float32 products to TF32."""
+    # torch.get_float32_matmul_precision raises once anyone (the Trainer's tf32) sets this one.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@cache
+def triton_kernels() -> Any:
+    """The Triton launchers, imported at the first launch: importing the package needs no Triton."""
+    from .. import kernels
+
+    return kernels
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None

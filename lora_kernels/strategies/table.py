@@ -1,0 +1,112 @@
+"""The table of strategies: a row for each way to compute a layer.
+
+A row is a forward, a backward, and `supports`, which says in words why the strategy cannot take a
+problem. A new strategy is a new row here, and one in `hardware.cost` that counts its bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from ..algebra.operands import Backward, Forward
+from ..hardware.tiles import MAX_RANK
+from . import library, tiled
+from .problem import Problem, has_triton, interpreting
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of STRATEGIES: `summary` is what `explain` prints.
+
+    `supports` says why it cannot take a problem (None: it can), `kernels` the tiles it uses there.
+    """
+
+    name: str
+    forward: Callable[..., Forward]
+    backward: Callable[..., Backward]
+    supports: Callable[[Problem], str | None]
+    summary: str
+    kernels: Callable[[Problem], tuple[str, ...]]
+
+
+def triton_supports(problem: Problem) -> str | None:
+    """Why no Triton strategy can take a problem, in words; None if one can."""
+    if not has_triton():
+        return "Triton is not installed"
+    if problem.arch == "cpu" and not interpreting():
+        return "Triton kernels need a GPU (or TRITON_INTERPRET=1)"
+    if not (problem.arch == "cpu" or problem.arch.startswith(("sm_", "gfx"))):
+        return f"no kernels for the device {problem.arch}"
+    if problem.arch.startswith("sm_") and int(problem.arch.removeprefix("sm_")) < 80:
+        return f"Triton has no matrix instructions for {problem.arch}"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel for {problem.dtype}"
+    if problem.R > MAX_RANK:
+        return f"rank {problem.R} is over {MAX_RANK}: its tiles do not fit beside the accumulator"
+    if 0 in (problem.M, problem.N, problem.K):
+        return "nothing to compute"
+    return None
+
+
+def _fused_supports(problem: Problem) -> str | None:
+    if problem.sliced:
+        return "columns: every one of them, adapted or not, would pay for x lora_A^T"
+    return triton_supports(problem)
+
+
+def _library_supports(problem: Problem) -> str | None:
+    return None
+
+
+def _library_kernels(problem: Problem) -> tuple[str, ...]:
+    return ()
+
+
+def _split_kernels(problem: Problem) -> tuple[str, ...]:
+    return "project", "low_rank_gemm", "output_gradients", "parameter_gradients"
+
+
+def _fused_kernels(problem: Problem) -> tuple[str, ...]:
+    forward = ("project", "low_rank_gemm") if problem.dropout else ()
+    return *forward, "fused_gemm", "parameter_gradients"
+
+
+def _hybrid_kernels(problem: Problem) -> tuple[str, ...]:
+    return "project", "low_rank", "output_gradients", "parameter_gradients"
+
+
+_ROWS = (
+    Strategy(
+        "library", library.library_forward, library.library_backward, _library_supports,
+        "the vendor's GEMMs, the frozen one added in place to the rank-R product", _library_kernels,
+    ),
+    Strategy(
+        "split", tiled.split_forward, tiled.split_backward, triton_supports,
+        "rank-R products once, then one GEMM seeded with them", _split_kernels,
+    ),
+    Strategy(
+        "fused", tiled.fused_forward, tiled.fused_backward, _fused_supports,
+        "fewest launches: a GEMM computes the rank-R product from the tiles that it reads",
+        _fused_kernels,
+    ),
+    Strategy(
+        "hybrid", tiled.hybrid_forward, tiled.hybrid_backward, triton_supports,
+        "the rank-R product first, then the vendor's GEMM accumulates onto it", _hybrid_kernels,
+    ),
+)  # fmt: skip
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def check_strategy(name: str) -> str:
+    """`name` itself; ValueError with a near miss if it is not "auto" or in STRATEGIES."""
+    if name != "auto" and name not in STRATEGIES:
+        names = ["auto", *STRATEGIES]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown strategy {name!r}: one of {', '.join(names)}{hint}")
+    return name
