@@ -8,8 +8,8 @@ without a GPU.
 """
 
 from .adapters import load_adapter, save_adapter
+from .autograd.functional import lora_linear
 from .explain import explain
-from .functional import lora_linear
 from .injection import add_lora, merge
 from .modules import FusedLoRALinear, LoRAConfig
 from .peft import fuse_peft, unfuse_peft

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .algebra import reference
-from .functional import lora_linear
+from .autograd.functional import lora_linear
 from .strategies.choose import choose
 from .strategies.problem import Problem, architecture, interpreting
 from .strategies.table import STRATEGIES

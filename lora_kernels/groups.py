@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .functional import Parts, lora_linears
-from .held import autocast_dtype
+from .autograd.autocast import autocast_dtype
+from .autograd.functional import Parts, lora_linears
 from .modules import FusedLoRALinear
 
 

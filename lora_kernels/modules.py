@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .algebra.columns import Range, Ranges, check_columns, unfold, widths
-from .functional import Parts, lora_layer
-from .held import HeldCast, without_autocast
+from .autograd.autocast import without_autocast
+from .autograd.functional import Parts, lora_layer
+from .held import HeldCast
 from .strategies.problem import Problem
 from .strategies.table import check_strategy
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import Parts, lora_layer
+from .autograd.functional import Parts, lora_layer
 from .groups import Group, group_siblings, unhook
 from .held import HeldCast
 from .injection import TYPICAL_TOKENS

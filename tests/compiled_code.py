@@ -24,8 +24,8 @@ from triton.runtime.cache import get_cache_manager
 from lora_kernels import kernels, lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.columns import unfold
+from lora_kernels.autograd.functional import Parts, lora_layer
 from lora_kernels.compile_report import AbsentCard
-from lora_kernels.functional import Parts, lora_layer
 from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.kernels import launch
 from lora_kernels.strategies.table import STRATEGIES
@@ -81,7 +81,7 @@ def on(monkeypatch):
         # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
         monkeypatch.setattr(launch, "KNOWN", False)
         row = STRATEGIES[strategy]
-        monkeypatch.setattr("lora_kernels.functional.decide", lambda *_: (row, tiles))
+        monkeypatch.setattr("lora_kernels.autograd.functional.decide", lambda *_: (row, tiles))
         return card
 
     return begin
@@ -122,7 +122,9 @@ def test_exact_float32_rounds_no_more_than_eager(on, strategy, monkeypatch):
     case = Case(64, 64, 80, 8, dropout=0.5)
     tiles = tiles_for(ARCH, 4, case.R, tf32=False)
     on(ARCH, strategy, FULL, case.R)
-    monkeypatch.setattr("lora_kernels.functional.decide", lambda *_: (STRATEGIES[strategy], tiles))
+    monkeypatch.setattr(
+        "lora_kernels.autograd.functional.decide", lambda *_: (STRATEGIES[strategy], tiles)
+    )
 
     def layer(x, weight, lora_A, lora_B, bias):
         return lora_linear(

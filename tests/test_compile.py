@@ -7,8 +7,9 @@ import torch
 from oracle import DEVICE, Case, inputs, run
 from torch import nn
 
-from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear, ops
+from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear
 from lora_kernels.algebra import masks
+from lora_kernels.autograd import operators
 
 
 def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
@@ -21,7 +22,7 @@ def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
 def test_opcheck(dropout, strategy):
-    torch.library.opcheck(ops.forward, arguments(dropout=dropout, strategy=strategy))
+    torch.library.opcheck(operators.forward, arguments(dropout=dropout, strategy=strategy))
 
 
 def test_opcheck_on_columns():
@@ -29,7 +30,7 @@ def test_opcheck_on_columns():
     lora_A = torch.randn(2 * 3, 16, device=DEVICE, requires_grad=True)
     lora_B = torch.randn(5 + 9, 3, device=DEVICE, requires_grad=True)
     call = [], seed, [2, 7, 11, 20], scale, dropout, strategy
-    torch.library.opcheck(ops.forward, (x, weights, [lora_A], [lora_B], *call))
+    torch.library.opcheck(operators.forward, (x, weights, [lora_A], [lora_B], *call))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -38,7 +39,7 @@ def test_the_operator_is_the_function(strategy):
     given = inputs(case, torch.float32)
 
     def operator(x, weight, lora_A, lora_B, bias):
-        return ops.forward(
+        return operators.forward(
             x,
             [weight],
             [lora_A],

@@ -6,8 +6,9 @@ import pytest
 import torch
 from oracle import DEVICE, Case, inputs, judge, judge_layer, run
 
-from lora_kernels import STRATEGIES, lora_linear, ops
+from lora_kernels import STRATEGIES, lora_linear
 from lora_kernels.algebra import reference
+from lora_kernels.autograd import operators
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 
@@ -247,7 +248,7 @@ def test_a_weight_that_is_not_frozen_gets_its_gradient(compiled):
     def layer(x, weight, lora_A, lora_B, bias):
         if compiled:
             lists = [weight], [lora_A], [lora_B], [bias]
-            return ops.forward(x, *lists, None, [], 0.5, 0.0, "library")[2]
+            return operators.forward(x, *lists, None, [], 0.5, 0.0, "library")[2]
         return lora_linear(x, weight, lora_A, lora_B, bias=bias, scale=0.5)
 
     for wanted in (leaves, (weight,)):

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels import STRATEGIES, FusedLoRALinear
 from lora_kernels.algebra import masks, reference
-from lora_kernels.functional import lora_linears
+from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.groups import group_siblings
 
 CASES = {

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lora_kernels import kernels
-from lora_kernels.functional import Parts, lora_layer
+from lora_kernels.autograd.functional import Parts, lora_layer
 from lora_kernels.hardware.tiles import tiles_for
 from lora_kernels.strategies.table import STRATEGIES
 
@@ -256,7 +256,9 @@ def test_a_step_touches_what_it_was_given(watch, strategy, case):
 def test_a_step_with_the_tiles_of_a_card(watch, monkeypatch, strategy):
     case = Layers(150, (140, 33), 72, 33, HALF, dropout=0.25)
     tiles = tiles_for("sm_90", HALF.itemsize, case.R, tf32=False)
-    monkeypatch.setattr("lora_kernels.functional.decide", lambda *_: (STRATEGIES[strategy], tiles))
+    monkeypatch.setattr(
+        "lora_kernels.autograd.functional.decide", lambda *_: (STRATEGIES[strategy], tiles)
+    )
     run(tensors(case, 0, whole=False), case, strategy)
     assert watch.kernels == launched(case, strategy)
 

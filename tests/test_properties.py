@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels import STRATEGIES, lora_linear
 from lora_kernels.algebra import masks, reference
-from lora_kernels.functional import lora_linears
+from lora_kernels.autograd.functional import lora_linears
 
 # Reproducible in CI: the examples are a function of the test alone. Shrinking takes minutes.
 PROPERTY = settings(

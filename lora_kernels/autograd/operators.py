@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algebra import masks
-from .algebra.operands import Layers, Wanted
-from .strategies.choose import decide
+from ..algebra import masks
+from ..algebra.operands import Layers, Wanted
+from ..strategies.choose import decide
 
 
 def _layers(

@@ -1,0 +1,4 @@
+"""The layer as a differentiable function: in eager code a Function, in compiled graphs operators.
+
+Rule: this wing gives strategies their tensors and autograd its gradients; it computes nothing.
+"""
