@@ -9,11 +9,12 @@ without a GPU.
 
 from .adapters import load_adapter, save_adapter
 from .autograd.functional import lora_linear
-from .explain import explain
-from .injection import add_lora, merge
-from .modules import FusedLoRALinear, LoRAConfig
-from .peft import fuse_peft, unfuse_peft
-from .report import Report
+from .injection.explain import explain
+from .injection.inject import add_lora, merge
+from .injection.peft import fuse_peft, unfuse_peft
+from .injection.report import Report
+from .layers.config import LoRAConfig
+from .layers.linear import FusedLoRALinear
 from .strategies.table import STRATEGIES
 
 __version__ = "0.1.0"

@@ -21,9 +21,13 @@ from torch import Tensor, nn
 
 from .adapter_files import Adapter, LayerValues, write_files
 from .algebra.columns import check_columns, fold
-from .injection import describe, fused_layers, inject, refuse_injected, unwrapped
+from .injection.inject import describe, fused_layers, inject, refuse_injected, unwrapped
+from .injection.report import Report
+from .injection.targets import find_train, near_misses, why_not
+from .layers.base import features_of
+from .layers.config import LoRAConfig
+from .layers.linear import FusedLoRALinear
 from .loralib_format import read_loralib
-from .modules import FusedLoRALinear, LoRAConfig, features_of
 from .peft_format import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -34,8 +38,6 @@ from .peft_format import (
     read_peft,
     trained_by_peft,
 )
-from .report import Report
-from .targets import find_train, near_misses, why_not
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:

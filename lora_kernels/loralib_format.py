@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
 from .algebra.columns import Ranges, segments, unfold
-from .modules import features_of
-from .targets import is_layer
+from .injection.targets import is_layer
+from .layers.base import features_of
 
 
 def read_loralib(

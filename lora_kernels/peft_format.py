@@ -20,8 +20,8 @@ from torch import nn
 
 from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
 from .algebra.columns import Ranges
-from .modules import FusedLoRALinear
-from .targets import inside, is_layer
+from .injection.targets import inside, is_layer
+from .layers.linear import FusedLoRALinear
 
 COLUMNS_KEY = "lora_kernels.columns"
 CONFIG_NAME = "adapter_config.json"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora, save_adapter
-from lora_kernels.injection import family_of, heads_of
+from lora_kernels.injection.families import family_of, heads_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.modules import FusedLoRALinear
+from lora_kernels.layers.linear import FusedLoRALinear
 
 SMALL = {
     "hidden_size": 32,

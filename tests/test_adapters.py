@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_kernels.adapters import load_adapter, save_adapter
-from lora_kernels.injection import add_lora, fused_layers, heads_of
-from lora_kernels.modules import LoRAConfig
+from lora_kernels import LoRAConfig, add_lora, load_adapter, save_adapter
+from lora_kernels.injection.families import heads_of
+from lora_kernels.injection.inject import fused_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

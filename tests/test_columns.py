@@ -28,7 +28,7 @@ from lora_kernels import (
 from lora_kernels.algebra import masks, reference
 from lora_kernels.algebra.columns import complement, fold, unfold
 from lora_kernels.autograd.functional import lora_linears
-from lora_kernels.injection import family_of
+from lora_kernels.injection.families import family_of
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 

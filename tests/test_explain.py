@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, explain, fuse_peft, unfuse_peft
 from lora_kernels.hardware.tiles import KERNELS
-from lora_kernels.injection import TYPICAL_TOKENS
+from lora_kernels.injection.report import TYPICAL_TOKENS
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 

@@ -15,7 +15,7 @@ from torch import nn
 from lora_kernels import STRATEGIES, FusedLoRALinear
 from lora_kernels.algebra import masks, reference
 from lora_kernels.autograd.functional import lora_linears
-from lora_kernels.groups import group_siblings
+from lora_kernels.injection.siblings import group_siblings
 
 CASES = {
     "qkv": ((40, 40, 40), 8, 0.0, torch.float32),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear
 from lora_kernels.algebra import reference
-from lora_kernels.groups import group_siblings
+from lora_kernels.injection.siblings import group_siblings
 
 # ---------------------------------------------------------------- merge
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.injection import FAMILIES, add_lora, family_of, fused_layers, heads_of, merge
-from lora_kernels.modules import FusedLoRALinear, LoRAConfig
+from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, merge
+from lora_kernels.injection.families import FAMILIES, family_of, heads_of
+from lora_kernels.injection.inject import fused_layers
 
 every_model = pytest.mark.parametrize("name", model_zoo.MODELS)
 

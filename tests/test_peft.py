@@ -7,16 +7,16 @@ import pickle
 import re
 from collections.abc import Callable
 
+import lora_kernels.groups
+import lora_kernels.peft
 import model_zoo
 import peft
 import pytest
 import torch
 from torch import nn
 
-import lora_kernels.groups
-import lora_kernels.peft
 from lora_kernels.adapters import load_adapter
-from lora_kernels.peft import fuse_peft, fused_peft_layers, unfuse_peft
+from lora_kernels.injection.peft import fuse_peft, fused_peft_layers, unfuse_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora
-from lora_kernels.injection import fused_layers
-from lora_kernels.peft import fuse_peft
+from lora_kernels.injection.inject import fused_layers
+from lora_kernels.injection.peft import fuse_peft
 
 QKV = ("query", "key", "value")
 

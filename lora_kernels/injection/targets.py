@@ -10,71 +10,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 from torch import nn
 
-from .algebra.columns import Range, Ranges, segments
-from .modules import FusedLoRALinear, features_of, is_conv1d
+from ..algebra.columns import Range, Ranges, segments
+from ..layers.base import features_of, is_conv1d
+from ..layers.linear import FusedLoRALinear
+from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: the `model_type`s it covers, its usual LoRA targets, the names of its task heads.
-
-    `parts` names the equal ranges of the columns of a layer that computes several projections in
-    one: `c_attn.q` is a target like any other.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    targets: tuple[str, ...]
-    head: tuple[str, ...]
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-_ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
-_LLAMA = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"),
-    *("olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere"),
-    *("opt", "gptj", "gpt_neo"),
-)
-_HEAD = ("classifier", "qa_outputs")
-
-
-FAMILIES = (
-    Family("roberta", _ROBERTA, ("query", "value"), _HEAD),
-    Family("bert", ("bert",), ("query", "value"), _HEAD),
-    Family("electra", ("electra",), ("query", "value"), _HEAD),
-    Family("mpnet", ("mpnet",), ("attn.q", "attn.v"), _HEAD),
-    # No DeBERTa checkpoint holds the pooler of its classifier, so it is part of the head.
-    Family("deberta-v2", ("deberta-v2",), ("query_proj", "value_proj"), ("pooler", *_HEAD)),
-    Family("modernbert", ("modernbert",), ("Wqkv",), _HEAD, {"Wqkv": ("q", "k", "v")}),
-    Family("distilbert", ("distilbert",), ("q_lin", "v_lin"), ("pre_classifier", *_HEAD)),
-    Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD), {"c_attn": ("q", "k", "v")}),
-    Family("neox", ("gpt_neox", "bloom"), ("query_key_value",), ("score", *_HEAD)),
-    Family("t5", ("t5", "mt5"), ("q", "v"), ("classification_head", *_HEAD)),
-    Family("llama", _LLAMA, ("q_proj", "v_proj"), ("score", *_HEAD)),
-)
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """The row of `FAMILIES` for `model.config.model_type`, or None."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return next((row for row in FAMILIES if model_type in row.model_types), None)
-
-
-def heads_of(model: nn.Module) -> tuple[str, ...]:
-    """The task heads that `model` has, as names for `train=`.
-
-    Example:
-        >>> add_lora(model, LoRAConfig(train=heads_of(model)))
-    """
-    family = family_of(model)
-    names = family.head if family else tuple(dict.fromkeys(n for row in FAMILIES for n in row.head))
-    children = dict(model.named_children())
-    return tuple(n for n in names if n in children and any(True for _ in children[n].parameters()))
 
 
 def find_targets(

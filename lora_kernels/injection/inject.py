@@ -11,16 +11,13 @@ from types import MappingProxyType
 
 from torch import nn
 
-from .algebra.columns import Ranges
-from .groups import group_siblings, unhook
-from .modules import FusedLoRALinear, LoRAConfig
-from .report import FusedRow, Report, SkippedRow, count_parameters
-from .strategies.choose import choose
-from .targets import FAMILIES, Family, family_of, find_targets, find_train, heads_of
-
-__all__ = ["FAMILIES", "Family", "add_lora", "family_of", "fused_layers", "heads_of", "merge"]
-
-TYPICAL_TOKENS = 2048  # the batch that a report names the strategy for: 16 sequences of 128
+from ..algebra.columns import Ranges
+from ..layers.config import LoRAConfig
+from ..layers.linear import FusedLoRALinear
+from ..strategies.choose import choose
+from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
+from .siblings import group_siblings, unhook
+from .targets import find_targets, find_train
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> Report:

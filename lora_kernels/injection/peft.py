@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autograd.functional import Parts, lora_layer
-from .groups import Group, group_siblings, unhook
-from .held import HeldCast
-from .injection import TYPICAL_TOKENS
-from .modules import is_conv1d
-from .report import FusedRow, Report, SkippedRow, count_parameters
-from .strategies.choose import choose
-from .strategies.problem import Problem
-from .strategies.table import check_strategy
+from ..autograd.functional import Parts, lora_layer
+from ..layers.base import is_conv1d
+from ..layers.group import Group
+from ..layers.held_weight import HeldCast
+from ..strategies.choose import choose
+from ..strategies.problem import Problem
+from ..strategies.table import check_strategy
+from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
+from .siblings import group_siblings, unhook
 
 
 def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True) -> Report:

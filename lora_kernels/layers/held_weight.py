@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd.autocast import autocast_dtype
+from ..autograd.autocast import autocast_dtype
 
 
 class HeldCast:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+TYPICAL_TOKENS = 2048  # the batch that a report names the strategy for: 16 sequences of 128
+
 
 @dataclass(frozen=True)
 class FusedRow:

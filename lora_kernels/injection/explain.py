@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .injection import TYPICAL_TOKENS, fused_layers
+from ..strategies.choose import Choice, choose
+from ..strategies.problem import Problem
+from ..strategies.table import STRATEGIES
+from .inject import fused_layers
 from .peft import fused_peft_layers
-from .strategies.choose import Choice, choose
-from .strategies.problem import Problem
-from .strategies.table import STRATEGIES
+from .report import TYPICAL_TOKENS
 
 
 @dataclass(frozen=True)

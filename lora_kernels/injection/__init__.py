@@ -1,0 +1,4 @@
+"""Putting LoRA into a model and taking it out again: plain models, and models that PEFT wrapped.
+
+Rule: this wing knows modules and their names, and no file.
+"""
