@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.strategies.choose import choose
-from lora_kernels.tune import captured
+from lora_kernels.tools.timing import captured
 
 from . import cases, timing
 from .cases import Case, measurements

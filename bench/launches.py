@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from lora_kernels.algebra.operands import Layers, Wanted
-from lora_kernels.compile_report import AbsentCard, absent_card
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem, has_triton, interpreting
 from lora_kernels.strategies.table import STRATEGIES
+from lora_kernels.tools.absent_card import AbsentCard, absent_card
 
 from .records import Row
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels.tune import queued_times
+from lora_kernels.tools.timing import queued_times
 
 Run = Callable[[], object]
 SAMPLES = 30

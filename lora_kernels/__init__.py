@@ -7,7 +7,7 @@ Importing this package patches nothing, imports no transformers, and works witho
 without a GPU.
 """
 
-from .adapters import load_adapter, save_adapter
+from .adapters.load_save import load_adapter, save_adapter
 from .autograd.functional import lora_linear
 from .injection.explain import explain
 from .injection.inject import add_lora, merge

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, compile_report, doctor, tune
+from . import __version__
+from .tools import compile_report, doctor, shapes, tune
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _compile_report(arguments: argparse.Namespace) -> int:
 
 
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    models = ", ".join(tune.MODELS)
+    models = ", ".join(shapes.MODELS)
     parser.add_argument(
         "--model", default="roberta-base", help=f"{models}, or a directory with config.json"
     )
@@ -64,7 +65,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = arguments.batch * arguments.length
     dtypes = [compile_report.DTYPES[name] for name in arguments.dtype]
-    problems = tune.problems_of(arguments.model, tokens, arguments.rank, dtypes, device)
+    problems = shapes.problems_of(arguments.model, tokens, arguments.rank, dtypes, device)
     quiet = (lambda line: None) if arguments.json else print
     rows = tune.tune(problems, device, report=quiet)
     if arguments.json:

@@ -25,10 +25,10 @@ from lora_kernels import kernels, lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.columns import unfold
 from lora_kernels.autograd.functional import Parts, lora_layer
-from lora_kernels.compile_report import AbsentCard
 from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.kernels import launch
 from lora_kernels.strategies.table import STRATEGIES
+from lora_kernels.tools.absent_card import AbsentCard
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 

@@ -7,7 +7,7 @@ from compiled_code import ARCH, BRAIN, FULL, on  # noqa: F401
 from oracle import Case, judge_layer
 
 from lora_kernels import lora_linear
-from lora_kernels.tune import CANDIDATES
+from lora_kernels.tools.tune import CANDIDATES
 
 # A strategy whose step launches the kernel.
 STRATEGIES = {

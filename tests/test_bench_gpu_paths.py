@@ -23,12 +23,12 @@ from bench import __main__ as command
 from bench import cases, end_to_end, kernels, records, timing
 from bench.providers import providers
 from bench.subjects import METHODS, MODELS, PRECISIONS, Recipe
-from lora_kernels import doctor, tune
 from lora_kernels.algebra import masks
 from lora_kernels.strategies import library
 from lora_kernels.strategies.choose import _decide, choose
 from lora_kernels.strategies.problem import Problem, _gpu, architecture
 from lora_kernels.strategies.table import STRATEGIES
+from lora_kernels.tools import doctor, tune
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -235,7 +235,7 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
         return one.item() if state.get("capturing") else None
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        tune.captured(reads)
+        timing.captured(reads)
     assert state["stream"] is gpu and state["generator"] == "before"
     names = ("_cuda_endAllocateToPool", "_cuda_releasePool")
     assert state["cleared"] == [(name, 0, "pool") for name in names]
@@ -264,5 +264,5 @@ def test_doctor(gpu):
 
 def test_queued_times_leave_out_the_first(gpu):
     waits = iter([0.05, 0.0, 0.0, 0.0])
-    times = tune.queued_times(lambda: time.sleep(next(waits)), 3)
+    times = timing.queued_times(lambda: time.sleep(next(waits)), 3)
     assert len(times) == 3 and max(times) < 40_000

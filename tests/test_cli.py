@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from lora_kernels import STRATEGIES, cli, doctor
-from lora_kernels.doctor import Device, Facts, try_strategy
+from lora_kernels import STRATEGIES, cli
+from lora_kernels.tools import doctor
+from lora_kernels.tools.doctor import Device, Facts, try_strategy
 
 HEALTHY = Facts(
     versions={"torch": "2.13.0", "triton": "3.7.1", "numpy": "2.4.6"},

@@ -14,8 +14,9 @@ import sys
 
 import pytest
 
-from lora_kernels import cli, compile_report
-from lora_kernels.compile_report import CARDS, DTYPES, GATED, Card, Row, render
+from lora_kernels import cli
+from lora_kernels.tools import compile_report
+from lora_kernels.tools.compile_report import CARDS, DTYPES, GATED, Card, Row, render
 
 pytest.importorskip("triton")
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_adapters import injected
 from torch import nn
 
-from lora_kernels.adapters import load_adapter
+from lora_kernels.adapters.load_save import load_adapter
 
 loralib = pytest.importorskip("loralib")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.adapters import load_adapter
+from lora_kernels.adapters.load_save import load_adapter
 from lora_kernels.injection.peft import fuse_peft, fused_peft_layers, unfuse_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

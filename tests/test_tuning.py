@@ -14,12 +14,13 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from lora_kernels import STRATEGIES, tune
+from lora_kernels import STRATEGIES
 from lora_kernels.hardware import cards, cost, tiles, tuned
 from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
 from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
+from lora_kernels.tools import shapes, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = Problem(
@@ -199,16 +200,16 @@ def test_nothing_is_stored_where_nothing_runs(monkeypatch):
 
 
 def test_shapes_of_models(tmp_path):
-    problems = tune.problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
+    problems = shapes.problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
     assert {(p.N, p.K, p.layers) for p in problems} == {
         (768, 768, 1), (768, 768, 2), (768, 768, 3), (3072, 768, 1), (768, 3072, 1),
     }  # fmt: skip
     assert {p.dropout for p in problems} == {False, True} and {p.M for p in problems} == {2048}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
-    shapes = {(p.N, p.K) for p in tune.problems_of(str(tmp_path), 8, 1, [torch.float32], DEVICE)}
+    shapes = {(p.N, p.K) for p in shapes.problems_of(str(tmp_path), 8, 1, [torch.float32], DEVICE)}
     assert shapes == {(192, 64), (64, 64), (256, 64), (64, 256)}
     with pytest.raises(ValueError, match="unknown model 'nothing'"):
-        tune.problems_of("nothing", 8, 1, [torch.float32], DEVICE)
+        shapes.problems_of("nothing", 8, 1, [torch.float32], DEVICE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from .algebra import reference
-from .autograd.functional import lora_linear
-from .strategies.choose import choose
-from .strategies.problem import Problem, architecture, interpreting
-from .strategies.table import STRATEGIES
+from ..algebra import reference
+from ..autograd.functional import lora_linear
+from ..strategies.choose import choose
+from ..strategies.problem import Problem, architecture, interpreting
+from ..strategies.table import STRATEGIES
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
-from .algebra.columns import Ranges, segments, unfold
-from .injection.targets import is_layer
-from .layers.base import features_of
+from ..algebra.columns import Ranges, segments, unfold
+from ..injection.targets import is_layer
+from ..layers.base import features_of
+from .files import Adapter, LayerValues, read_tensors, split_lora
 
 
 def read_loralib(

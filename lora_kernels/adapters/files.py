@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .algebra.columns import Ranges
+from ..algebra.columns import Ranges
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 import safetensors
 from torch import nn
 
-from .adapter_files import Adapter, LayerValues, read_tensors, split_lora
-from .algebra.columns import Ranges
-from .injection.targets import inside, is_layer
-from .layers.linear import FusedLoRALinear
+from ..algebra.columns import Ranges
+from ..injection.targets import inside, is_layer
+from ..layers.linear import FusedLoRALinear
+from .files import Adapter, LayerValues, read_tensors, split_lora
 
 COLUMNS_KEY = "lora_kernels.columns"
 CONFIG_NAME = "adapter_config.json"

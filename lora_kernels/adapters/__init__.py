@@ -1,0 +1,9 @@
+"""The files of an adapter: PEFT's directory format, read and written, and loralib's, read.
+
+Rule: a file is read without running code, checked as a whole, and then taken over; what is written
+is on disk before it has its name.
+"""
+
+from .load_save import load_adapter, save_adapter
+
+__all__ = ["load_adapter", "save_adapter"]

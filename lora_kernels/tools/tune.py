@@ -1,0 +1,142 @@
+"""Measure strategies and tiles for the layers of a model, and write the table that `choose` reads.
+
+Tuning is an explicit act (`lora-kernels tune`): a training step never measures anything. For each
+problem every strategy that supports it is timed with the shipped tiles, forward + backward; then,
+for the two fastest, each kernel's tile is varied in turn and the best kept. Only tiles that compile
+for the card without error take part, and each is checked to leave the numbers as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hardware.tiles import Tile
+from ..hardware.tuned import Tuned, store_rows, table_path
+from ..strategies.choose import Choice, choose
+from ..strategies.problem import Problem
+from ..strategies.table import STRATEGIES
+from .probe import training_step
+from .timing import Step, graph_time
+
+# What is tried for each kernel besides the shipped tile. Tiles that a card cannot hold fail to
+# compile there and drop out.
+_GEMM = (
+    Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4),
+    Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 256, 32, 8, 3),
+    Tile(64, 64, 32, 4, 5), Tile(256, 64, 32, 8, 3),
+)  # fmt: skip
+_COLUMNS = (
+    Tile(32, 128, 0, 4, 2), Tile(64, 64, 0, 4, 3), Tile(128, 64, 0, 4, 2), Tile(64, 128, 0, 8, 3),
+    Tile(32, 64, 0, 2, 3),
+)  # fmt: skip
+CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
+    "project": (
+        Tile(16, 0, 128, 4, 3), Tile(16, 0, 64, 2, 4), Tile(32, 0, 128, 4, 3),
+        Tile(64, 0, 64, 4, 3), Tile(64, 0, 128, 8, 3),
+    ),
+    "low_rank_gemm": _GEMM,
+    "fused_gemm": _GEMM,
+    "low_rank": (Tile(32, 128, 32, 4, 1), Tile(64, 64, 32, 4, 1), Tile(128, 128, 32, 8, 1)),
+    "output_gradients": _COLUMNS,
+    "parameter_gradients": _COLUMNS,
+}  # fmt: skip
+
+
+def tune(
+    problems: Iterable[Problem],
+    device: torch.device,
+    *,
+    measure: Callable[[Step], float] = graph_time,
+    report: Callable[[str], None] = print,
+) -> dict[str, Tuned]:
+    """The fastest strategy and tiles of each problem, measured on `device` and stored in its table.
+
+    `measure` gives the microseconds of a step. Rows are stored as they are found, so an interrupted
+    run keeps what it has. Raises RuntimeError without a GPU.
+    """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if not gpu and measure is graph_time:
+        raise RuntimeError("tuning measures on a GPU, and there is none here")
+    rows: dict[str, Tuned] = {}
+    for problem in problems:
+        rows[problem.key] = row = _fastest(problem, device, measure)
+        store_rows(table_path(gpu or device.type), gpu, {problem.key: row})
+        report(f"{problem.key}: {row.strategy} {row.median_us:.1f} us")
+    return rows
+
+
+def _fastest(problem: Problem, device: torch.device, measure: Callable[[Step], float]) -> Tuned:
+    problem = replace(problem, gpu="")  # from the shipped tiles, not from an older table
+    shipped: dict[str, float] = {}
+    for name in STRATEGIES:
+        choice = choose(problem, name)
+        if choice.strategy == name:
+            shipped[name] = _measured(problem, choice, device, measure)
+    if min(shipped.values()) == math.inf:  # after an illegal access nothing runs in this process
+        raise RuntimeError(f"no strategy runs {problem}: see the warnings; nothing is stored")
+    best: Tuned | None = None
+    for name in sorted(shipped, key=shipped.__getitem__)[:2]:
+        tuned = _search(problem, choose(problem, name), shipped[name], device, measure)
+        if best is None or tuned.median_us < best.median_us:
+            best = tuned
+    assert best is not None  # the library takes every problem
+    return best
+
+
+def _search(
+    problem: Problem, choice: Choice, time: float, device: torch.device,
+    measure: Callable[[Step], float],
+) -> Tuned:  # fmt: skip
+    """Vary one kernel's tile at a time, keeping the best."""
+    tiles: Any = choice.tiles
+    kernels = STRATEGIES[choice.strategy].kernels(problem)
+    if tiles is not None:
+        for kernel in kernels:
+            for tile in CANDIDATES[kernel]:
+                trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
+                faster = _measured(problem, trial, device, measure)
+                if faster < time:
+                    time, tiles = faster, trial.tiles
+    return Tuned(choice.strategy, {name: getattr(tiles, name) for name in kernels}, time)
+
+
+def _measured(
+    problem: Problem, choice: Choice, device: torch.device, measure: Callable[[Step], float]
+) -> float:
+    """The time of a choice; infinite if it does not compile or changes the numbers."""
+    try:
+        step = training_step(problem, choice, device)
+        outputs = step()
+        expected = training_step(problem, choose(problem, choice.strategy), device)()
+        if all(_same(a, b, problem) for a, b in zip(outputs, expected, strict=True)):
+            return measure(step)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # each compiler stage raises classes of its own
+        warnings.warn(f"{problem.key} {choice}: {error}", stacklevel=2)
+    return math.inf
+
+
+def _same(actual: Tensor, expected: Tensor, problem: Problem) -> bool:
+    """Whether two results differ by rounding alone: an ulp of the largest value, in the mean.
+
+    An ulp of what products take, since gradients held in float32 are made from a rounded h or dh.
+    """
+    ulp = 2**-10 if problem.tf32 else torch.finfo(problem.dtype).eps
+    difference = (actual.float() - expected.float()).square().mean().sqrt()
+    return bool(difference <= ulp * expected.abs().max())
+
+
+def as_json(rows: Mapping[str, Tuned]) -> list[dict[str, Any]]:
+    """The rows as plain data."""
+    return [
+        {"problem": key, "strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
+        for key, r in rows.items()
+    ]
