@@ -51,14 +51,14 @@ compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fai
 
 run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, instruction by instruction
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
-		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled_code.py tests/compiled_tiles.py || exit 1; \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled/compiled_code.py tests/compiled/compiled_tiles.py || exit 1; \
 	done
 
 # Installs nothing: PYTHON has torch, Triton, transformers, peft, pytest and pytest-xdist. A step that
 # fails or runs out of its share of MINUTES does not stop the next; rows are written as they are
 # measured, and a second call goes on (tuning begins anew). Interrupted, not killed, pytest still says
 # what failed. Tests mostly wait for the compiler: processes side by side.
-EACH_KERNEL := tests/test_masks.py tests/test_functional.py -k "every_gradient or project_draws or applied"
+EACH_KERNEL := tests/algebra/test_masks.py tests/autograd/test_functional.py -k "every_gradient or project_draws or applied"
 MINUTES ?= 50
 GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 16 ? (n + 1) / 2 : 8)))
 seconds = $$(($(MINUTES) * 60 * $(1) / 100))

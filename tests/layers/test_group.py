@@ -1,0 +1,382 @@
+"""Siblings that read one x: the same numbers as each alone, one launch, and nothing assumed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import STRATEGIES, FusedLoRALinear
+from lora_kernels.algebra import masks, reference
+from lora_kernels.autograd.functional import lora_linears
+from lora_kernels.injection.siblings import group_siblings
+from tests.support.oracle import DEVICE, YARDSTICKS, Case, coarser, inputs, judge
+
+CASES = {
+    "qkv": ((40, 40, 40), 8, 0.0, torch.float32),
+    "qkv-dropout-half": ((48, 48, 48), 3, 0.25, torch.float16),
+    "ragged-gqa": ((64, 33, 33), 5, 0.1, torch.float32),
+    "gate-up-bf16": ((56, 56), 4, 0.1, torch.bfloat16),
+}
+
+
+def members(sizes, rank, dtype, conv1d=False):
+    layout = "conv1d" if conv1d else "linear"
+    cases = [Case(M=70, N=N, K=48, R=rank, weight=layout) for N in sizes]
+    return [inputs(case, dtype, seed) for seed, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_output_and_gradient_of_a_group(name, strategy):
+    sizes, rank, dropout, dtype = CASES[name]
+    given = members(sizes, rank, dtype)
+    x = given[0].x
+    torch.manual_seed(0)
+    y = lora_linears(
+        x, tuple(m.weight for m in given), tuple(m.lora_A for m in given),
+        tuple(m.lora_B for m in given), tuple(m.bias for m in given),
+        scale=0.75, dropout=dropout, training=True, strategy=strategy,
+    )  # fmt: skip
+    mask = y[0].grad_fn.saved_tensors[2]
+    leaves = [x] + [t for m in given for t in (m.lora_A, m.lora_B, m.bias)]
+    gradients = torch.autograd.grad(y, leaves, [m.dy for m in given])
+
+    def expected(dtype, device=DEVICE):
+        cast = [t.detach().to(device, dtype).requires_grad_() for t in leaves]
+        outputs = []
+        for g, m in enumerate(given):
+            keep = None if mask is None else masks.unpack(mask[g], 48).to(device)
+            A, B, bias = cast[1 + 3 * g : 4 + 3 * g]
+            weight = m.weight.detach().to(device, dtype)
+            outputs.append(
+                reference.forward(
+                    cast[0], weight, A, B, bias=bias, scale=0.75, keep=keep, dropout=dropout
+                )
+            )
+        found = torch.autograd.grad(outputs, cast, [m.dy.to(device, dtype) for m in given])
+        return [*(y.detach() for y in outputs), *found]
+
+    exact, eager = expected(torch.float64), expected(dtype)
+    if YARDSTICKS > 1:
+        eager = [*map(coarser, eager, expected(dtype, "cpu"), exact)]
+    names = (
+        [f"y{g}" for g in range(len(given))]
+        + ["dx"]
+        + [f"{n}{g}" for g in range(len(given)) for n in ("dlora_A", "dlora_B", "dbias")]
+    )
+    actual = [*(each.detach() for each in y), *gradients]
+    for label, *values in zip(names, actual, eager, exact, strict=True):
+        judge(label, *values, independent=70 * rank)
+    if mask is not None:  # each layer draws its own
+        assert not torch.equal(mask[0], mask[1])
+
+
+class Attention(nn.Module):
+    """Calls its projections as Hugging Face models do."""
+
+    def __init__(self, dropout=0.0, rank=4, **changes) -> None:
+        super().__init__()
+        for name in ("query", "key", "value"):
+            layer = FusedLoRALinear(
+                24,
+                24,
+                rank=changes.get(name, rank),
+                dropout=dropout,
+                strategy="library",
+                device=DEVICE,
+            )
+            nn.init.normal_(layer.lora_B)
+            setattr(self, name, layer)
+
+    def forward(self, x, other=None):
+        other = x if other is None else other
+        return self.query(x) * 2 + self.key(other) * 3 - self.value(other)
+
+
+def launches(model):
+    """How many autograd nodes of ours a forward makes."""
+    found = set()
+
+    def walk(node):
+        if node is None or node in found:
+            return
+        found.add(node)
+        for child, _ in node.next_functions:
+            walk(child)
+
+    walk(model.grad_fn)
+    return sum("LoRALinears" in type(node).__name__ for node in found)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(2, 5, 24, device=DEVICE, requires_grad=True)
+
+
+def test_siblings_share_one_node_and_keep_their_names(x):
+    model = Attention()
+    keys = set(model.state_dict())
+    alone = model(x)
+    assert launches(alone) == 3
+    assert group_siblings(model) == (("query", "key", "value"),)
+    together = model(x)
+    assert launches(together) == 1
+    assert set(model.state_dict()) == keys
+    torch.testing.assert_close(together, alone)
+    wanted = [x, *model.parameters()]
+    wanted = [t for t in wanted if t.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(together.sum(), wanted),
+        torch.autograd.grad(alone.sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+        assert a.abs().sum() > 0
+
+
+def test_a_projection_can_be_called_alone_and_with_another_x(x):
+    model = Attention()
+    other = torch.randn_like(x)
+    expected = [layer(t) for t in (x, other) for layer in (model.query, model.key, model.value)]
+    cross = model(x, other)
+    group_siblings(model)
+    actual = [layer(t) for t in (x, other) for layer in (model.query, model.key, model.value)]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    torch.testing.assert_close(model.key(x), expected[1])
+    for _ in range(5):  # cross attention: never in a group for long
+        torch.testing.assert_close(model(x, other), cross)
+    assert model.query.group.misses >= 3
+    assert launches(model(x)) == 3
+
+
+def test_threads_that_share_a_model_do_not_mix_their_results():
+    model, inputs_ = Attention(), [torch.randn(2, 5, 24, device=DEVICE) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs_]
+    group_siblings(model)
+
+    @torch.no_grad()  # which each thread decides for itself
+    def calls(x):
+        outputs = []
+        for _ in range(200):
+            outputs.append(model(x))
+            model.query.group.misses = 0  # or the group would dissolve, and nothing be tested
+        return outputs
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(calls, inputs_))
+    finally:
+        sys.setswitchinterval(before)
+    for outputs, e in zip(found, expected, strict=True):
+        for y in outputs:
+            torch.testing.assert_close(y, e)
+
+
+def test_a_changed_x_is_not_mistaken_for_the_old_one(x):
+    model = Attention()
+    group_siblings(model)
+    leaf = x.detach().clone()
+    model.query(leaf)
+    leaf.mul_(2)
+    torch.testing.assert_close(model.key(leaf), Attention.key_alone(model, leaf))
+
+
+def key_alone(self, x):
+    layer, group = self.key, self.key.group
+    layer.group = None
+    try:
+        return layer(x)
+    finally:
+        layer.group = group
+
+
+Attention.key_alone = key_alone
+
+
+def test_masks_are_drawn_anew_and_the_seed_reproduces_them(x):
+    model = Attention(dropout=0.5)
+    group_siblings(model)
+    torch.manual_seed(1)
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), first)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_checkpointing_recomputes_the_same_step(x):
+    model = Attention(dropout=0.5)
+    group_siblings(model)
+    wanted = [x, model.query.lora_A, model.value.lora_B]
+    for reentrant in (False, True):
+        torch.manual_seed(2)
+        plain = torch.autograd.grad(model(x).square().sum(), wanted)
+        torch.manual_seed(2)
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+        for t in wanted:
+            t.grad = None
+        y.square().sum().backward()
+        for gradient, t in zip(plain, wanted, strict=True):
+            torch.testing.assert_close(t.grad, gradient)
+
+
+def test_merging_dissolves_a_group_cleanly(x):
+    model, x = Attention().double(), x.detach().double()  # merged, another order of sums
+    group_siblings(model)
+    before = model(x)
+    model.key.merge()
+    torch.testing.assert_close(model(x), before)
+    assert launches(model(x)) == 2
+    model.key.unmerge()
+    assert launches(model(x)) == 1
+
+
+def test_copies_and_pickles_hold_their_own_group(x):
+    model = Attention()
+    group_siblings(model)
+    model.query(x)  # results wait for key and value: they must not travel
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.query.group is twin.key.group is not model.query.group
+        assert twin.query.group.members[0] is twin.query
+        torch.testing.assert_close(twin(x), model(x))
+
+
+def test_members_of_another_layout_or_rank_are_computed_one_by_one():
+    """A parameter replaced after grouping must not be read with its sibling's strides."""
+    given = members((24, 24), 4, torch.float32)
+    x, (first, second) = given[0].x, given
+    third = inputs(Case(M=70, N=24, K=48, R=5), torch.float32, 7)
+    second.lora_B = second.lora_B.detach().T.contiguous().T
+    second.weight = second.weight.T.contiguous().T
+    for group in ((first, second), (first, third)):
+        together = lora_linears(
+            x, *(tuple(getattr(m, n) for m in group) for n in ("weight", "lora_A", "lora_B")), (),
+            scale=0.5, dropout=0.0, training=True, strategy="split",
+        )  # fmt: skip
+        for y, m in zip(together, group, strict=True):
+            exact = reference.forward(x, m.weight, m.lora_A, m.lora_B, scale=0.5)
+            torch.testing.assert_close(y, exact)
+
+
+NAMES = ("weight", "lora_A", "lora_B", "bias")
+
+
+def test_biases_of_two_dtypes_are_not_read_by_one_kernel():
+    first, second = given = members((24, 24), 4, torch.float32)
+    second.bias = second.bias.detach().half().requires_grad_()
+    ys = lora_linears(
+        first.x, *(tuple(getattr(m, n) for m in given) for n in NAMES),
+        scale=0.5, dropout=0.0, training=True, strategy="split",
+    )  # fmt: skip
+    assert ys[0].grad_fn is not ys[1].grad_fn
+    for y, m in zip(ys, given, strict=True):
+        exact = reference.forward(
+            first.x, m.weight, m.lora_A, m.lora_B, bias=m.bias.float(), scale=0.5
+        )
+        torch.testing.assert_close(y, exact)
+
+
+def test_layers_that_differ_are_left_alone():
+    assert group_siblings(Attention(key=8)) == (("query", "value"),)
+    for name in ("crossattention", "cross_attention", "EncDecAttention", "cross_attn_to_image"):
+        assert group_siblings(nn.ModuleDict({name: Attention()})) == (), name
+    model = Attention(key=8)
+    model.value = nn.Linear(24, 24)
+    assert group_siblings(model) == ()
+
+
+def test_autocast_casts_each_weight_once(x):
+    model = Attention()
+    group_siblings(model)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y = model(x)
+        held = model.key._held.copy
+        model(x)
+    assert y.dtype == torch.bfloat16
+    assert model.key._held.copy is held and held.dtype == torch.bfloat16
+    assert model.key.weight.dtype == torch.float32
+
+
+class Disentangled(nn.Module):
+    """DeBERTa's attention: query and key project the hidden states, then the table of positions."""
+
+    def __init__(self, dropout=0.0) -> None:
+        super().__init__()
+        for name in ("query_proj", "key_proj", "value_proj"):
+            layer = FusedLoRALinear(24, 24, rank=4, dropout=dropout, device=DEVICE)
+            nn.init.normal_(layer.lora_B)
+            setattr(self, name, layer)
+
+    def forward(self, hidden, table):
+        content = self.query_proj(hidden) * 2 + self.key_proj(hidden) * 3 - self.value_proj(hidden)
+        return content.sum(1, keepdim=True) + self.query_proj(table) + 4 * self.key_proj(table)
+
+
+def test_only_the_first_x_of_a_call_is_shared_where_others_read_a_second(x):
+    # In float64: grouped, the same terms are added in another order.
+    model, table = Disentangled().double(), torch.randn(1, 7, 24, device=DEVICE).double()
+    x = x.detach().double().requires_grad_()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    alone = model(x, table)
+    gradients = torch.autograd.grad(alone.square().sum(), leaves)
+    assert launches(alone) == 5
+    assert group_siblings(model) == (("query_proj", "key_proj", "value_proj"),)
+    for call in (model, model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        y = call(x, table)
+        assert launches(y) == 3, "the value is not asked for the table, so it must not be computed"
+        torch.testing.assert_close(y, alone)
+    assert model.key_proj.group.misses == 0
+    for a, b in zip(
+        torch.autograd.grad(model(x, table).square().sum(), leaves), gradients, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+        assert b.abs().sum() > 0
+    torch.testing.assert_close(model.query_proj(x), copy.deepcopy(model.query_proj)(x))
+
+
+def test_checkpointing_a_parent_with_two_inputs_recomputes_the_same_step(x):
+    model, table = Disentangled(dropout=0.5), torch.randn(1, 7, 24, device=DEVICE)
+    group_siblings(model)
+    wanted = [x, model.query_proj.lora_A, model.value_proj.lora_B]
+    torch.manual_seed(2)
+    plain = torch.autograd.grad(model(x, table).square().sum(), wanted)
+    torch.manual_seed(2)
+    y = torch.utils.checkpoint.checkpoint(model, x, table, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(y.square().sum(), wanted), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_parent_with_two_inputs_compiles_to_one_graph(x):
+    model, table = Disentangled(), torch.randn(1, 7, 24, device=DEVICE)
+    group_siblings(model)
+    expected = model(x, table)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, table), expected)
+    assert launches(model(x, table)) == 3, "and eager calls find the group as it was"
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next(x):
+    model, table = Disentangled(), torch.randn(1, 7, 24, device=DEVICE)
+    expected = model(x, table)
+    group_siblings(model)
+    with pytest.raises(ValueError, match="features"):
+        model(x, table[..., :5])
+    torch.testing.assert_close(model(x, table), expected)
+    with pytest.raises(ValueError, match="features"):
+        model(x[..., :5], table)
+    torch.testing.assert_close(model(x, table), expected)
+    assert launches(model(x, table)) == 3

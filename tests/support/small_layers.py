@@ -1,0 +1,39 @@
+"""Small layers of both kinds, with an update that is not zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import FusedLoRALinear
+from tests.support.oracle import DEVICE
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = ["linear", "conv1d"]
+
+
+def base(kind: str, K: int = 20, N: int = 24, bias: bool = True, dtype=torch.float32) -> nn.Module:
+    """An nn.Linear, or transformers' Conv1D with weight [K, N]."""
+    if kind == "linear":
+        return nn.Linear(K, N, bias=bias, dtype=dtype, device=DEVICE)
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    layer = pytorch_utils.Conv1D(N, K).to(DEVICE, dtype)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def adapted(kind: str = "linear", *, dtype=torch.float32, bias: bool = True, **options):
+    """A layer whose update is not zero."""
+    options = {"rank": 3, "alpha": 6} | options
+    layer = FusedLoRALinear.from_linear(base(kind, bias=bias, dtype=dtype), **options)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def batch(dtype=torch.float32, rows: int = 7) -> torch.Tensor:
+    return torch.randn(rows, 20, device=DEVICE).to(dtype).requires_grad_()
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast(DEVICE.type, dtype=dtype)

@@ -1,0 +1,293 @@
+"""Tuned tables: what is measured is chosen; nothing is lost, nothing corrupt is applied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import STRATEGIES
+from lora_kernels.hardware import cards, cost, tiles, tuned
+from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
+from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
+from lora_kernels.tools import tune
+from lora_kernels.tools.shapes import problems_of
+from tests.support.oracle import DEVICE
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEM = Problem(
+    2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, gpu="NVIDIA GeForce RTX 3070"
+)
+MEASURED = Tile(64, 64, 64, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    load_table.cache_clear()
+    yield tmp_path
+    load_table.cache_clear()
+
+
+def row(strategy="split", us=12.5):
+    return Tuned(strategy, {"low_rank_gemm": MEASURED}, us)
+
+
+def test_a_measured_row_is_chosen_and_says_so():
+    path = tuned.table_path(PROBLEM.gpu)
+    assert "rtx-3070" in path.name and tuned.kernel_hash() in path.name and "triton" in path.name
+    store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
+    choice = choose(PROBLEM)
+    assert choice.strategy == "split" and choice.tiles.low_rank_gemm == MEASURED
+    assert choice.tiles.project == DEFAULT_TILES["any", 2, False].project
+    assert "measured on this card: 12 us" in choice.reason
+    named = choose(PROBLEM, "split")
+    assert named.tiles == choice.tiles
+    assert named.reason == "named by the caller, with the tiles measured on this card"
+    other = choose(PROBLEM, "hybrid")
+    assert other.reason == "named by the caller" and other.tiles.low_rank_gemm != MEASURED
+    other = Problem(2048, 768, 1024, 8, torch.bfloat16, "sm_86", dropout=True, gpu=PROBLEM.gpu)
+    assert "cost model" in choose(other).reason
+
+
+def test_a_row_that_cannot_is_not_chosen():
+    sliced = replace(PROBLEM, layers=2, sliced=True)
+    store_rows(tuned.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
+    assert choose(sliced).strategy != "fused"
+
+
+def test_an_edited_kernel_makes_tuned_tables_another_s(tmp_path):
+    copy = shutil.copytree(tuned.KERNEL_SOURCES, tmp_path / "kernels")
+    assert tuned.kernel_hash(copy) == tuned.kernel_hash()
+    edited = copy / "gradients.py"
+    edited.write_text(edited.read_text().replace("acc += tl.load", "acc -= tl.load"))
+    assert tuned.kernel_hash(copy) != tuned.kernel_hash()
+
+
+def test_the_digest_of_no_kernels_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="no kernel sources in"):
+        tuned.kernel_hash(tmp_path)
+
+
+def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
+    import dataclasses
+
+    key = PROBLEM.key
+    assert dataclasses.replace(PROBLEM, M=1025, R=16).key == key
+    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"layers": 3}, {"N": 769}):
+        assert dataclasses.replace(PROBLEM, **change).key != key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"format": 99, "rows": {}}', '{"format": 1, "rows": {"k": {}}}',
+        '{"format": 1, "rows": {"k": {"strategy": "split", "median_us": 1, "tiles": {"x": [1]}}}}',
+    ],
+)  # fmt: skip
+def test_a_corrupt_table_is_ignored_with_one_warning_and_then_replaced(text):
+    path = tuned.table_path(PROBLEM.gpu)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert "cost model" in choose(PROBLEM).reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(PROBLEM)
+    store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
+    assert choose(PROBLEM).strategy == "split"
+
+
+def test_writers_at_the_same_time_lose_nothing(cache):
+    """Eight processes add a row each to one file, again and again."""
+    path = cache / "table.json"
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "from lora_kernels.hardware.tuned import Tuned, store_rows\n"
+        "path, me = Path(sys.argv[1]), sys.argv[2]\n"
+        "for i in range(5):\n"
+        "    store_rows(path, 'card', {f'{me}-{i}': Tuned('split', {}, 1.0)})\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, str(path), str(i)], cwd=ROOT)
+        for i in range(4)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert set(load_table(path)) == {f"{writer}-{i}" for writer in range(4) for i in range(5)}
+    assert [p.name for p in cache.iterdir() if "table.json" in p.name] == ["table.json"]
+
+
+def test_tuning_finds_the_fastest_strategy_and_tile(monkeypatch):
+    """The measure is a made-up clock: only the choice is under test, on a tiny problem."""
+    monkeypatch.setattr(
+        tune, "CANDIDATES", {kernel: (Tile(16, 32, 16, 1, 1),) for kernel in KERNELS}
+    )
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+    seen = []
+    real = tune.training_step
+
+    def watched(problem, choice, device):
+        step = real(problem, choice, device)
+        step.choice = choice
+        return step
+
+    def clock(step):
+        choice = step.choice
+        seen.append(choice)
+        time = {"library": 50.0, "split": 40.0, "fused": 30.0, "hybrid": 60.0}[choice.strategy]
+        fast = choice.tiles is not None and choice.tiles.parameter_gradients.m == 16
+        return time - 5 * fast
+
+    monkeypatch.setattr(tune, "training_step", watched)
+    lines = []
+    rows = tune.tune([problem], DEVICE, measure=clock, report=lines.append)
+    found = rows[problem.key]
+    assert found.strategy == "fused" and found.median_us == 25.0
+    assert found.tiles["parameter_gradients"] == Tile(16, 32, 16, 1, 1)
+    assert found.tiles["fused_gemm"] != Tile(16, 32, 16, 1, 1)  # no faster: the shipped one stays
+    assert "project" not in found.tiles  # which fused does not use
+    assert {choice.strategy for choice in seen} == set(STRATEGIES)
+    assert len(lines) == 1 and "fused 25.0 us" in lines[0]
+    stored = load_table(tuned.table_path(problem.gpu or DEVICE.type))
+    assert stored[problem.key] == found
+
+
+def test_a_tile_that_changes_the_numbers_is_never_chosen(monkeypatch):
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+    real = tune.training_step
+
+    def broken(problem, choice, device):
+        step = real(problem, choice, device)
+        if choice.reason:  # a shipped choice has one, a candidate has none
+            return step
+        return lambda: tuple(t + 1 for t in step())
+
+    monkeypatch.setattr(tune, "training_step", broken)
+    monkeypatch.setattr(tune, "CANDIDATES", {k: (Tile(16, 32, 16, 1, 1),) for k in KERNELS})
+    times = iter(range(1000, 0, -1))  # everything later is faster
+    rows = tune.tune([problem], DEVICE, measure=lambda step: next(times), report=lambda line: None)
+    assert Tile(16, 32, 16, 1, 1) not in rows[problem.key].tiles.values()
+
+
+def test_another_order_of_sums_is_no_other_number():
+    """A half-precision h that is rounded the other way shows in gradients held in float32."""
+    problem = Problem.on(DEVICE, 512, 64, 64, 8, torch.float16, dropout=False)
+    h, dy = torch.randn(512, 8), torch.randn(512, 64)
+    gradient, other = (dy.T @ each.half().float() for each in (h, h * (1 + 2**-13)))
+    assert (gradient - other).abs().max() > 100 * torch.finfo(torch.float32).eps
+    assert tune._same(other, gradient, problem)
+    assert not tune._same(gradient * 1.01, gradient, problem)
+    assert not tune._same(other, gradient, replace(problem, dtype=torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_stored_where_nothing_runs(monkeypatch):
+    problem = Problem.on(DEVICE, 33, 32, 48, 3, torch.float32, dropout=False)
+
+    def gone(step):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match=r"no strategy runs .*M=33"):
+        tune.tune([problem], DEVICE, measure=gone)
+    assert not tuned.table_path(problem.gpu or DEVICE.type).exists()
+
+
+def test_shapes_of_models(tmp_path):
+    problems = problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
+    assert {(p.N, p.K, p.layers) for p in problems} == {
+        (768, 768, 1), (768, 768, 2), (768, 768, 3), (3072, 768, 1), (768, 3072, 1),
+    }  # fmt: skip
+    assert {p.dropout for p in problems} == {False, True} and {p.M for p in problems} == {2048}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
+    shapes = {(p.N, p.K) for p in problems_of(str(tmp_path), 8, 1, [torch.float32], DEVICE)}
+    assert shapes == {(192, 64), (64, 64), (256, 64), (64, 256)}
+    with pytest.raises(ValueError, match="unknown model 'nothing'"):
+        problems_of("nothing", 8, 1, [torch.float32], DEVICE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_is_one_clear_error(capsys):
+    from lora_kernels import cli
+
+    assert cli.main(["tune", "--model", "roberta-base"]) == 2
+    assert "measures on a GPU" in capsys.readouterr().err
+
+
+# 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: the numbers of docs/kernels.md.
+SIZE = cost.Size(4096, 768, (768,), 16, True, 2)
+X = Y = 4096 * 768 * 2
+W, H, MASK, SMALL = 768 * 768 * 2, 4096 * 16 * 2, 4096 * 768 / 8, 16 * 768 * 4
+SHIPPED = tiles.tiles_for("sm_86", 2, 16, tf32=False)
+
+
+def test_bytes_and_flops_by_hand():
+    project, gemm, dB, sum_B, dA, sum_A, dx = cost.launches("split", SIZE, SHIPPED, processors=82)
+    assert project.bytes == X + H + SMALL + MASK and project.flops == 2 * 4096 * 768 * 16
+    assert gemm.bytes == X + W + H + SMALL + Y
+    assert gemm.flops == 2 * 4096 * 768 * 768 + 2 * 4096 * 768 * 16
+    blocks = 6  # 768 columns / 128
+    parts, parts_h = 4 * 16 * 768 * 16, 4 * blocks * 4096 * 16  # of 4096 rows / (4 x 64)
+    parts_A = 4 * 28 * 768 * 16  # of twice 82 programs / 6 blocks
+    assert dB.bytes == Y + H + SMALL + parts + parts_h and dB.flops == 2 * 2 * 4096 * 768 * 16
+    assert sum_B.bytes == parts + parts_h + SMALL + H
+    assert dA.bytes == X + H + MASK + parts_A and sum_A.bytes == parts_A + SMALL
+    assert dx.bytes == Y + W + H + SMALL + MASK + X
+    moved = [launch.bytes for launch in (project, gemm, dB, sum_B, dA, sum_A, dx)]
+    assert [round(sum(part) / 1e6) for part in (moved[:2], moved[2:])] == [21, 35]
+    floor = (X + W + Y) / (1008 * 0.85e3)
+    assert cost.microseconds([gemm], cards.CARDS["RTX 4090"], torch.bfloat16) > floor
+
+
+def test_a_group_reads_x_once_whatever_its_widths():
+    group = SIZE._replace(N=(768, 256, 256))
+    project, gemm = cost.launches("split", group, SHIPPED, processors=82, backward=False)
+    assert project.bytes == X + 3 * (H + 16 * 768 * 4 + MASK)
+    widths = 768 + 256 + 256
+    assert gemm.bytes == X + 3 * H + widths * (768 * 2 + 4096 * 2 + 16 * 4)
+    alone = cost.launches("library", group.alone(1), SHIPPED, 82)
+    draw, *each = cost.launches("library", group, SHIPPED, 82)  # masks are drawn in one launch
+    assert draw.bytes == 3 * MASK and len(each) == 3 * (len(alone) - 1)
+
+
+def test_every_strategy_has_a_cost():
+    assert set(cost.COSTS) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("card", cards.CARDS.values(), ids=lambda card: card.name)
+def test_a_matrix_rate_is_what_multiprocessors_and_clock_give(card):
+    """FLOPs a clock of one multiprocessor, dense, half operands into float32 sums."""
+    per_clock = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "gfx942": 2048}.get(card.arch, 512)
+    assert card.processors * per_clock * card.boost * 1e-3 == pytest.approx(card.half, rel=0.02)
+    assert card.tf32 is None or card.tf32 == pytest.approx(card.half / 2, rel=0.01)
+    if "RTX" in card.name:  # two FLOPs a core: 64 cores in a Turing multiprocessor, 128 later
+        cores = 64 if card.arch == "sm_75" else 128
+        single = card.processors * 2 * cores * card.boost * 1e-3
+        assert single == pytest.approx(card.single, rel=0.02)
+
+
+def test_cards_are_told_apart():
+    assert cards.card_of("NVIDIA GeForce RTX 3070 Ti") is cards.CARDS["RTX 3070 Ti"]
+    assert cards.card_of("NVIDIA GeForce RTX 3070") is cards.CARDS["RTX 3070"]
+    assert cards.card_of("NVIDIA A100-SXM4-80GB") is cards.CARDS["A100"]
+    for other in ("CPU AMD EPYC", "NVIDIA RTX A1000", "NVIDIA GH200 480GB"):
+        assert cards.card_of(other) is None
+    assert cards.nearest("NVIDIA H200", "sm_90").name == "H200"
+    assert cards.nearest("an unknown card", "sm_89").name == "RTX 4090"
+    assert cards.nearest("", "sm_87").name == "RTX 3090"
+
+
+def test_the_cost_model_prefers_what_the_design_expects():
+    big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
+    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, layers=3)
+    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, layers=3)
+    assert choose(big).strategy == "hybrid"
+    assert choose(small).strategy == "fused"
+    assert choose(dropped).strategy == "split"
