@@ -118,7 +118,7 @@ class Case:
         """What the layer, or the group, asks of `lora_kernels.dispatch.choose`."""
         return Problem.on(
             device, self.M, max(self.layer.N), self.layer.K, self.R, self.torch_dtype,
-            dropout=self.dropout > 0, layers=len(self.layer.N),
+            dropout=self.dropout > 0, segments=len(self.layer.N),
         )  # fmt: skip
 
 

@@ -10,27 +10,17 @@ siblings read a second tensor by design (DeBERTa), a pre-hook on their parent sa
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..algebra.operands import Parts
 from ..autograd.autocast import autocast_dtype
-from ..autograd.functional import Parts, lora_linears
+from ..autograd.functional import lora_linears
+from .base import LoRALayer
 
 _PATIENCE = 3
-
-
-class Member(Protocol):
-    """A layer that can be in a group: FusedLoRALinear, or what `fuse_peft` made of PEFT's."""
-
-    group: Group | None
-
-    def parts(self, x: Tensor) -> Parts | None:
-        """What a call on x needs; None while the layer does not run fused (merged, disabled)."""
-
-    def layout(self) -> tuple[Any, ...] | None:
-        """What siblings must have in common to be a group; None if it runs alone."""
 
 
 class _Waiting(NamedTuple):
@@ -44,7 +34,7 @@ class _Waiting(NamedTuple):
 class Group:
     """Two or more layers that read the same x; they run together while their parts allow it."""
 
-    def __init__(self, members: tuple[Member, ...], first_only: bool = False) -> None:
+    def __init__(self, members: tuple[LoRALayer, ...], first_only: bool = False) -> None:
         self.members = members
         self.first_only = first_only
         self.misses = 0
@@ -59,7 +49,7 @@ class Group:
         """The parent's forward begins: a pre-hook of it, for `first_only`."""
         self._fresh = True
 
-    def output(self, layer: Member, x: Tensor, own: Parts) -> Tensor | None:
+    def output(self, layer: LoRALayer, x: Tensor, own: Parts) -> Tensor | None:
         """y of one member, whose parts for x are `own`; None if it must be computed alone."""
         compiling = torch.compiler.is_compiling()
         if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
@@ -90,13 +80,7 @@ class Group:
         parts = [p for p in every if p is not None]
         if len(parts) < len(every) or not _alike(parts, x):
             return None
-        first = parts[0]
-        weights, biases, lora_A, lora_B, *_ = zip(*parts, strict=True)
-        ys = lora_linears(
-            x, weights, lora_A, lora_B, () if first.bias is None else biases,
-            scale=first.scale, dropout=first.dropout, training=first.training,
-            strategy=first.strategy,
-        )  # fmt: skip
+        ys = lora_linears(x, tuple([p.weights for p in parts]), own.settings)
         results = {
             id(member): (y, _state(p)) for member, y, p in zip(self.members, ys, parts, strict=True)
         }
@@ -109,17 +93,17 @@ def _alike(parts: list[Parts], x: Tensor) -> bool:
     """Whether these layers can share a launch now: offloading takes siblings' tensors away."""
     first, device, K = parts[0], x.device, x.shape[-1]
     return all(
-        p[4:] == first[4:]
-        and (p.bias is None) == (first.bias is None)
-        and p.weight.device == device
-        and p.weight.shape[-1] == K
-        for p in parts
+        settings == first.settings
+        and (weights.bias is None) == (first.weights.bias is None)
+        and weights.weight.device == device
+        and weights.weight.shape[-1] == K
+        for weights, settings in parts
     )
 
 
 def _state(parts: Parts) -> Any:
     """What must be as it was when a result was computed: the adapter and its values."""
     if torch.compiler.is_compiling():
-        return parts[4:]
-    A, B = parts.lora_A, parts.lora_B
-    return id(A), A._version, id(B), B._version, *parts[4:]
+        return parts.settings
+    A, B = parts.weights.lora_A, parts.weights.lora_B
+    return id(A), A._version, id(B), B._version, parts.settings

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from ..algebra.operands import Operands, Settings
 from ..hardware.tiles import Tile, Tiles, bucket, tiles_for
 from ..hardware.tuned import Tuned, load_table, table_path
 from .problem import Problem, tf32_allowed
@@ -81,8 +83,8 @@ def predict(problem: Problem, strategy: str) -> float:
     from ..hardware.cards import nearest
 
     p, card = problem, nearest(problem.gpu, problem.arch)
-    N = p.N // p.layers if p.sliced else p.N  # as a group that is as wide in all
-    size = cost.Size(p.M, p.K, (N,) * p.layers, p.R, p.dropout, p.dtype.itemsize)
+    N = p.N // p.segments if p.columns else p.N  # as a group that is as wide in all
+    size = cost.Size(p.M, p.K, (N,) * p.segments, p.R, p.dropout, p.dtype.itemsize)
     launches = cost.launches(strategy, size, _shipped(p), card.processors)
     return cost.microseconds(launches, card, p.dtype, tf32=p.tf32)
 
@@ -100,20 +102,32 @@ def _choice(name: str, reason: str, problem: Problem, measured: Mapping[str, Til
     return Choice(name, tiles, reason)
 
 
+def decide(x: Tensor, operands: Operands, settings: Settings) -> tuple[Strategy, Tiles | None]:
+    """`choose` for a call on x [..., K]: the row, and the tiles of its kernels.
+
+    Remembered by power-of-two buckets of M, so a batch of a new length decides nothing anew.
+    """
+    weight, (lora_B, *_) = operands.weight, operands.lora_B
+    N, K = weight[0].shape
+    if len(weight) > 1:
+        N = max([each.shape[0] for each in weight])
+    M = x.shape[0] if x.dim() == 2 else x.numel() // K if K else 0
+    device, dtype, (_, dropout, strategy, columns) = x.device, x.dtype, settings
+    segments = len(weight if columns is None else columns)
+    tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
+    return _decide(
+        device, bucket(M), N, K, lora_B.shape[1], dtype, dropout > 0, segments,
+        columns is not None, strategy, tf32,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=8192)
 def _decide(
     device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
-    layers: int, sliced: bool, strategy: str, tf32: bool,
+    segments: int, columns: bool, strategy: str, tf32: bool,
 ) -> tuple[Strategy, Tiles | None]:  # fmt: skip
-    problem = Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
+    problem = Problem.on(
+        device, M, N, K, R, dtype, dropout=dropout, segments=segments, columns=columns
+    )
     choice = choose(problem, strategy)
     return STRATEGIES[choice.strategy], choice.tiles
-
-
-def decide(
-    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
-    layers: int, sliced: bool, strategy: str,
-) -> tuple[Strategy, Tiles | None]:  # fmt: skip
-    """`choose` for a call, remembered by power-of-two buckets of M (and torch's TF32 setting)."""
-    tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
-    return _decide(device, bucket(M), N, K, R, dtype, dropout, layers, sliced, strategy, tf32)

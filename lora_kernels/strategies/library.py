@@ -12,13 +12,22 @@ drawn and applied by Triton where a GPU has it, else by plain torch (`masks`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..algebra import masks
-from ..algebra.operands import Backward, Forward, Layers, Tensors, Wanted
+from ..algebra.operands import (
+    Backward,
+    Forward,
+    Operands,
+    Settings,
+    Tensors,
+    Wanted,
+    segments_of,
+)
 from ..hardware.tiles import Tiles
 from .problem import has_triton, triton_kernels
 
@@ -87,40 +96,41 @@ def _low_rank(h: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float) -> T
 
 
 def library_forward(
-    x: Tensor, layers: Layers, scale: float, dropout: float, seed: Tensor | None,
-    tiles: Tiles | None,
-) -> Forward:  # fmt: skip
+    x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles | None
+) -> Forward:
     """cuBLAS or oneDNN: the rank-R product is y at first, and the frozen one is added in place."""
     (M, K), dtype = x.shape, x.dtype
-    lora_A, lora_B = layers.adapters()
+    scale, dropout, _, columns = settings
+    lora_A, lora_B = operands.adapters(columns)
     mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
     h = []
     for g, each in enumerate(lora_A):
         dropped_x = _drop(x, _keep(mask, g, K, dtype))
         h.append(_product(dropped_x, _as(each, dtype).T, 1 / (1 - dropout)))
     y = []
-    for g, weight in enumerate(layers.weight):
-        bias = None if layers.bias is None else _as(layers.bias[g], dtype)
-        if layers.columns is None:
+    for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
+        bias = None if bias is None else _as(bias, dtype)
+        if columns is None:
             y.append(_low_rank(h[g], _as(lora_B[g], dtype), bias, scale))
         else:
             y.append(x.new_zeros(M, len(weight)) if bias is None else bias.repeat(M, 1))
-            for y_g, h_g, B_g in zip(layers.adapted(tuple(y)), h, lora_B, strict=True):
+            for y_g, h_g, B_g in zip(segments_of(tuple(y), columns), h, lora_B, strict=True):
                 y_g.addmm_(h_g, _as(B_g, dtype).T, alpha=scale)
         y[g].addmm_(x, weight.T)
     return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
 
 
 def library_backward(
-    dy: Tensors, x: Tensor | None, layers: Layers, h: Tensor | None, mask: Tensor | None,
-    scale: float, dropout: float, wanted: Wanted, tiles: Tiles | None,
+    dy: Tensors, x: Tensor | None, operands: Operands, h: Tensor | None, mask: Tensor | None,
+    settings: Settings, wanted: Wanted, tiles: Tiles | None,
 ) -> Backward:  # fmt: skip
     """The same products by hand: rank-R products are dx at first, and dy W is added in place."""
+    scale, dropout, _, columns = settings
     dtype, kept_scale = dy[0].dtype, scale / (1 - dropout)
     dx: Tensor | None = None
     dlora_A, dlora_B = [], []
     for g, (dy_g, lora_A, lora_B) in enumerate(
-        zip(layers.adapted(dy), *layers.adapters(), strict=True)
+        zip(segments_of(dy, columns), *operands.adapters(columns), strict=True)
     ):
         if wanted.dx or wanted.dlora_A:
             dh_T = _as(lora_B, dtype).T @ dy_g.T  # scaled where it is used, at no cost
@@ -135,8 +145,21 @@ def library_backward(
             # Transposed: oneDNN's dy^T h takes 7.6 ms, h^T dy 0.44 (EPYC, N = 3072, fp32).
             dlora_B.append(_as(_product(h[g].T, dy_g, scale).T, lora_B.dtype).contiguous())
     if dx is not None:
-        for dy_g, weight in zip(dy, layers.weight, strict=True):
+        for dy_g, weight in zip(dy, operands.weight, strict=True):
             dx.addmm_(dy_g, weight)
-    if layers.columns is not None:
+    if columns is not None:
         dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
+
+
+def frozen_gradients(
+    dy: Tensors, x: Tensor | None, needs_weight: Sequence[bool], needs_bias: Sequence[bool]
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """dweight [N, K] = dy^T x and dbias [N] = the sum of dy over M, for the layers that need them.
+
+    LoRA freezes both, so these are for what is trained besides, by plain products.
+    """
+    # x is there whenever a weight needs it.
+    dweight = [d.T @ x if need else None for d, need in zip(dy, needs_weight, strict=True)]  # type: ignore[operator]
+    dbias = [d.sum(0) if need else None for d, need in zip(dy, needs_bias, strict=True)]
+    return tuple(dweight), tuple(dbias)

@@ -54,7 +54,7 @@ def triton_supports(problem: Problem) -> str | None:
 
 
 def _fused_supports(problem: Problem) -> str | None:
-    if problem.sliced:
+    if problem.columns:
         return "columns: every one of them, adapted or not, would pay for x lora_A^T"
     return triton_supports(problem)
 

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..algebra.columns import segments
-from ..algebra.operands import Layers, Wanted
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
 from .absent_card import SPECIMENS, Specimen, _Compiled, absent_card
+from .probe import Probe, without_memory
 
 
 class Card(NamedTuple):
@@ -79,39 +78,22 @@ class Row:
 
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
-    """Forward and backward on meta tensors: every launch that a step on the card makes."""
-    M, N, K, R, dropout, bias, conv1d, G, sliced = specimen
+    """Forward and backward on tensors without memory: every launch of a step on the card."""
+    M, N, K, R, dropout, bias, conv1d, G, columns = specimen
     tf32 = dtype is torch.float32
-    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, sliced=sliced)
+    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, columns=columns)
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
-        return  # refused (`fused` with dropout, say)
-    if choice.tiles is None:  # a library, whose masks alone are kernels of ours
+        return  # refused: `fused` takes no columns
+    if choice.tiles is None:  # `library`, which launches our kernels for masks alone
         if dropout:
             _library_masks(M, K, G, dtype)
         return
-    row = STRATEGIES[strategy]
     # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
     adapter = torch.float32 if dropout else dtype
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x = tensor(M, K)
-    weights, stacked, width, columns = G, 1, N, None
-    if sliced:
-        weights, stacked, width, columns = 1, G, N * G // 3, segments(N, 3)[-G:]
-    layers = Layers(
-        tuple(tensor(K, N).T if conv1d else tensor(N, K) for _ in range(weights)),
-        tuple(tensor(N) for _ in range(weights)) if bias else None,
-        tuple(tensor(stacked * R, K, dtype=adapter) for _ in range(weights)),
-        tuple(tensor(width, R, dtype=adapter) for _ in range(weights)),
-        columns,
-    )
-    seed = tensor(1, dtype=torch.int64) if dropout else None
-    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tiles)
-    dy = tuple(tensor(M, N) for _ in range(weights))
-    row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tiles)
+    probe = Probe(problem, choice, without_memory, bias=bias, conv1d=conv1d, adapter=adapter)
+    x, dy = probe.inputs()
+    probe.backward(x, dy, probe.forward(x))
 
 
 def _library_masks(M: int, K: int, G: int, dtype: torch.dtype) -> None:

@@ -60,7 +60,7 @@ def problems_of(
     """
     shapes = MODELS[model] if model in MODELS else _shapes_of_config(model)
     return [
-        Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
+        Problem.on(device, M, N, K, R, dtype, dropout=dropout, segments=layers, columns=sliced)
         for dropout in (True, False)  # as most train first: a run may be cut
         for dtype in dtypes
         for N, K, layers, sliced in shapes

@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.algebra import masks
-from lora_kernels.algebra.operands import Layers
+from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.hardware.tiles import tiles_for
 from lora_kernels.strategies import library
 from lora_kernels.strategies.choose import choose
@@ -28,9 +28,9 @@ def drawn(strategy: str, rows: int, columns: int, dropout: float) -> torch.Tenso
     choice = choose(problem, strategy)
     assert choice.strategy == strategy, choice.reason
     with torch.no_grad():
-        layers = Layers((given.weight,), None, (given.lora_A,), (given.lora_B,))
+        operands = Operands.of([Weights(given.weight, None, given.lora_A, given.lora_B)])
         _, _, mask = STRATEGIES[strategy].forward(
-            given.x, layers, 1.0, dropout, masks.draw_seed(DEVICE), choice.tiles
+            given.x, operands, Settings(1.0, dropout), masks.draw_seed(DEVICE), choice.tiles
         )
     assert mask.dtype == torch.uint8 and mask.shape == (1, rows, masks.packed_width(columns))
     return masks.unpack(mask[0], columns)

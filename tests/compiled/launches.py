@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels import kernels
-from lora_kernels.algebra.operands import Layers, Wanted
+from lora_kernels.algebra.operands import Operands, Settings, Wanted, Weights
 from lora_kernels.hardware.tiles import Tile, Tiles
 from lora_kernels.kernels import launch, projection
 from lora_kernels.strategies.tiled import (
@@ -150,7 +150,7 @@ FORWARD = {"split": split_forward, "fused": fused_forward, "hybrid": hybrid_forw
 BACKWARD = {"split": split_backward, "fused": fused_backward, "hybrid": hybrid_backward}
 
 
-def tensors(step: Step) -> tuple[torch.Tensor, Layers, tuple[torch.Tensor, ...], Any]:
+def tensors(step: Step) -> tuple[torch.Tensor, Operands, tuple[torch.Tensor, ...], Any]:
     def new(name: str, *shape: int, dtype: torch.dtype = step.dtype, padding: int = 0):
         *rows, columns = shape
         start = 1 if name in step.offset else 0
@@ -159,15 +159,18 @@ def tensors(step: Step) -> tuple[torch.Tensor, Layers, tuple[torch.Tensor, ...],
         return whole.flatten()[start:].as_strided(shape, whole[..., :columns].stride())
 
     M, N, K, R, G = step[:5]
-    layers = Layers(
-        tuple(new("weight", K, N).T if step.conv1d else new("weight", N, K) for _ in range(G)),
-        tuple(new("bias", N, dtype=step.bias_dtype) for _ in range(G)) if step.bias else None,
-        tuple(new("lora_A", R, K, dtype=step.adapters) for _ in range(G)),
-        tuple(new("lora_B", N, R, dtype=step.adapters) for _ in range(G)),
-    )
+    layers = [
+        Weights(
+            new("weight", K, N).T if step.conv1d else new("weight", N, K),
+            new("bias", N, dtype=step.bias_dtype) if step.bias else None,
+            new("lora_A", R, K, dtype=step.adapters),
+            new("lora_B", N, R, dtype=step.adapters),
+        )
+        for _ in range(G)
+    ]
     dy = tuple(new("dy", M, N, padding=step.padding) for _ in range(G))
     seed = torch.zeros(1, dtype=torch.int64) if step.dropout else None
-    return new("x", M, K, padding=step.padding), layers, dy, seed
+    return new("x", M, K, padding=step.padding), Operands.of(layers), dy, seed
 
 
 def run(step: Step, made: Any, active: Card) -> list[Launched]:
@@ -179,14 +182,13 @@ def run(step: Step, made: Any, active: Card) -> list[Launched]:
 
 def run_step(step: Step, made: Any, empty: Callable[..., torch.Tensor]) -> None:
     """Forward and backward of the step, with `empty` in the place of torch's."""
-    x, layers, dy, seed = made
+    x, operands, dy, seed = made
+    settings = Settings(step.scale, step.dropout)
     tiles = Tiles._make([step.tile] * 6 + [step.precision])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        done = FORWARD[step.strategy](x, layers, step.scale, step.dropout, seed, tiles)
-        BACKWARD[step.strategy](
-            dy, x, layers, done.h, done.mask, step.scale, step.dropout, step.wanted, tiles
-        )
+        done = FORWARD[step.strategy](x, operands, settings, seed, tiles)
+        BACKWARD[step.strategy](dy, x, operands, done.h, done.mask, settings, step.wanted, tiles)
 
 
 def check(step: Step, active: Card) -> None:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def passes(name: str, **environment: str) -> None:
     pytest_of = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*pytest_of, f"tests/compiled/{name}"], env={**os.environ, "TRITON_INTERPRET": "0", **environment}, capture_output=True,
-        text=True, check=False, cwd=ROOT,
+        [*pytest_of, f"tests/compiled/{name}"], capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment}, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout

@@ -60,7 +60,7 @@ def test_a_measured_row_is_chosen_and_says_so():
 
 
 def test_a_row_that_cannot_is_not_chosen():
-    sliced = replace(PROBLEM, layers=2, sliced=True)
+    sliced = replace(PROBLEM, segments=2, columns=True)
     store_rows(tuned.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
     assert choose(sliced).strategy != "fused"
 
@@ -83,7 +83,7 @@ def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
 
     key = PROBLEM.key
     assert dataclasses.replace(PROBLEM, M=1025, R=16).key == key
-    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"layers": 3}, {"N": 769}):
+    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"segments": 3}, {"N": 769}):
         assert dataclasses.replace(PROBLEM, **change).key != key
 
 
@@ -202,7 +202,7 @@ def test_nothing_is_stored_where_nothing_runs(monkeypatch):
 
 def test_shapes_of_models(tmp_path):
     problems = problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
-    assert {(p.N, p.K, p.layers) for p in problems} == {
+    assert {(p.N, p.K, p.segments) for p in problems} == {
         (768, 768, 1), (768, 768, 2), (768, 768, 3), (3072, 768, 1), (768, 3072, 1),
     }  # fmt: skip
     assert {p.dropout for p in problems} == {False, True} and {p.M for p in problems} == {2048}
@@ -286,8 +286,8 @@ def test_cards_are_told_apart():
 
 def test_the_cost_model_prefers_what_the_design_expects():
     big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
-    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, layers=3)
-    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, layers=3)
+    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, segments=3)
+    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, segments=3)
     assert choose(big).strategy == "hybrid"
     assert choose(small).strategy == "fused"
     assert choose(dropped).strategy == "split"
