@@ -1,9 +1,9 @@
 """Fine-tuning with fused LoRA layers, run from a checkout: `python -m models.train`.
 
-`train` tells the story of a run. It takes flags (`arguments`), rows of text (`data`), a pretrained
-model (`loading`) and a way to fine-tune it (`methods`), trains (`trainer`), and leaves a run
-directory behind (`result` says what is in it, `run_directory` writes it, `show` draws and prints).
-A task is a row of `data.tasks.TASKS`, a method a row of `methods.METHODS`.
+Start with `train`, which tells a run from its flags (`arguments`) to its files (`run_directory`). A
+run reads rows of text (`data`), loads a pretrained model (`loading`), attaches a method to it
+(`methods`), trains it (`trainer`), and describes all that in a result (`result`) that people can
+read (`show`). A task is a row of `data.tasks.TASKS`, a method a row of `methods.METHODS`.
 
-Rule: these modules import `lora_kernels`, and never `bench`.
+Rule: this folder imports `lora_kernels` and never `bench`.
 """

@@ -38,7 +38,7 @@ class Arguments:
     )
     method: str = flag(
         "lora",
-        "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()),
+        "; ".join(f"{row.name}: {row.summary}" for row in METHODS.values()),
         choices=tuple(METHODS),
     )
     rank: int = flag(8, "LoRA rank")
@@ -52,7 +52,10 @@ class Arguments:
     rslora: bool = flag(False, "scale by alpha / sqrt(rank)")
     strategy: str = flag("auto", "a row of lora_kernels.STRATEGIES")
     learning_rate: float | None = flag(
-        None, "peak (default: 1e-3 for lora and peft, 5e-5 for full)"
+        None,
+        "peak (default: "
+        + ", ".join(f"{row.learning_rate:g} for {row.name}" for row in METHODS.values())
+        + ")",
     )
     epochs: int = flag(3, "passes over the training split")
     batch_size: int = flag(16, "training rows in a batch")
