@@ -15,7 +15,7 @@ from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import CARDS
-from lora_kernels.strategies import choice
+from lora_kernels.strategies import choose
 
 CPU = torch.device("cpu")
 
@@ -201,14 +201,14 @@ def test_roofline_and_choose_predict_the_same(card, dtype, dropout):
     case = Case(LAYERS["llama-8b.q_proj"], 2048, 8, dropout, dtype)
     row = CARDS[card]
     (N,) = case.layer.N
-    problem = choice.Problem(
+    problem = choose.Problem(
         2048, N, case.layer.K, 8, case.torch_dtype, row.arch, dropout > 0, dtype == "tf32", gpu=card
     )
     share = roofline.efficiency(row, dtype, [])
-    for name in choice.STRATEGIES:
+    for name in choose.STRATEGIES:
         found = roofline.predict(row, name, case, "forward_backward", share)
         if found is not None:
-            assert found.microseconds == choice.predict(problem, name)
+            assert found.microseconds == choose.predict(problem, name)
 
 
 def test_more_work_never_costs_less():
