@@ -15,40 +15,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..algebra.columns import segments
 from ..algebra.operands import Layers, Wanted
+from ..hardware.cards import ARCHITECTURES, Architecture
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
 from .absent_card import SPECIMENS, Specimen, _Compiled, absent_card
 
-
-class Card(NamedTuple):
-    """One multiprocessor: KiB of shared memory (a program, all), warps, programs, registers."""
-
-    program_shared: int
-    shared: int
-    warps: int
-    programs: int
-    registers: int = 65536
-
-
-# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-CARDS = {
-    "sm_75": Card(64, 64, 32, 16),  # runs the kernels that draw and apply masks, no others
-    "sm_80": Card(163, 164, 64, 32),
-    "sm_86": Card(99, 100, 48, 16),
-    "sm_89": Card(99, 100, 48, 24),
-    "sm_90": Card(227, 228, 64, 32),
-    "sm_100": Card(227, 228, 64, 32),
-    "sm_120": Card(99, 100, 48, 24),
-    "gfx942": Card(64, 64, 32, 16),
-    "gfx1100": Card(64, 128, 64, 32),
-}
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -85,7 +63,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, sliced=sliced)
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
-        return  # refused (`fused` with dropout, say)
+        return  # refused: `fused` for columns, all but `library` for sm_75
     if choice.tiles is None:  # a library, whose masks alone are kernels of ours
         if dropout:
             _library_masks(M, K, G, dtype)
@@ -135,8 +113,8 @@ def compile_report(
     """
     archs, dtypes, specimens = list(archs), list(dtypes), list(specimens)
     for arch in archs:
-        if arch not in CARDS:
-            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(CARDS)}")
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
     if interpreting():
         raise RuntimeError(
             "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it"
@@ -157,7 +135,7 @@ def compile_report(
 
 
 def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
-    card, metadata = CARDS[arch], compiled.metadata
+    limits, metadata = ARCHITECTURES[arch], compiled.metadata
     constants = {
         compiled.source.fn.arg_names[path[0]]: value
         for path, value in compiled.source.constants.items()
@@ -171,10 +149,10 @@ def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
     registers = spills = matrix = occupancy = None
     if arch.startswith("sm_"):
         registers, spills, matrix = _inspect(compiled.binary)
-        occupancy = _occupancy(card, registers, metadata.shared, metadata.num_warps)
+        occupancy = _occupancy(limits, registers, metadata.shared, metadata.num_warps)
     return Row(
         metadata.name.strip("_"), tile, dtype, arch, registers, spills, metadata.shared,
-        card.program_shared * 1024, occupancy, matrix,
+        limits.program_shared * 1024, occupancy, matrix,
     )  # fmt: skip
 
 
@@ -201,16 +179,16 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _occupancy(card: Card, registers: int, shared: int, warps: int) -> float:
+def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
     """Resident warps of a multiprocessor over the most it holds."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are dealt out to a warp by 256
     programs = min(
-        card.programs,
-        card.warps // warps,
-        card.registers // (per_warp * warps),
-        card.shared * 1024 // (shared + 1024),  # a KiB a program is the system's
+        limits.programs,
+        limits.warps // warps,
+        limits.registers // (per_warp * warps),
+        limits.shared * 1024 // (shared + 1024),  # a KiB a program is the system's
     )
-    return round(programs * warps / card.warps, 3)
+    return round(programs * warps / limits.warps, 3)
 
 
 def _keep(rows: dict[Row, bytes], folder: Path) -> None:
