@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.tools import shapes
+
 from . import timing
 from .launches import launch_cost
 from .providers import attach_lora, attach_peft
@@ -104,7 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def linears(tiny: bool) -> Subject:
     """The six linear layers."""
-    hidden, wide, tokens = (32, 64, 24) if tiny else (768, 3072, TOKENS)
+    base = shapes.MODELS["roberta-base"]
+    hidden, wide, tokens = (32, 64, 24) if tiny else (base.hidden, base.intermediate, TOKENS)
     model = Linears(hidden, wide)
     inputs = [torch.randn(tokens, width) for width in (hidden, hidden, hidden, wide)]
     directions = [torch.randn(tokens, N) for N in (*[hidden] * 4, wide, hidden)]

@@ -19,16 +19,17 @@ from ..autograd.functional import lora_linear
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, architecture, interpreting
 from ..strategies.table import STRATEGIES
+from .shapes import LAYERS, Layer
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
 
-# name, N, K of layers that people adapt; 16 sequences of 128 tokens, rank 8, dropout on.
-EXAMPLE_LAYERS = (
-    ("RoBERTa-base query", 768, 768),
-    ("RoBERTa-base intermediate", 3072, 768),
-    ("GPT-2 c_attn", 2304, 768),
-    ("Llama-3-8B q_proj", 4096, 4096),
-)
+# Layers that people adapt, on 16 sequences of 128 tokens, at rank 8, with dropout.
+EXAMPLES = {
+    "RoBERTa-base query": LAYERS["roberta-base.query"],
+    "RoBERTa-base intermediate": LAYERS["roberta-base.up"],
+    "GPT-2 c_attn": LAYERS["gpt2.c_attn"],
+    "Llama-3-8B q_proj": LAYERS["llama-8b.q_proj"],
+}
 EXAMPLE_TOKENS, EXAMPLE_RANK = 2048, 8
 EXAMPLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -218,9 +219,9 @@ def examine() -> dict[str, Any]:
         for strategy in STRATEGIES
     ]
     picks = [
-        _pick(device, layer, N, K, dtype)
+        _pick(device, title, layer, dtype)
         for device in facts.devices
-        for layer, N, K in EXAMPLE_LAYERS
+        for title, layer in EXAMPLES.items()
         for dtype in EXAMPLE_DTYPES
     ]
     pitfalls = [pitfall for pitfall in PITFALLS if pitfall.found(facts)]
@@ -241,12 +242,13 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _pick(device: Device, layer: str, N: int, K: int, dtype: torch.dtype) -> dict[str, str]:
-    problem = Problem(EXAMPLE_TOKENS, N, K, EXAMPLE_RANK, dtype, device.arch, dropout=True)
+def _pick(device: Device, title: str, layer: Layer, dtype: torch.dtype) -> dict[str, str]:
+    M, (N,), K, R = EXAMPLE_TOKENS, layer.N, layer.K, EXAMPLE_RANK
+    problem = Problem(M, N, K, R, dtype, device.arch, dropout=True)
     choice = choose(problem)
     return {
         "device": device.name,
-        "layer": layer,
+        "layer": title,
         "dtype": str(dtype).removeprefix("torch."),
         "problem": str(problem),
         "strategy": choice.strategy,
