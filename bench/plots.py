@@ -116,7 +116,8 @@ def overhead(rows: Rows, gpu: str, output: Path) -> Path | None:
     rows = [row for row in rows if row["M"] == M]
     layers = list(dict.fromkeys(row["case"] for row in rows))
     names = [n for n in dict.fromkeys(row["provider"] for row in rows) if n != "floor"]
-    ratios = {(row["provider"], row["case"]): row["floor_ratio"] for row in rows}
+    # Where settings differ, the first row's is shown, as the title says.
+    ratios = {(r["provider"], r["case"]): r["floor_ratio"] for r in reversed(rows)}
     series = {name: [ratios.get((name, layer)) for layer in layers] for name in names}
     figure, (axis,) = _figure(max(7.0, 1.6 + 0.16 * len(names) * len(layers)))
     _bars(axis, layers, series, 2)

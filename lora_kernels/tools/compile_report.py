@@ -1,9 +1,9 @@
 """Compile every kernel for cards that are not there, and read what the compiler made of them.
 
-The strategies run unchanged, on tensors of the "meta" device, while Triton's driver is one that
-says it is the card in question and launches nothing. So what is compiled is what a training step on
-that card would compile: the shipped tiles, the real strides, the real flags. Registers, spills and
-instructions are read from the cubin by the cuobjdump and nvdisasm that the Triton wheel carries.
+The strategies run unchanged on tensors of the "meta" device, under a Triton driver that poses as
+the card and launches nothing. So the report is of the kernels that a training step on that card
+would run: shipped tiles, real strides, real flags. The cuobjdump and nvdisasm of the Triton wheel
+read registers, spills and instructions from each cubin.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. `spills` counts 4-byte registers; for AMD cards the counts are None."""
+    """One compiled kernel; AMD kernels have no counts.
+
+    `registers` are those of a thread, `spills` the 4-byte registers that it keeps in local memory,
+    `occupancy` the resident warps of a multiprocessor over the most it holds.
+    """
 
     kernel: str
     tile: str
@@ -106,10 +110,9 @@ def compile_report(
     keep: Path | None = None,
     specimens: Iterable[Specimen] = SPECIMENS,
 ) -> list[Row]:
-    """A row for every kernel x shipped tile x dtype x architecture; `keep` receives the cubins.
+    """A row for every kernel x shipped tile x dtype x architecture; cubins go into folder `keep`.
 
-    Raises ValueError for an unknown architecture, RuntimeError where kernels cannot be compiled at
-    all.
+    Raises ValueError for an unknown architecture, RuntimeError under TRITON_INTERPRET.
     """
     archs, dtypes, specimens = list(archs), list(dtypes), list(specimens)
     for arch in archs:
@@ -130,7 +133,11 @@ def compile_report(
                 for compiled in card.compiled:
                     rows.setdefault(_row(compiled, arch, dtype), compiled.binary)
     if keep is not None:
-        _keep(rows, keep)
+        keep.mkdir(parents=True, exist_ok=True)
+        for row, binary in rows.items():
+            kind = "cubin" if row.arch.startswith("sm_") else "hsaco"
+            name = f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{kind}"
+            Path(keep, name).write_bytes(binary)
     return list(rows)
 
 
@@ -143,9 +150,9 @@ def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
     blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
     flags = [n.lower() for n, v in constants.items() if v is True]
     layout = "conv1d" if compiled.specimen.conv1d else "linear"
-    layers = f"{'of' if compiled.specimen.sliced else 'x'}{compiled.specimen.layers}"
+    count = f"{'of' if compiled.specimen.columns else 'x'}{compiled.specimen.segments}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
-    tile = "-".join([*blocks, *depth, *flags, layout, layers])
+    tile = "-".join([*blocks, *depth, *flags, layout, count])
     registers = spills = matrix = occupancy = None
     if arch.startswith("sm_"):
         registers, spills, matrix = _inspect(compiled.binary)
@@ -180,26 +187,19 @@ def _run(*command: str) -> str:
 
 
 def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Resident warps of a multiprocessor over the most it holds."""
-    per_warp = -(-registers * 32 // 256) * 256  # registers are dealt out to a warp by 256
+    """Resident warps of a multiprocessor over the most it holds; `shared` in bytes."""
+    per_warp = -(-registers * 32 // 256) * 256  # a warp gets registers in blocks of 256
     programs = min(
         limits.programs,
         limits.warps // warps,
         limits.registers // (per_warp * warps),
-        limits.shared * 1024 // (shared + 1024),  # a KiB a program is the system's
+        limits.shared * 1024 // (shared + 1024),  # the system takes 1 KiB a program
     )
     return round(programs * warps / limits.warps, 3)
 
 
-def _keep(rows: dict[Row, bytes], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for row, binary in rows.items():
-        suffix = "cubin" if row.arch.startswith("sm_") else "hsaco"
-        Path(folder, f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{suffix}").write_bytes(binary)
-
-
 def render(rows: Iterable[Row]) -> str:
-    """The rows as a table, and what the gate says of them."""
+    """The rows as a table, then what the gate refuses and why."""
     rows = list(rows)
     lines = [
         f"{'kernel':<16} {'dtype':<9} {'arch':<7} {'regs':>4} {'spills':>6} {'shared':>7} "
