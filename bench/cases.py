@@ -1,6 +1,6 @@
-"""What the kernel suite measures: rows of real layers, and the axes M, R, dropout and dtype.
+"""What the kernel suite measures: layers of real models, and the axes M, R, dropout and dtype.
 
-Layers of one shape are one row (a query is a key is a value): `also` names the others.
+The layers are rows of `lora_kernels.tools.shapes`. One row stands for all layers of its size.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lora_kernels.strategies.problem import Problem
 from lora_kernels.tools import shapes
 from lora_kernels.tools.shapes import Layer
 
-# Left out: two of three siblings; LoRA on columns of a weight, which no peer has; the layers of
-# deberta-v3-base, of RoBERTa-base's sizes; DeBERTa's siblings, which read positions as well as x.
+# Not measured: pairs of siblings; LoRA on columns of a weight, which no peer has; deberta-v3-base,
+# whose layers have RoBERTa-base's sizes; DeBERTa's siblings, which also read positions.
 LEFT_OUT = re.compile(r"\.qv$|\.gate_up$|^deberta-v3-base|^deberta-.*\.qkv$")
 LAYERS = {name: layer for name, layer in shapes.LAYERS.items() if not LEFT_OUT.search(name)}
 
 TOKENS = (512, 2048, 4096, 8192)
 RANKS = (1, 3, 8, 16, 64)
 DROPOUTS = (0.0, 0.1)
-# Name in the records -> torch's dtype; tf32 is float32 with tensor cores allowed.
+# Name in the rows of results -> torch's dtype; "tf32" is float32 with tensor cores allowed.
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -64,10 +64,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Goal:
-    """A row of the table of targets: bf16, dropout 0.1, R = 16, forward and backward, graph replay.
+    """A target for some layers at bf16, dropout 0.1, R = 16: forward + backward, CUDA-graph replay.
 
-    `floor` is the most time over the frozen layer's; `peft` and `compiled` the least speed-up
-    against eager PEFT and against PEFT under torch.compile.
+    `floor` is the largest allowed ratio of our time to the frozen layer's. `peft` and `compiled`
+    are the smallest allowed speed-ups over eager PEFT and over PEFT under torch.compile.
     """
 
     title: str
@@ -109,9 +109,9 @@ GOALS = (
 
 
 def quick() -> tuple[Case, ...]:
-    """Every row of GOALS, as one measurement each, and RoBERTa-base as users run it.
+    """The layers of GOALS, one measurement each, and RoBERTa-base as users run it.
 
-    In turns, the first of each goal first: a cut run says something of every goal.
+    The goals take turns, so that a run that is cut short has measured something of each.
     """
     goals = [
         [
@@ -126,7 +126,7 @@ def quick() -> tuple[Case, ...]:
 
 
 def full() -> tuple[Case, ...]:
-    """Every layer at every size; `quick`'s rows first, so that a cut run still fills the table."""
+    """Every layer at every size; those of `quick` come first, in case the run is cut short."""
     sizes = product(LAYERS.values(), TOKENS, RANKS, DROPOUTS, ("bfloat16", "float16", "float32"))
     rows = [Case(*size) for size in sizes]
     first = {str(case) for case in quick()}
@@ -134,7 +134,7 @@ def full() -> tuple[Case, ...]:
 
 
 def small() -> tuple[Case, ...]:
-    """What two CPU cores can do: RoBERTa-base, few tokens, eager."""
+    """Cases for a CPU: RoBERTa-base, 512 tokens, eager."""
     names = ("roberta-base.query", "roberta-base.up", "roberta-base.down", "roberta-base.qkv")
     sizes = product(names, ("float32", "bfloat16"), DROPOUTS)
     return tuple(
@@ -144,7 +144,7 @@ def small() -> tuple[Case, ...]:
 
 
 def tiny() -> tuple[Case, ...]:
-    """Ragged toys for tests of the suite itself; their times mean nothing."""
+    """Small ragged layers that test the suite itself; their times mean nothing."""
     alone = Layer("tiny.query", 24, (16,), ("query",))
     conv1d = Layer("tiny.c_attn", 16, (48,), ("c_attn",), conv1d=True)
     group = Layer("tiny.qkv", 24, (16, 16, 16), ("query", "key", "value"))
@@ -156,7 +156,7 @@ def tiny() -> tuple[Case, ...]:
 
 
 def part_of(cases: tuple[Case, ...], part: str | None) -> tuple[Case, ...]:
-    """Part "2/5" of the cases: every fifth from the second on. ValueError for another form."""
+    """Part "2/5" of the cases is every fifth, from the second on. ValueError for another form."""
     if part is None:
         return cases
     index, _, count = part.partition("/")
@@ -166,5 +166,5 @@ def part_of(cases: tuple[Case, ...], part: str | None) -> tuple[Case, ...]:
 
 
 def measurements(case: Case) -> Iterator[tuple[str, str]]:
-    """(direction, mode) of everything to time in a case."""
+    """Every (direction, mode) to time in a case."""
     return product(case.directions, case.modes)

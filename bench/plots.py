@@ -1,7 +1,7 @@
-"""Pictures of measured rows: PNG, one set for each device, readable without colour.
+"""Pictures of measured rows: PNG files, one set for each device, readable without colour.
 
-Providers differ by hatch and by marker, bars carry their number. A picture without rows is not
-made; each names its device and the command that measured it.
+Providers differ by hatch and by marker, and bars carry their number. Each picture names its device
+and the command that measured it. One without rows is not made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw all that the results allow; 1 if they allow nothing. ValueError without matplotlib."""
+    """Draw every picture that has rows; 1 if none has. ValueError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise ValueError("pictures need matplotlib: pip install matplotlib")
     output = arguments.output or arguments.results
@@ -94,7 +94,7 @@ def _bars(axis: Any, groups: list[str], series: dict[str, list[float | None]], d
 
 
 def _usual(rows: Rows) -> Rows:
-    """Forward + backward in the setting of the table of goals, or the nearest that was measured."""
+    """Rows of forward + backward in the setting of the goals; a value not measured is left open."""
     rows = [row for row in rows if row["direction"] == "forward_backward"]
     for wanted in ({"mode": "graph"}, {"dtype": "bfloat16"}, {"dropout": 0.1}, {"R": 16}):
         ((name, value),) = wanted.items()

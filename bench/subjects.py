@@ -19,7 +19,7 @@ from .providers import attach_lora, attach_peft
 
 @dataclass(frozen=True)
 class Model:
-    """A sequence classifier; `tiny` are the config values that make a test-sized one of it."""
+    """A sequence classifier; the config values of `tiny` make it small enough for a test."""
 
     name: str
     family: str  # transformers' class prefix
@@ -40,7 +40,7 @@ class Model:
         config = getattr(transformers, f"{self.family}Config")(num_labels=2, **values)
         with device:
             model = getattr(transformers, f"{self.family}ForSequenceClassification")(config)
-        if self.unmasked:  # an attention without a function that makes masks gets none
+        if self.unmasked:  # transformers makes masks for the attentions it knows, not for this one
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             transformers.AttentionInterface.register("sdpa_unmasked", sdpa_attention_forward)
@@ -103,7 +103,7 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype the base is held in, and that of the products if autocast casts them."""
+    """The dtype of the base's weights, autocast's (None: off), and whether the loss is scaled."""
 
     name: str
     weights: torch.dtype = torch.float32
@@ -124,7 +124,7 @@ PRECISIONS: dict[str, Precision] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What both kinds of LoRA share."""
+    """The rank and the dropout of the LoRA, PEFT's or ours."""
 
     rank: int = 8
     dropout: float = 0.1
@@ -147,7 +147,7 @@ def _lora(model: nn.Module, row: Model, recipe: Recipe) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: what is attached, and whether the step is compiled or captured."""
+    """A way to train: what is attached to the model; whether its step is compiled or captured."""
 
     name: str
     provider: str
