@@ -138,18 +138,15 @@ def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
         if floor is None:
             lines.append(f"  {case!s:<46}{refusal(card, 'floor', case)}")
             continue
-        mark = "*" if _fits_cache(card, case) else " "
+        width = case.layer.K + sum(case.layer.N)
+        in_cache = case.M * width * case.torch_dtype.itemsize < card.cache * 2**20
         cells = "".join(
             f"{'-' if p is None else f'{p.microseconds / floor.microseconds:.2f} x':>19}"
             for p in found.values()
         )
-        lines.append(f"  {f'{case} {mark}':<46}{floor.microseconds:>10.1f}{cells}")
+        title = f"{case} {'*' if in_cache else ' '}"
+        lines.append(f"  {title:<46}{floor.microseconds:>10.1f}{cells}")
     return "\n".join(lines)
-
-
-def _fits_cache(card: Card, case: Case) -> bool:
-    width = case.layer.K + sum(case.layer.N)
-    return case.M * width * case.torch_dtype.itemsize < card.cache * 2**20
 
 
 def kernel_lines(card: Card, case: Case) -> list[str]:
