@@ -36,6 +36,7 @@ class FusedLoRALinear(nn.Module):
     >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
     """
 
+    __module__ = "lora_kernels"  # where pickles find it, wherever the file lies
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
