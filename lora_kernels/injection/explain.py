@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layers.base import problem_of
+from ..layers.group import problem_of
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES

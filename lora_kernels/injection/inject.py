@@ -12,8 +12,8 @@ from types import MappingProxyType
 from torch import nn
 
 from ..algebra.columns import Ranges
-from ..layers.base import problem_of
 from ..layers.config import LoRAConfig
+from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
 from ..strategies.choose import choose
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters

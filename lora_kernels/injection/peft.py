@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.functional import lora_layer
-from ..layers.base import is_conv1d, problem_of
-from ..layers.group import Group
+from ..layers.base import is_conv1d
+from ..layers.group import Group, problem_of
 from ..layers.held_weight import HeldCast
 from ..strategies.choose import choose
 from ..strategies.problem import Problem

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..layers.base import layout_of
-from ..layers.group import Group
+from ..layers.group import Group, layout_of
 from ..layers.linear import FusedLoRALinear
 
 
