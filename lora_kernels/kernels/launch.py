@@ -54,7 +54,8 @@ def wants_cache(value: str | None) -> bool:
     return value != "triton"
 
 
-CACHED = wants_cache(os.environ.get(VARIABLE))  # read at every launch
+# Read at every launch. The interpreter compiles nothing that could be kept.
+CACHED = wants_cache(os.environ.get(VARIABLE)) and not INTERPRETED
 
 
 def has_asynchronous_products() -> bool:
@@ -86,7 +87,7 @@ def launch(plan: Callable[..., Plan], tensors: tuple[Given, ...], *settings: Any
     The tensors are the kernel's first arguments, in its order, all on one device. The plan must be
     a function of their shapes, strides and dtypes and of the (hashable) settings.
     """
-    if INTERPRETED or not CACHED:
+    if not CACHED:
         return _dispatch(plan, tensors, settings, None)
     key, pointers, t = _signature(plan, tensors, settings)
     found = _STEPS.get(key)
@@ -190,7 +191,7 @@ def _dispatch(
             kernel, grid, specs, scalars, constants, following = following
             outs = [_allocate(spec, anchor.device) for spec in specs]
             compiled = kernel[grid](*tensors, *outs, *scalars, **constants)
-            # The interpreter compiles nothing, and a card that is not there has no function.
+            # A card that is not there has no function, and the interpreter no compiled kernel.
             if KNOWN and getattr(compiled, "function", None) is not None:
                 # The constexprs are the kernel's last arguments: here in the order that it declares
                 # them in, and without num_warps and num_stages, which are no arguments.
