@@ -90,12 +90,11 @@ def _remembering() -> Iterator[None]:
 
 @contextmanager
 def _forgetful() -> Iterator[None]:
-    """Every launch goes through Triton's dispatch, as on a release that `launch` does not know."""
+    """Every launch is Triton's own dispatch, as under LORA_KERNELS_LAUNCH=triton."""
     from lora_kernels.kernels import launch
 
-    known, launch.KNOWN = launch.KNOWN, False
+    cached, launch.CACHED = launch.CACHED, False
     try:
-        with _remembering():
-            yield
+        yield
     finally:
-        launch.KNOWN = known
+        launch.CACHED = cached

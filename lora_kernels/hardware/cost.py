@@ -195,7 +195,7 @@ def _output_gradients(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
     partials += 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
     return [
         Launch("output_gradients", s.y + s.h + s.lora_B + partials, 2 * s.rank_N),
-        Launch("add_parts", partials + s.lora_B + s.h),
+        Launch("add_partials", partials + s.lora_B + s.h),
     ]
 
 
@@ -206,7 +206,7 @@ def _parameter_gradients(s: Size, tiles: Tiles, processors: int, *, dlora_B: boo
     moved = s.x + s.h + s.mask + (s.y + s.h) * dlora_B
     return [
         Launch("parameter_gradients", moved + partials, s.rank_K + s.rank_N * dlora_B),
-        Launch("add_parts", partials + s.lora_A + s.lora_B * dlora_B),
+        Launch("add_partials", partials + s.lora_A + s.lora_B * dlora_B),
     ]
 
 

@@ -1,13 +1,14 @@
-"""The strategy `library`: the vendor's GEMMs, each added in place to a rank-R product.
+"""The strategy `library`: the vendor's GEMMs, each added in place to a low-rank product.
 
-In that order a sum costs nothing: a rank-R product that is added to y reads and writes y once more,
-a GEMM adds in registers to what it stores anyway (512 x 768 x 768 in bf16 on an EPYC, one thread:
-3.0 ms and 0.1 for the sum, where the other order takes 0.3). dh is made as its transpose, of
-R long rows: in float32 MKL takes 0.18 ms for 0.47 and rounds less. (For h, which it also does in
-half the time so, it rounds more than eager code at ranks below 8.)
+It takes every problem: on a CPU, on a card that Triton's matrix products do not serve, in float64.
 
-It takes every problem: a CPU, a card that Triton's matrix products do not serve, float64. Masks are
-drawn and applied by Triton where a GPU has it, else by plain torch (`masks`).
+The low-rank product is written first, because then the sum costs nothing: a GEMM adds in registers
+to what it stores anyway, while a low-rank product added to y would read and write y once more. On
+an EPYC with one thread, 512 x 768 x 768 in bf16, the sum takes 0.1 ms of 3.0, and 0.3 ms the other
+way round. dh is made as its transpose [R, M]: in float32 MKL takes 0.18 ms for it instead of 0.47,
+and rounds less. h is not: there the transpose rounds more than eager code at ranks below 8.
+
+Masks are drawn and applied by Triton where a GPU has it, else by plain torch (`algebra.masks`).
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from .problem import has_triton, triton_kernels
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t in `dtype`: a tenth of the host time of t.to where nothing is to be done."""
+    """t in `dtype`. Where it is so already, this takes the host a tenth of the time of t.to."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
 def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha * a b with one rounding: beta = 0 means that the output's memory is never read."""
+    """alpha * a b, rounded once."""
     if alpha == 1:
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)  # beta = 0: `out` is never read
 
 
 @cache

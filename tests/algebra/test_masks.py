@@ -71,23 +71,6 @@ def test_the_ends_of_dropout(columns):
     assert (rare <= usual).all() and rare.sum() < usual.sum()
 
 
-def test_masks_of_a_counter(monkeypatch):
-    """What draws where there is neither a CPU's generator nor Triton."""
-    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64's of seed 0
-    assert [word % (1 << 64) for word in masks._mix(torch.arange(1, 4)).tolist()] == first
-
-    def hashed(seed, *shape):
-        return masks._hashed(torch.empty(shape, dtype=torch.int64), seed)
-
-    monkeypatch.setattr(masks, "_random", hashed)
-    seeds = torch.tensor([1]), torch.tensor([9 << 40])
-    one, two = (masks.unpack(masks.draw(seed, 1, 512, 512, 0.1), 512) for seed in seeds)
-    deviation = math.sqrt(0.09 / one.numel())
-    assert abs(one.double().mean() - 0.9) < 5 * deviation
-    both = (one & two).double().mean()
-    assert abs(both - 0.81) < 5 * math.sqrt(0.81 * 0.19 / one.numel())
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_keep_rate_in_every_bit_row_and_column(strategy, dropout):

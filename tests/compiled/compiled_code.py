@@ -79,8 +79,8 @@ def on(monkeypatch):
         card = Card(arch)
         tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
         monkeypatch.setattr(driver, "_active", card)
-        # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
-        monkeypatch.setattr(launch, "KNOWN", False)
+        # A cached launch has addresses where this card looks for tensors (see launches.py).
+        monkeypatch.setattr(launch, "CACHED", False)
         row = STRATEGIES[strategy]
         monkeypatch.setattr("lora_kernels.autograd.functional.decide", lambda *_: (row, tiles))
         return card
@@ -113,7 +113,7 @@ def test_y_and_every_gradient(on, case, strategy):
         )
 
     judge_layer(layer, case, dtype)
-    assert {"_column_gradients", "_add_parts"} < set(card.launched)
+    assert {"_column_gradients", "_add_partials"} < set(card.launched)
     assert ("_fused_gemm" in card.launched) == (strategy == "fused")
 
 

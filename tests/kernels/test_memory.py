@@ -41,7 +41,7 @@ OUTPUTS = {
     "_low_rank_gemm": ("out_ptrs",),
     "_fused_gemm": ("out_ptrs", "h_ptr"),
     "_column_gradients": ("d_ptr", "dlora_A_ptr", "dlora_B_ptr"),
-    "_add_parts": ("out_ptrs",),
+    "_add_partials": ("out_ptrs",),
     "_draw_masks": ("mask_ptr",),
     "_apply_mask": ("out_ptr",),
     "_copy": ("out_ptr",),  # the test's own
@@ -214,7 +214,7 @@ def watch(monkeypatch) -> Watch:
     return Watch(monkeypatch)
 
 
-GRADIENTS = {"_column_gradients", "_add_parts"}
+GRADIENTS = {"_column_gradients", "_add_partials"}
 STRATEGY_NAMES = ("split", "fused", "hybrid")
 
 
