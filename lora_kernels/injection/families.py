@@ -24,10 +24,11 @@ class Family:
 
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
-_LLAMA = tuple(
-    "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi olmo olmo2 granite smollm3 "
-    "starcoder2 stablelm cohere opt gptj gpt_neo".split()
-)
+_LLAMA = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
+    "olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere", "opt", "gptj",
+    "gpt_neo",
+)  # fmt: skip
 _HEAD = ("classifier", "qa_outputs")
 
 
