@@ -166,7 +166,7 @@ def test_quick_covers_every_goal():
 def test_a_file_is_written_whole_or_not_at_all(results, monkeypatch):
     results.add(rows_of(("floor",)))
     before = results.path.read_text()
-    monkeypatch.setattr(records.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         results.add(rows_of(("auto",)))
     assert results.path.read_text() == before
