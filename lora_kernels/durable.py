@@ -1,8 +1,8 @@
 """Files that are whole or not there: written aside, synced to disk, and renamed.
 
-What is written for `path` lies beside it as `.<name>.<host>-<process>-<thread>.new` until it is
-renamed, and an old directory or file that makes way for it as `.old`. A killed writer leaves these
-behind; the next writer of `path` on the same host removes them once the new `path` is in place.
+What is written for `path` lies beside it as `.<name>.<host>-<process>-<thread>.new` until it gets
+its name. The old lies there as `.old` for that long, if one rename cannot replace it. A killed
+writer leaves both; the next writer of `path` on the same host removes them when it is done.
 
 Permissions follow the umask. Without `fcntl` (Windows) nothing is synced or locked, and what killed
 writers left stays.
@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 try:
     import fcntl
@@ -31,6 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the block raises or the process is killed, `path` stays as it was. One exception: replacing a
     directory takes two renames, and a process killed between them leaves the old one as `.old`.
+    Raises FileExistsError for a file that would replace a directory, or a directory a file.
 
     >>> with replacing(Path("runs/result.json")) as aside:
     ...     aside.write_text("{}")
@@ -52,9 +54,12 @@ def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
         _remove(aside)
     try:
         yield list(new.values())
-        for aside in new.values():
+        for path, aside in new.items():
+            if path.exists() and path.is_dir() != aside.is_dir():
+                kind = "directory" if path.is_dir() else "file"
+                raise FileExistsError(f"{path} is a {kind}, and only a {kind} may replace it")
             _sync(aside, *aside.rglob("*"))
-        if len(new) > 1 or any(path.is_dir() for path in new):
+        if len(new) > 1 or any(aside.is_dir() for aside in new.values()):
             _swap(new)
         else:
             for path, aside in new.items():
@@ -71,13 +76,29 @@ def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
 def locked(path: Path) -> Iterator[None]:
     """Let one writer of `path` at a time into the block, among all threads and processes.
 
-    The lock is on the file `.<stem>.lock` beside `path`, and ends with the process that holds it.
+    The lock is on a file beside `path`, which is removed when the block ends. A killed process
+    leaves the file, but not the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.stem}.lock").open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    if fcntl is None:
         yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with _open_locked(lock):
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _open_locked(lock: Path) -> TextIO:
+    while True:
+        file = lock.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # its last holder removed it: others lock a new file
+            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
 
 
 def _swap(new: dict[Path, Path]) -> None:

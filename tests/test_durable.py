@@ -75,6 +75,15 @@ def test_a_file_or_directory_is_replaced_or_stays(name, tmp_path):
     assert read(path) == "second" and names(path.parent) == [name]
 
 
+@pytest.mark.parametrize("name, other", [("file.txt", "folder"), ("folder", "file.txt")])
+def test_a_file_does_not_replace_a_directory_nor_the_reverse(name, other, tmp_path):
+    write(tmp_path / name, "old")
+    with pytest.raises(FileExistsError, match=f"{name} is a "), replacing(tmp_path / name) as aside:
+        write(aside.with_name(other), "new")
+        aside.with_name(other).rename(aside)
+    assert read(tmp_path / name) == "old" and names(tmp_path) == [name]
+
+
 def test_the_suffix_stays_for_writers_that_go_by_it(tmp_path):
     with replacing(tmp_path / "plot.png") as aside:
         assert aside.parent == tmp_path and aside.suffix == ".png"
@@ -237,6 +246,26 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
         holder.wait()
     assert entered.wait(60)
     thread.join()
+    assert not names(path.parent)
+
+
+def test_threads_take_turns(tmp_path):
+    """Each takes a new lock, or the one that another has just removed."""
+    path, inside, seen = tmp_path / "table.json", [], []
+
+    def enter() -> None:
+        for _ in range(200):
+            with locked(path):
+                inside.append(1)
+                seen.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 800 and not names(tmp_path)
 
 
 def test_files_are_replaced_where_there_is_no_fcntl(tmp_path):
