@@ -1,10 +1,11 @@
-"""What the kernel suite measures: rows of real layers, and the axes M, R, dropout and dtype.
+"""What the kernel suite measures: layers of real models, and the axes M, R, dropout and dtype.
 
-Layers of one shape are one row (a query is a key is a value): `also` names the others.
+The layers are rows of `lora_kernels.tools.shapes`. One row stands for all layers of its size.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product, zip_longest
@@ -12,78 +13,18 @@ from itertools import product, zip_longest
 import torch
 
 from lora_kernels.strategies.problem import Problem
+from lora_kernels.tools import shapes
+from lora_kernels.tools.shapes import Layer
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A frozen linear layer of a known model, or several that read the same x (then N has several).
-
-    `children` are the attribute names in the model; groups of siblings are found by them.
-    """
-
-    name: str
-    K: int
-    N: tuple[int, ...]
-    children: tuple[str, ...]
-    conv1d: bool = False
-    bias: bool = True
-    also: str = ""
-
-
-def _encoder(name: str, hidden: int, wide: int, suffix: str = "") -> tuple[Layer, ...]:
-    """The layers of a RoBERTa-like encoder."""
-    q, k, v = (f"{child}{suffix}" for child in ("query", "key", "value"))
-    return (
-        Layer(f"{name}.{q}", hidden, (hidden,), (q,), also=f"{k}, {v}, attention.output.dense"),
-        Layer(f"{name}.up", hidden, (wide,), ("dense",), also="intermediate.dense"),
-        Layer(f"{name}.down", wide, (hidden,), ("dense",), also="output.dense"),
-        Layer(f"{name}.qkv", hidden, (hidden,) * 3, (q, k, v)),
-    )
-
-
-def _gpt2(name: str, hidden: int) -> tuple[Layer, ...]:
-    """The layers of a GPT-2 block: transformers' Conv1D, whose weight is [K, N]."""
-    return (
-        Layer(f"{name}.c_attn", hidden, (3 * hidden,), ("c_attn",), conv1d=True),
-        Layer(f"{name}.attn.c_proj", hidden, (hidden,), ("c_proj",), conv1d=True),
-        Layer(f"{name}.c_fc", hidden, (4 * hidden,), ("c_fc",), conv1d=True),
-        Layer(f"{name}.mlp.c_proj", 4 * hidden, (hidden,), ("c_proj",), conv1d=True),
-    )
-
-
-def _llama(name: str, hidden: int, key: int, wide: int) -> tuple[Layer, ...]:
-    """The layers of a Llama block: no bias, grouped-query attention."""
-    rows = (
-        ("q_proj", hidden, (hidden,), ("q_proj",), "o_proj"),
-        ("k_proj", hidden, (key,), ("k_proj",), "v_proj"),
-        ("up_proj", hidden, (wide,), ("up_proj",), "gate_proj"),
-        ("down_proj", wide, (hidden,), ("down_proj",), ""),
-        ("qkv", hidden, (hidden, key, key), ("q_proj", "k_proj", "v_proj"), ""),
-    )
-    return tuple(
-        Layer(f"{name}.{layer}", K, N, children, bias=False, also=also)
-        for layer, K, N, children, also in rows
-    )
-
-
-LAYERS: dict[str, Layer] = {
-    layer.name: layer
-    for layer in (
-        *_encoder("roberta-base", 768, 3072),
-        *_encoder("roberta-large", 1024, 4096),
-        *_gpt2("gpt2", 768),
-        *_gpt2("gpt2-medium", 1024),
-        *_gpt2("gpt2-large", 1280),
-        *_gpt2("gpt2-xl", 1600),
-        *_encoder("deberta-v2-xlarge", 1536, 6144, "_proj")[:3],
-        *_llama("llama-8b", 4096, 1024, 14336),
-    )
-}
+# Not measured: pairs of siblings; LoRA on columns of a weight, which no peer has; deberta-v3-base,
+# whose layers have RoBERTa-base's sizes; DeBERTa's siblings, which also read positions.
+LEFT_OUT = re.compile(r"\.qv$|\.gate_up$|^deberta-v3-base|^deberta-.*\.qkv$")
+LAYERS = {name: layer for name, layer in shapes.LAYERS.items() if not LEFT_OUT.search(name)}
 
 TOKENS = (512, 2048, 4096, 8192)
 RANKS = (1, 3, 8, 16, 64)
 DROPOUTS = (0.0, 0.1)
-# Name in the records -> torch's dtype; tf32 is float32 with tensor cores allowed.
+# Name in the rows of results -> torch's dtype; "tf32" is float32 with tensor cores allowed.
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -115,19 +56,18 @@ class Case:
         return DTYPES[self.dtype]
 
     def problem(self, device: torch.device) -> Problem:
-        """What the layer, or the group, asks of `lora_kernels.dispatch.choose`."""
-        return Problem.on(
-            device, self.M, max(self.layer.N), self.layer.K, self.R, self.torch_dtype,
-            dropout=self.dropout > 0, layers=len(self.layer.N),
-        )  # fmt: skip
+        """What the layer, or the group, asks of `choose`."""
+        return self.layer.problem(
+            device, self.M, self.R, self.torch_dtype, dropout=self.dropout > 0
+        )
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A row of the table of targets: bf16, dropout 0.1, R = 16, forward and backward, graph replay.
+    """A target for some layers at bf16, dropout 0.1, R = 16: forward + backward, CUDA-graph replay.
 
-    `floor` is the most time over the frozen layer's; `peft` and `compiled` the least speed-up
-    against eager PEFT and against PEFT under torch.compile.
+    `floor` is the largest allowed ratio of our time to the frozen layer's. `peft` and `compiled`
+    are the smallest allowed speed-ups over eager PEFT and over PEFT under torch.compile.
     """
 
     title: str
@@ -145,27 +85,33 @@ GOALS = (
         "4096x4096, 4096x14336, M = 4096-8192",
         ("llama-8b.q_proj", "llama-8b.up_proj"),
         (4096, 8192),
-        *(1.12, 1.3, 1.1),
+        floor=1.12,
+        peft=1.3,
+        compiled=1.1,
     ),
     Goal(
         "RoBERTa-large / GPT-2 medium layers, M = 4096",
         (*_LARGE, *_MEDIUM, "gpt2-medium.mlp.c_proj"),
         (4096,),
-        *(1.35, 1.8, 1.2),
+        floor=1.35,
+        peft=1.8,
+        compiled=1.2,
     ),
     Goal(
         "RoBERTa-base q+k+v group, M = 2048-4096",
         ("roberta-base.qkv",),
         (2048, 4096),
-        *(1.6, 2.5, 1.3),
+        floor=1.6,
+        peft=2.5,
+        compiled=1.3,
     ),
 )
 
 
 def quick() -> tuple[Case, ...]:
-    """Every row of GOALS, as one measurement each, and RoBERTa-base as users run it.
+    """The layers of GOALS, one measurement each, and RoBERTa-base as users run it.
 
-    In turns, the first of each goal first: a cut run says something of every goal.
+    The goals take turns, so that a run that is cut short has measured something of each.
     """
     goals = [
         [
@@ -180,7 +126,7 @@ def quick() -> tuple[Case, ...]:
 
 
 def full() -> tuple[Case, ...]:
-    """Every layer at every size; `quick`'s rows first, so that a cut run still fills the table."""
+    """Every layer at every size; those of `quick` come first, in case the run is cut short."""
     sizes = product(LAYERS.values(), TOKENS, RANKS, DROPOUTS, ("bfloat16", "float16", "float32"))
     rows = [Case(*size) for size in sizes]
     first = {str(case) for case in quick()}
@@ -188,7 +134,7 @@ def full() -> tuple[Case, ...]:
 
 
 def small() -> tuple[Case, ...]:
-    """What two CPU cores can do: RoBERTa-base, few tokens, eager."""
+    """Cases for a CPU: RoBERTa-base, 512 tokens, eager."""
     names = ("roberta-base.query", "roberta-base.up", "roberta-base.down", "roberta-base.qkv")
     sizes = product(names, ("float32", "bfloat16"), DROPOUTS)
     return tuple(
@@ -198,7 +144,7 @@ def small() -> tuple[Case, ...]:
 
 
 def tiny() -> tuple[Case, ...]:
-    """Ragged toys for tests of the suite itself; their times mean nothing."""
+    """Small ragged layers that test the suite itself; their times mean nothing."""
     alone = Layer("tiny.query", 24, (16,), ("query",))
     conv1d = Layer("tiny.c_attn", 16, (48,), ("c_attn",), conv1d=True)
     group = Layer("tiny.qkv", 24, (16, 16, 16), ("query", "key", "value"))
@@ -210,7 +156,7 @@ def tiny() -> tuple[Case, ...]:
 
 
 def part_of(cases: tuple[Case, ...], part: str | None) -> tuple[Case, ...]:
-    """Part "2/5" of the cases: every fifth from the second on. ValueError for another form."""
+    """Part "2/5" of the cases is every fifth, from the second on. ValueError for another form."""
     if part is None:
         return cases
     index, _, count = part.partition("/")
@@ -220,5 +166,5 @@ def part_of(cases: tuple[Case, ...], part: str | None) -> tuple[Case, ...]:
 
 
 def measurements(case: Case) -> Iterator[tuple[str, str]]:
-    """(direction, mode) of everything to time in a case."""
+    """Every (direction, mode) to time in a case."""
     return product(case.directions, case.modes)

@@ -1,10 +1,12 @@
-"""Whether a provider computes the layer: judged against `lora_kernels.reference` in float64.
+"""Whether a provider computes the layer: judged against `algebra.reference` in float64.
 
-The yardstick is eager PyTorch's own error in the case's dtype, as in the library's tests: RMS error
-at most 1.1 times eager's, the largest error at most twice eager's and one ulp (times the provider's
-slack). Each provider draws its own dropout masks, so they are found first: with a zero weight and a
-constant low-rank product, dx is zero exactly where x was dropped, and the same seed draws the same
-mask again for the real numbers.
+The yardstick is eager PyTorch's own error in the case's dtype, as in the library's tests. The RMS
+error may be 1.1 times eager's, the largest error twice eager's plus one ulp, both times the
+provider's slack.
+
+Each provider draws dropout masks of its own, so they are found first. With a zero weight and a
+constant low-rank product, dx is zero exactly where x was dropped; the same seed then draws the same
+mask for the real numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ROWS_AT_ONCE = 1024  # float64 copies of a large layer's activations would not f
 
 @dataclass(frozen=True)
 class Verdict:
-    """Empty `wrong` means right; `ratio` is the largest RMS error over eager's."""
+    """What is wrong ("": nothing), and the largest RMS error of any output over eager's."""
 
     wrong: str
     ratio: float
@@ -36,7 +38,10 @@ class Verdict:
 
 @dataclass
 class _Error:
-    """Running sums over chunks of one output: ours, eager's and plain rounding, against float64."""
+    """The errors of one output, summed up over chunks of rows: the provider's, eager's, rounding's.
+
+    All are against float64. `rounded` is the exact result rounded to the dtype.
+    """
 
     count: int = 0
     squares: dict[str, float] = field(
@@ -48,7 +53,7 @@ class _Error:
     eps: float = 0.0
 
     def add(self, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-        """Take in one chunk."""
+        """Add the errors of one chunk."""
         self.count += exact.numel()
         self.finite &= bool(torch.isfinite(got).all())
         self.magnitude = max(self.magnitude, exact.abs().max().item())
@@ -61,11 +66,11 @@ class _Error:
                 self.largest[name] = max(self.largest[name], error.abs().max().item())
 
     def judge(self, slack: float) -> tuple[str, float]:
-        """(what is wrong, RMS error over the yardstick's)."""
+        """(what is wrong or "", RMS error over the yardstick's)."""
         if not self.finite:
             return "not finite", math.inf
         rms = {name: math.sqrt(total / self.count) for name, total in self.squares.items()}
-        # Eager may be exact by luck on a few elements; nothing is better than the exact, rounded.
+        # Eager may be exact by luck on a few elements, but rounding alone is the least to allow.
         yardstick = max(rms["eager"], rms["rounded"], 1e-300)
         ratio = rms["got"] / yardstick
         if ratio > slack * 1.1 * (1 + 3 / math.sqrt(self.count)):
@@ -78,7 +83,7 @@ class _Error:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """x, and for each projection its tensors and dy, in the case's dtype."""
+    """x, then the tensors and dy of each projection, in the case's dtype."""
 
     x: Tensor
     projections: tuple[Projection, ...]
@@ -142,7 +147,7 @@ def _reference(
     given: _Numbers, keeps: Sequence[Tensor | None], rows: slice, scale: float, dropout: float,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Every output for some rows; dlora_A and dlora_B are those rows' share."""
+    """Every output for some rows of x; dlora_A and dlora_B are the share of those rows."""
     found: dict[str, Tensor] = {}
     x = given.x[rows].to(dtype)
     for i, (p, dy, keep) in enumerate(zip(given.projections, given.dy, keeps, strict=True)):
@@ -161,7 +166,7 @@ def _masks(built: Built, case: Case, device: torch.device) -> tuple[Tensor, ...]
     """The mask [M, K] that each projection draws after `manual_seed(SEED)`."""
     probe = []
     for p in built.projections:
-        constant = {"lora_A": 2.0**-3, "lora_B": 2.0**-6}  # dx stays within float16 at any shape
+        constant = {"lora_A": 2.0**-3, "lora_B": 2.0**-6}  # so that dx fits float16 at any shape
         values = {name: torch.full_like(getattr(p, name), v) for name, v in constant.items()}
         bias = None if p.bias is None else torch.zeros_like(p.bias)
         probe.append(Projection(torch.zeros_like(p.weight), bias, **values))
@@ -178,7 +183,7 @@ def _masks(built: Built, case: Case, device: torch.device) -> tuple[Tensor, ...]
 
 @torch.no_grad()
 def load(built: Built, numbers: Sequence[Projection]) -> None:
-    """Copy numbers into a provider's own tensors, wherever and however they lie."""
+    """Copy numbers into a provider's own tensors, whatever their layout."""
     for own, given in zip(built.projections, numbers, strict=True):
         for name in ("weight", "bias", "lora_A", "lora_B"):
             target = getattr(own, name)
@@ -187,7 +192,7 @@ def load(built: Built, numbers: Sequence[Projection]) -> None:
 
 
 def _draw(case: Case, device: torch.device) -> _Numbers:
-    """Random numbers, the same for every provider; the low-rank term is as large as the frozen."""
+    """Random numbers, the same for every provider; both terms of y have the same size."""
     draw = torch.Generator(device).manual_seed(SEED)
     dtype, M, K, R = case.torch_dtype, case.M, case.layer.K, case.R
 

@@ -1,7 +1,7 @@
 """Bytes and FLOPs of the floor and of the peers, beside those of our strategies.
 
-Ours are counted in `lora_kernels.cost`; the same letters and the same rule here: every tensor
-counts once a launch.
+Ours are counted in `lora_kernels.hardware.cost`. Letters and rule are the same here: a launch moves
+each of its tensors once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .cases import Case
 
 
 def size_of(case: Case, adapter: int = 4) -> Size:
-    """The letters of a case; `adapter` is bytes an element of lora_A and lora_B."""
+    """The sizes of a case; `adapter` is bytes per element of lora_A and lora_B."""
     layer, element = case.layer, case.torch_dtype.itemsize
     return Size(case.M, layer.K, layer.N, case.R, case.dropout > 0, element, adapter)
 
 
 def minimum(case: Case, direction: str) -> Launch:
-    """What the frozen layer cannot do without: x and the weights read once, y (and dx) written."""
+    """The frozen layer's least: x and weights read once, y written; as much again for dx."""
     s = size_of(case)
     passes = 1 if direction == "forward" else 2
     return Launch("minimum", passes * (s.x + s.weight + s.y), passes * s.gemm, vendor=True)
@@ -48,14 +48,14 @@ def floor_backward(s: Size) -> list[Launch]:
 
 
 def _thin(s: Size, columns: int, name: str) -> Launch:
-    """A product of [M, columns] and [R, columns] in the adapter's dtype, whichever way round."""
+    """A product among [M, columns], [R, columns] and [M, R], in the adapter's dtype."""
     moved = s.adapter * (s.M * columns + s.R * columns + s.M * s.R)
     exact = s.adapter > s.element
     return Launch(name, moved, 2 * s.M * columns * s.R, vendor=True, exact=exact)
 
 
 def _passes(s: Size, columns: int, name: str, narrow: int, wide: int) -> Launch:
-    """An elementwise kernel: tensors [M, columns] in the base's dtype and in the adapter's."""
+    """An elementwise kernel on [M, columns]: `narrow` in x's dtype, `wide` in the adapter's."""
     return Launch(name, (narrow * s.element + wide * s.adapter) * s.M * columns)
 
 
@@ -64,7 +64,7 @@ def _dropout(s: Size) -> Launch:
 
 
 def peft_forward(s: Size) -> list[Launch]:
-    """A kernel for each operation; float32 adapters on a half base also cast x and y."""
+    """A kernel for each operation; with float32 adapters on half weights x and y are cast, too."""
     found, cast = [], s.adapter > s.element
     for t in _each(s):
         (N,) = t.N
@@ -78,7 +78,7 @@ def peft_forward(s: Size) -> list[Launch]:
 
 
 def peft_backward(s: Size) -> list[Launch]:
-    """Autograd's kernels, in its order."""
+    """The kernels of autograd, in its order."""
     found, cast = [], s.adapter > s.element
     for g, t in enumerate(_each(s)):
         (N,) = t.N
@@ -94,7 +94,7 @@ def peft_backward(s: Size) -> list[Launch]:
 
 
 Cost = Callable[[Size], list[Launch]]
-# What torch.compile makes of PEFT is its own secret: no row.
+# No row for compiled PEFT: which kernels torch.compile makes is not known beforehand.
 PEERS: dict[str, tuple[Cost, Cost]] = {
     "floor": (floor_forward, floor_backward),
     "peft": (peft_forward, peft_backward),

@@ -1,9 +1,9 @@
 """Whole fine-tuning steps: forward, backward and optimizer, of models built from their configs.
 
-Batches are full: every sequence has the same length and no padding, and attention takes no mask.
-(Left to itself transformers drops a mask of ones in eager code alone, since that reads it: graphs
-would be timed with a slower attention.) Steps follow one another without waiting for the device, as
-in training. Peak memory counts from the model's arrival on the device to the last step.
+Batches are full: sequences have one length, no padding, and attention takes no mask. (transformers
+drops a mask of ones, but only in eager code, which can read it: graphs would be timed with a slower
+attention.) Steps are queued without waiting for the device, as in training. Peak memory counts from
+the model's arrival on the device to the last step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed = 0
     methods = [METHODS[name] for name in arguments.methods or METHODS]
     eager = [method for method in methods if not method.compiled]
-    slow = [method for method in methods if method.compiled]  # minutes each: a run may be cut
+    slow = [method for method in methods if method.compiled]  # last: minutes each
     jobs = [*product(eager, models, precisions)]
     jobs += [(m, name, p) for name, p, m in product(models, precisions, slow)]
     for method, name, precision in jobs:
@@ -115,14 +115,14 @@ def measure(
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # or it would hide what failed
-                # Workspaces are held for every stream that had a product: another row's memory.
+            with contextlib.suppress(RuntimeError):  # of a lost device: the row says why
+                # torch holds a workspace for every stream that ran a product.
                 torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
 
 
 def _alive(device: torch.device) -> bool:
-    """Whether a GPU still works: after an illegal access nothing does in the same process."""
+    """Whether a GPU still works; after an illegal access nothing runs in the same process."""
     try:
         timing.synchronize(device)
     except RuntimeError:
@@ -140,7 +140,7 @@ def _measure(
     model = method.attach(model, row, recipe)
     batch = TINY_BATCH if tiny else row.batch
     length = TINY_LENGTH if tiny else row.length
-    vocabulary = 100 if tiny else 50000  # below every padding token but RoBERTa's 1
+    vocabulary = 100 if tiny else 50000  # tokens 5 to here are no model's padding
     inputs = {
         "input_ids": torch.randint(5, vocabulary, (batch, length), device=device),
         "labels": torch.randint(0, 2, (batch,), device=device),
@@ -172,7 +172,7 @@ def _measure(
     if device.type == "cuda":
         try:
             found |= _profile(timed, median)
-        except Exception as error:  # a profiler that cannot run here takes no timing with it
+        except Exception as error:  # the timing stays where the profiler cannot run
             found |= {"launches": None, "busy_share": None, "reason": explain_error(error)}
     return found
 
@@ -181,7 +181,10 @@ def training_step(
     model: nn.Module, inputs: dict[str, torch.Tensor], method: Method, precision: Precision,
     device: torch.device,
 ) -> Callable[[], None]:  # fmt: skip
-    """One optimizer step as a function of nothing, so that a CUDA graph can hold all of it."""
+    """One optimizer step as a function without arguments, which a CUDA graph can hold.
+
+    The function keeps its last loss as the attribute `loss`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True, capturable=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
@@ -190,7 +193,7 @@ def training_step(
     def casting() -> Any:
         if precision.autocast is None:
             return contextlib.nullcontext()
-        # A graph must not replay casts that were cached outside it.
+        # Casts that were cached before the capture would not be replayed.
         return torch.autocast(device.type, precision.autocast, cache_enabled=not method.graph)
 
     def step() -> None:
@@ -206,10 +209,10 @@ def training_step(
 
 
 def _profile(step: Callable[[], object], step_ms: float) -> Row:
-    """Launches by the host and kernels on the device in one step; the GPU's busy share of it."""
+    """One step: launches by the host, kernels on the device, and the share of time it is busy."""
     from torch.profiler import ProfilerActivity, profile
 
-    # Between profiles CUPTI must stay: taking it down under a CUDA graph has crashed.
+    # CUPTI stays loaded between profiles: unloading it under a CUDA graph has crashed.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()

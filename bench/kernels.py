@@ -1,7 +1,11 @@
 """The kernel suite: every case by every provider, checked, then timed in interleaved rounds.
 
-Each provider is timed twice: the first half of the rounds against the second gives the noise, and a
-difference between two providers inside it is printed as a tie.
+A sample is one pass over a ring of buffers larger than the last-level cache: forward over all of
+them, then backward in reverse, as a model runs its layers. So backward finds x in cache, or not, as
+in training.
+
+The noise of a provider is the difference between the first half of its rounds and the second. Two
+providers that differ by less than their noise are printed as a tie.
 """
 
 from __future__ import annotations
@@ -31,11 +35,11 @@ from .providers import Built, Provider, providers
 from .records import RESULTS, Results, Row
 from .table import goals_table, print_case
 
-# A CPU shared with others drifts within seconds: more rounds, of fewer samples each.
+# More rounds, of fewer samples, on a CPU: shared with others, its speed drifts within seconds.
 ROUNDS = {"cuda": 2, "cpu": 6}
-# No table shows these, and compiling takes most of a quick run.
+# Left out of a quick run: no table shows them, and compiling takes most of its time.
 NOT_QUICK = ("peft-bf16-adapter-compile", "loralib")
-QUICK_SECONDS = 225.0  # then a quick run begins no new case; another call goes on
+QUICK_SECONDS = 225.0  # after these a quick run begins no new case; the next call goes on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else math.inf)
     deadline = time.monotonic() + seconds
     passes = [chosen]
-    if arguments.quick:  # a case compiles longer than it runs: compiled providers come last
+    if arguments.quick:  # compiled providers come last: compiling takes longer than measuring
         slow = [provider for provider in chosen if provider.name.endswith("-compile")]
         passes = [[provider for provider in chosen if provider not in slow], slow]
     return suite(
@@ -108,7 +112,7 @@ def suite(
             todo.insert(0, providers()["floor"])
         try:
             found = measure(case, todo, device, samples)
-        except RuntimeError as error:  # of the device: no memory for the buffers, or the end
+        except RuntimeError as error:  # the device has too little memory, or fails
             found = [
                 _key(case, provider, *way) | {"status": "failed", "reason": explain_error(error)}
                 for provider in todo
@@ -149,7 +153,7 @@ def _key(case: Case, provider: Provider, direction: str, mode: str) -> Row:
 
 @dataclass
 class _Entry:
-    """A provider in one case: what was built, or why not, and its samples by (direction, mode)."""
+    """A provider in one case: its layer, or why it has none; its samples by (direction, mode)."""
 
     provider: Provider
     built: Built | None = None
@@ -168,14 +172,15 @@ def measure(
     with timing.matmul_precision(case.dtype == "tf32"):
         entries = [_prepare(case, provider, device) for provider in chosen]
         ring = buffers(case, device)
-        gc.collect()  # of what the checks left behind
+        gc.collect()  # the checks leave garbage
         rounds = ROUNDS[device.type]
         for _ in range(rounds):
             for entry in entries:
                 if entry.built is not None:
                     _time(entry, case, ring, device, -(-2 * samples // rounds))
-        rates = _rates(case, device)
-    return _rows(case, entries, device, rates)
+        bandwidth = timing.copy_bandwidth(device)
+        rate = timing.matrix_rate(device, case.torch_dtype, case.dtype == "tf32")
+    return _rows(case, entries, device, bandwidth, rate)
 
 
 def _prepare(case: Case, provider: Provider, device: torch.device) -> _Entry:
@@ -207,7 +212,7 @@ Ring = list[tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def buffers(case: Case, device: torch.device) -> Ring:
-    """(x, dy of each projection), more of them than the cache holds."""
+    """Pairs of x and the dy of each projection; together they exceed the cache."""
     widths = case.layer.K + sum(case.layer.N)
     count = timing.buffer_count(device, case.M * widths * case.torch_dtype.itemsize)
 
@@ -254,21 +259,16 @@ def _time(entry: _Entry, case: Case, ring: Ring, device: torch.device, samples: 
         except Exception as error:
             entry.failures[direction, mode] = explain_error(error)
         finally:
-            run = timed = None  # type: ignore[assignment]  # a graph's memory goes with it
+            run = timed = None  # type: ignore[assignment]  # frees the memory of a graph
             if device.type == "cuda":
-                with contextlib.suppress(RuntimeError):  # or it would hide what failed
+                with contextlib.suppress(RuntimeError):  # of a lost device: the row says why
                     torch.cuda.empty_cache()
 
 
-def _rates(case: Case, device: torch.device) -> tuple[float, float]:
-    bandwidth = timing.copy_bandwidth(device)
-    return bandwidth, timing.matrix_rate(device, case.torch_dtype, case.dtype == "tf32")
-
-
 def _rows(
-    case: Case, entries: Sequence[_Entry], device: torch.device, rates: tuple[float, float]
+    case: Case, entries: Sequence[_Entry], device: torch.device, bandwidth: float, rate: float
 ) -> list[Row]:
-    bandwidth, rate = rates
+    """The rows of what was timed; `bandwidth` in GB/s, `rate` in TFLOP/s."""
     floors = {
         key: timing.spread(list(chain(*rounds))).median
         for entry in entries
@@ -290,7 +290,8 @@ def _rows(
             if (direction, mode) in entry.failures:
                 row |= {"status": "failed", "reason": entry.failures[direction, mode]}
             elif rounds:
-                first, second = _halves(rounds)
+                middle = len(rounds) // 2
+                first, second = list(chain(*rounds[:middle])), list(chain(*rounds[middle:]))
                 median, p20, p80 = timing.spread(first + second)
                 cost = minimum(case, direction)
                 attainable = max(cost.bytes / bandwidth / 1e3, cost.flops / rate / 1e6)
@@ -306,8 +307,3 @@ def _rows(
                     row["floor_ratio"] = round(median / floors[direction, mode], 4)
             found.append(row)
     return found
-
-
-def _halves(rounds: list[list[float]]) -> tuple[list[float], list[float]]:
-    middle = len(rounds) // 2
-    return list(chain(*rounds[:middle])), list(chain(*rounds[middle:]))

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from lora_kernels.algebra.operands import Layers, Wanted
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem, has_triton, interpreting
-from lora_kernels.strategies.table import STRATEGIES
 from lora_kernels.tools.absent_card import AbsentCard, absent_card
+from lora_kernels.tools.probe import Probe, without_memory
 
 from .records import Row
 
@@ -67,22 +66,13 @@ def _time(call: Callable[[], Any]) -> float:
 
 
 def _calls(strategy: str, G: int, dropout: float) -> dict[str, Callable[[], Any]]:
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    tiles = choose(Problem(M, N, K, R, torch.bfloat16, ARCH, dropout > 0, layers=G), strategy).tiles
-    row, x = STRATEGIES[strategy], tensor(M, K)
-    layers = Layers(
-        tuple(tensor(N, K) for _ in range(G)), tuple(tensor(N) for _ in range(G)),
-        tuple(tensor(R, K, dtype=torch.float32) for _ in range(G)),
-        tuple(tensor(N, R, dtype=torch.float32) for _ in range(G)),
-    )  # fmt: skip
-    seed = tensor(1, dtype=torch.int64) if dropout else None
-    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, tiles)
-    dy, wanted = tuple(tensor(M, N) for _ in range(G)), Wanted(True, True, True)
+    problem = Problem(M, N, K, R, torch.bfloat16, ARCH, dropout > 0, segments=G)
+    probe = Probe(problem, choose(problem, strategy), without_memory)
+    x, dy = probe.inputs()
+    done = probe.forward(x)
     return {
-        "forward": lambda: row.forward(x, layers, 2.0, dropout, seed, tiles),
-        "backward": lambda: row.backward(dy, x, layers, h, mask, 2.0, dropout, wanted, tiles),
+        "forward": lambda: probe.forward(x),
+        "backward": lambda: probe.backward(x, dy, done),
     }
 
 
@@ -100,12 +90,11 @@ def _remembering() -> Iterator[None]:
 
 @contextmanager
 def _forgetful() -> Iterator[None]:
-    """Every launch goes through Triton's dispatch, as on a release that `launch` does not know."""
+    """Every launch is Triton's own dispatch, as under LORA_KERNELS_LAUNCH=triton."""
     from lora_kernels.kernels import launch
 
-    known, launch.KNOWN = launch.KNOWN, False
+    cached, launch.CACHED = launch.CACHED, False
     try:
-        with _remembering():
-            yield
+        yield
     finally:
-        launch.KNOWN = known
+        launch.CACHED = cached

@@ -38,7 +38,7 @@ class Step(NamedTuple):
     under: tuple[str, ...] = ()
 
 
-_TESTS = ("-m", "pytest", "-q", "-m", "not slow and not nightly", "--maxfail", "20")
+_TESTS = ("-m", "pytest", "-q", "-m", "not slow", "--maxfail", "20")
 _KERNELS = ("-m", "bench", "kernels", "--quick", "--seconds", "{seconds}")
 _MEMCHECK = (MEMORY_CHECKER, "--tool", "memcheck", "--target-processes", "all")
 

@@ -1,7 +1,7 @@
-"""Pictures of measured rows: SVG and PNG, one set for each device, readable without colour.
+"""Pictures of measured rows: PNG files, one set for each device, readable without colour.
 
-Providers differ by hatch and by marker, bars carry their number. A picture without rows is not
-made; each names its device and the command that measured it.
+Providers differ by hatch and by marker, and bars carry their number. Each picture names its device
+and the command that measured it. One without rows is not made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw all that the results allow; 1 if they allow nothing. ValueError without matplotlib."""
+    """Draw every picture that has rows; 1 if none has. ValueError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise ValueError("pictures need matplotlib: pip install matplotlib")
     output = arguments.output or arguments.results
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     for suite, draw in PICTURES:
         rows = [r for r in every_row(suite, arguments.results) if r["status"] == "timed"]
         for gpu in dict.fromkeys(row["gpu"] for row in rows):
-            made += draw([row for row in rows if row["gpu"] == gpu], gpu, output)
+            path = draw([row for row in rows if row["gpu"] == gpu], gpu, output)
+            made += [path] if path else []
     print("\n".join(map(str, made)) if made else "nothing was measured: no picture")
     return 0 if made else 1
 
@@ -55,8 +56,6 @@ def _figure(width: float, panels: int = 1) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "bench"  # the same data gives the same file
-    mpl.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, panels, figsize=(width, 4.2), squeeze=False)
@@ -67,17 +66,15 @@ def _figure(width: float, panels: int = 1) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def _save(figure: Any, name: str, gpu: str, command: str, output: Path) -> list[Path]:
+def _save(figure: Any, name: str, gpu: str, command: str, output: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure.text(0.005, 0.005, f"{gpu}   python -m bench {command}", fontsize=7, color="#404040")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    paths = [output / f"{slug(gpu)}-{name}.{kind}" for kind in ("svg", "png")]
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=metadata, dpi=150)
+    path = output / f"{slug(gpu)}-{name}.png"
+    figure.savefig(path, dpi=150)
     plt.close(figure)
-    return paths
+    return path
 
 
 def _bars(axis: Any, groups: list[str], series: dict[str, list[float | None]], digits: int) -> None:
@@ -97,7 +94,7 @@ def _bars(axis: Any, groups: list[str], series: dict[str, list[float | None]], d
 
 
 def _usual(rows: Rows) -> Rows:
-    """Forward + backward in the setting of the table of goals, or the nearest that was measured."""
+    """Rows of forward + backward in the setting of the goals; a value not measured is left open."""
     rows = [row for row in rows if row["direction"] == "forward_backward"]
     for wanted in ({"mode": "graph"}, {"dtype": "bfloat16"}, {"dropout": 0.1}, {"R": 16}):
         ((name, value),) = wanted.items()
@@ -109,19 +106,19 @@ def _setting(row: Row) -> str:
     return f"{row['dtype']}, R = {row['R']}, dropout {row['dropout']}, {row['mode']}"
 
 
-def overhead(rows: Rows, gpu: str, output: Path) -> list[Path]:
+def overhead(rows: Rows, gpu: str, output: Path) -> Path | None:
     """Time over the floor's, by layer and provider, at the most common M."""
     rows = [row for row in _usual(rows) if row.get("floor_ratio")]
     if not rows:
-        return []
+        return None
     tokens = [row["M"] for row in rows]
     M = max(sorted(set(tokens)), key=tokens.count)
     rows = [row for row in rows if row["M"] == M]
     layers = list(dict.fromkeys(row["case"] for row in rows))
     names = [n for n in dict.fromkeys(row["provider"] for row in rows) if n != "floor"]
-    series = {
-        name: [_value(rows, "floor_ratio", layer, name) for layer in layers] for name in names
-    }
+    # Where settings differ, the first row's is shown, as the title says.
+    ratios = {(r["provider"], r["case"]): r["floor_ratio"] for r in reversed(rows)}
+    series = {name: [ratios.get((name, layer)) for layer in layers] for name in names}
     figure, (axis,) = _figure(max(7.0, 1.6 + 0.16 * len(names) * len(layers)))
     _bars(axis, layers, series, 2)
     axis.axhline(1, color="black", linewidth=0.8)
@@ -131,12 +128,7 @@ def overhead(rows: Rows, gpu: str, output: Path) -> list[Path]:
     return _save(figure, "overhead", gpu, "kernels", output)
 
 
-def _value(rows: Rows, column: str, layer: str, provider: str) -> float | None:
-    found = [r[column] for r in rows if (r["case"], r["provider"]) == (layer, provider)]
-    return found[0] if found else None
-
-
-def speed_up(rows: Rows, gpu: str, output: Path) -> list[Path]:
+def speed_up(rows: Rows, gpu: str, output: Path) -> Path | None:
     """Eager PEFT's time over each provider's, by M; one panel a layer that has several M."""
     rows = _usual(rows)
     times = {(r["case"], r["provider"], r["M"]): r["median_us"] for r in rows}
@@ -146,7 +138,7 @@ def speed_up(rows: Rows, gpu: str, output: Path) -> list[Path]:
         if len({M for case, name, M in times if (case, name) == (layer, "peft")}) > 1
     ][:4]
     if not layers:
-        return []
+        return None
     figure, axes = _figure(max(6.0, 3.4 * len(layers)), len(layers))
     names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n not in ("peft", "floor")]
     for axis, layer in zip(axes, layers, strict=True):
@@ -165,7 +157,7 @@ def speed_up(rows: Rows, gpu: str, output: Path) -> list[Path]:
     return _save(figure, "speed-up", gpu, "kernels", output)
 
 
-def end_to_end(rows: Rows, gpu: str, output: Path) -> list[Path]:
+def end_to_end(rows: Rows, gpu: str, output: Path) -> Path | None:
     """Samples/s and peak memory by model and method, in the precision with the most rows."""
     precisions = [row["precision"] for row in rows]
     precision = max(dict.fromkeys(precisions), key=precisions.count)
@@ -186,11 +178,11 @@ def end_to_end(rows: Rows, gpu: str, output: Path) -> list[Path]:
     return _save(figure, "end-to-end", gpu, "end_to_end", output)
 
 
-def host(rows: Rows, gpu: str, output: Path) -> list[Path]:
+def host(rows: Rows, gpu: str, output: Path) -> Path | None:
     """Time of forward + backward on the CPU, by setting and provider."""
     rows = [row for row in rows if row["case"] in ("linears", "encoder")]
     if not rows:
-        return []
+        return None
     settings = [(row["case"], row["precision"], row["dropout"]) for row in rows]
     keys = list(dict.fromkeys(settings))
     names = list(dict.fromkeys(row["provider"] for row in rows))
@@ -204,7 +196,7 @@ def host(rows: Rows, gpu: str, output: Path) -> list[Path]:
     return _save(figure, "host", gpu, "host", output)
 
 
-Picture = Callable[[Rows, str, Path], list[Path]]
+Picture = Callable[[Rows, str, Path], Path | None]
 PICTURES: tuple[tuple[str, Picture], ...] = (
     ("kernels", overhead),
     ("kernels", speed_up),

@@ -1,7 +1,7 @@
-"""Who is measured: one row each, from the frozen floor to `auto`.
+"""The providers that are compared, a row each: the frozen layer, the peers, each strategy, `auto`.
 
-A provider builds a case's layer with the given shape; `Built.projections` shows where its numbers
-lie, so that the check can put the same ones into every provider.
+A provider builds the layer of a case. `Built.projections` are its tensors, into which the check
+copies the same numbers for every provider.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Built:
-    """A layer ready to call: x -> one y a projection."""
+    """A layer ready to call: from x the y of each projection."""
 
     call: Callable[[Tensor], tuple[Tensor, ...]]
     projections: tuple[Projection, ...]
@@ -50,10 +50,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Provider:
-    """`refuses` gives the reason why a case cannot run; `slack` multiplies the errors allowed.
+    """How to build a case's layer; `refuses` gives the reason if that cannot run.
 
-    Ours (slack 1) must keep the library's contract of accuracy to be timed; a peer only has to
-    compute the right thing.
+    `slack` multiplies the errors that the check allows: ours (1) keep the library's contract of
+    accuracy, a peer (2) only has to compute the right thing.
     """
 
     name: str
@@ -154,7 +154,7 @@ def _peft(case: Case, device: torch.device, own_dtype: bool, compiled: bool) -> 
 
 
 def _compiled(block: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    torch._dynamo.reset()  # or the shapes of earlier cases would make this one dynamic
+    torch._dynamo.reset()  # forgets earlier cases, whose shapes would make this one dynamic
     return torch.compile(block, dynamic=False)
 
 

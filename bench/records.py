@@ -1,8 +1,8 @@
 """Rows of results: what every row says, and the file they live in.
 
-A file holds the rows of one suite on one device, as a JSON list. A CPU's file is named `cpu-...`
-and its rows say `"device": "cpu"`; nothing merges the two. A run that was cut goes on where it
-stopped: rows of the same code are not measured again.
+A file holds the rows of one suite on one device, as a JSON list. The rows of a CPU are in a file
+`cpu-...` and say `"device": "cpu"`; they never mix with a GPU's. A run that was cut short goes on
+where it stopped: rows of the same code are not measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# What identifies a measurement within a file; a new one replaces the old.
+# What identifies a row within a file: a new one of the same key replaces the old.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "kernels": ("case", "provider", "mode", "direction", "M", "R", "dtype", "dropout"),
     "end_to_end": ("model", "method", "precision", "batch", "length"),
@@ -37,15 +37,42 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "host": ("case", "provider", "precision", "dropout"),
 }
 MACHINE = ("gpu", "device", "driver", "torch", "triton", "commit", "code", "date")
+# The columns that every row of a suite has, in the order of the file.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "kernels": (
-        *("suite", "case", "provider", "mode", "direction", "M", "N", "K", "R", "dtype"),
-        *("dropout", "status", "median_us", "p20_us", "p80_us", "floor_ratio", "peak_bytes"),
+        "suite",
+        "case",
+        "provider",
+        "mode",
+        "direction",
+        "M",
+        "N",
+        "K",
+        "R",
+        "dtype",
+        "dropout",
+        "status",
+        "median_us",
+        "p20_us",
+        "p80_us",
+        "floor_ratio",
+        "peak_bytes",
         *MACHINE,
     ),
     "end_to_end": (
-        *("suite", "model", "method", "provider", "precision", "batch", "length", "status"),
-        *("samples_per_second", "step_ms", "peak_memory_bytes", "launches", "busy_share"),
+        "suite",
+        "model",
+        "method",
+        "provider",
+        "precision",
+        "batch",
+        "length",
+        "status",
+        "samples_per_second",
+        "step_ms",
+        "peak_memory_bytes",
+        "launches",
+        "busy_share",
         *MACHINE,
     ),
     "training_run": ("suite", "model", "task", "method", "seconds", "metrics", *MACHINE),
@@ -54,7 +81,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 def folder_of(arguments: Any) -> Path:
-    """Where the rows go; toys, which test a suite, may not replace what was measured."""
+    """The folder of the result files; SystemExit if rows of toys would replace measured ones."""
     if getattr(arguments, "tiny", False) and arguments.results == RESULTS:
         raise SystemExit("error: --tiny measures toys: say with --results where their rows may go")
     folder: Path = arguments.results
@@ -62,9 +89,9 @@ def folder_of(arguments: Any) -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or "CPU", the processor's, its family and the instructions torch uses there.
+    """The name of a GPU, or "CPU" with the processor's name, family and vector instructions.
 
-    A virtual machine may call processors of several generations by one name: the family tells.
+    The family tells processors apart to which a virtual machine gives one name.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -84,7 +111,7 @@ def slug(name: str) -> str:
 
 @cache
 def code_digest() -> str:
-    """What was measured, commit or not: a digest of the library's sources."""
+    """A digest of the library's sources: it tells what was measured, committed or not."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "lora_kernels").rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())

@@ -1,9 +1,9 @@
-"""Predicted times for cards by their datasheets, and how far off they are where measured.
+"""Times of CUDA-graph replays, predicted from datasheets, and their error on measured cards.
 
-The model is that of `lora_kernels.cost`, which `choose` uses. The attainable shares of the
-datasheet are those that the kernel suite measured (the card's own, else the median of all with
-results), else the model's assumptions. The time is that of CUDA-graph replay. What a card keeps in
-cache between kernels is not modelled, so where x and y fit in L2 (marked *) the prediction is high.
+The model is `lora_kernels.hardware.cost`, which `choose` uses. It needs the attainable shares of
+the datasheet's numbers: those that the kernel suite measured on the card, else the median over all
+measured cards, else the assumptions of the model. What stays in cache between kernels is not
+modelled, so the prediction is too high where x and y fit in L2 (marked *).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRITON = ("split", "fused", "hybrid")
 
 
 class Efficiency(NamedTuple):
-    """Attainable shares of the datasheet's memory and matrix rate, and where they come from."""
+    """Attainable shares of the datasheet's bandwidth and matrix rate, and their source."""
 
     memory: float
     rate: float
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def efficiency(card: Card, dtype: str, measured: Iterable[Row]) -> Efficiency:
-    """The card's own attainable shares if measured, else the others' median, else assumed."""
+    """The shares measured on the card, else the median of other cards, else the assumed ones."""
     shares: dict[str, tuple[list[float], list[float]]] = {}
     for row in measured:
         other = card_of(row["gpu"])
@@ -103,7 +103,7 @@ def _rate(card: Card, dtype: str) -> float:
 def predict(
     card: Card, provider: str, case: Case, direction: str, share: Efficiency
 ) -> Prediction | None:
-    """The time of a provider; None where it has no declared cost or the card cannot run it."""
+    """The time of a provider; None if its launches are unknown or the card cannot run it."""
     if provider not in PROVIDERS or refusal(card, provider, case):
         return None
     launches = launches_of(provider, case, direction, card)
@@ -124,7 +124,7 @@ def refusal(card: Card, provider: str, case: Case) -> str | None:
 
 
 def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
-    """Predictions of forward + backward: microseconds on the floor, then each provider's ratio."""
+    """Forward + backward: microseconds of the floor, then each provider's time over the floor's."""
     lines = [
         f"\n{card.name} ({card.arch}): PREDICTION, not a measurement",
         f"  {card.memory:g} GB/s x {share.memory:.2f}, {_rate(card, chosen[0].dtype):g} TFLOP/s x "
@@ -138,18 +138,15 @@ def table(card: Card, chosen: Sequence[Case], share: Efficiency) -> str:
         if floor is None:
             lines.append(f"  {case!s:<46}{refusal(card, 'floor', case)}")
             continue
-        mark = "*" if _fits_cache(card, case) else " "
+        width = case.layer.K + sum(case.layer.N)
+        in_cache = case.M * width * case.torch_dtype.itemsize < card.cache * 2**20
         cells = "".join(
             f"{'-' if p is None else f'{p.microseconds / floor.microseconds:.2f} x':>19}"
             for p in found.values()
         )
-        lines.append(f"  {f'{case} {mark}':<46}{floor.microseconds:>10.1f}{cells}")
+        title = f"{case} {'*' if in_cache else ' '}"
+        lines.append(f"  {title:<46}{floor.microseconds:>10.1f}{cells}")
     return "\n".join(lines)
-
-
-def _fits_cache(card: Card, case: Case) -> bool:
-    width = case.layer.K + sum(case.layer.N)
-    return case.M * width * case.torch_dtype.itemsize < card.cache * 2**20
 
 
 def kernel_lines(card: Card, case: Case) -> list[str]:
@@ -167,7 +164,7 @@ def kernel_lines(card: Card, case: Case) -> list[str]:
 
 
 def errors(measured: Sequence[Row]) -> str:
-    """Predicted over measured on every card that has a datasheet row and results."""
+    """How far the predictions are off, by card and provider, where rows were measured."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in measured:
         card = card_of(row["gpu"])

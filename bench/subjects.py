@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.tools import shapes
+
 from .providers import attach_lora, attach_peft
 
 
 @dataclass(frozen=True)
 class Model:
-    """A sequence classifier; `tiny` are the config values that make a test-sized one of it."""
+    """A sequence classifier; the config values of `tiny` make it small enough for a test."""
 
     name: str
     family: str  # transformers' class prefix
@@ -38,7 +40,7 @@ class Model:
         config = getattr(transformers, f"{self.family}Config")(num_labels=2, **values)
         with device:
             model = getattr(transformers, f"{self.family}ForSequenceClassification")(config)
-        if self.unmasked:  # an attention without a function that makes masks gets none
+        if self.unmasked:  # transformers makes masks for the attentions it knows, not for this one
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             transformers.AttentionInterface.register("sdpa_unmasked", sdpa_attention_forward)
@@ -52,34 +54,42 @@ _SMALL |= {"intermediate_size": 64, "vocab_size": 120}
 _GPT2 = ("c_attn", "c_proj", "c_fc")
 _SMALL_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 120, "pad_token_id": 119}
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-_DEBERTA = {
-    "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24,
-    "intermediate_size": 6144, "max_position_embeddings": 512, "type_vocab_size": 0,
+
+
+def _encoder(name: str, layers: int, heads: int) -> dict[str, Any]:
+    widths = shapes.MODELS[name]
+    return {
+        "hidden_size": widths.hidden,
+        "intermediate_size": widths.intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+def _roberta(name: str, layers: int, heads: int) -> Model:
+    config = _encoder(name, layers, heads) | _ROBERTA
+    return Model(name, "Roberta", config, _ENCODER, ("classifier",), _SMALL)
+
+
+def _gpt2(name: str, layers: int, heads: int) -> Model:
+    config = {"n_embd": shapes.MODELS[name].hidden, "n_layer": layers, "n_head": heads}
+    config |= {"pad_token_id": 50256, "use_cache": False}  # of keys and values, for generation
+    return Model(name, "GPT2", config, _GPT2, ("score",), _SMALL_GPT2)
+
+
+_DEBERTA = _encoder("deberta-v2-xlarge", layers=24, heads=24) | {
+    "vocab_size": 128100, "max_position_embeddings": 512, "type_vocab_size": 0,
     "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm",
     "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
     "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 64, "layer_norm_eps": 1e-7,
 }  # fmt: skip
-
-
-def _roberta(name: str, hidden: int, layers: int, heads: int) -> Model:
-    config = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    config |= {"intermediate_size": 4 * hidden, **_ROBERTA}
-    return Model(name, "Roberta", config, _ENCODER, ("classifier",), _SMALL)
-
-
-def _gpt2(name: str, hidden: int, layers: int, heads: int) -> Model:
-    config = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "pad_token_id": 50256}
-    config |= {"use_cache": False}  # of keys and values, for generation
-    return Model(name, "GPT2", config, _GPT2, ("score",), _SMALL_GPT2)
-
-
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
-        _roberta("roberta-base", 768, 12, 12),
-        _roberta("roberta-large", 1024, 24, 16),
-        _gpt2("gpt2", 768, 12, 12),
-        _gpt2("gpt2-medium", 1024, 24, 16),
+        _roberta("roberta-base", layers=12, heads=12),
+        _roberta("roberta-large", layers=24, heads=16),
+        _gpt2("gpt2", layers=12, heads=12),
+        _gpt2("gpt2-medium", layers=24, heads=16),
         Model(
             "deberta-v2-xlarge", "DebertaV2", _DEBERTA,
             ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),
@@ -93,7 +103,7 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype the base is held in, and that of the products if autocast casts them."""
+    """The dtype of the base's weights, autocast's (None: off), and whether the loss is scaled."""
 
     name: str
     weights: torch.dtype = torch.float32
@@ -114,7 +124,7 @@ PRECISIONS: dict[str, Precision] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What both kinds of LoRA share."""
+    """The rank and the dropout of the LoRA, PEFT's or ours."""
 
     rank: int = 8
     dropout: float = 0.1
@@ -137,7 +147,7 @@ def _lora(model: nn.Module, row: Model, recipe: Recipe) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: what is attached, and whether the step is compiled or captured."""
+    """A way to train: what is attached to the model; whether its step is compiled or captured."""
 
     name: str
     provider: str

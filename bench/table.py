@@ -10,7 +10,7 @@ from .timing import is_tie
 
 
 def print_case(case: Case, rows: Sequence[Row]) -> None:
-    """The rows of one case: time, spread, and ratios to the floor and to eager PEFT."""
+    """Print the rows of one case: time, spread, and ratios to the floor and to eager PEFT."""
     print(f"\n{case}")
     for key in dict.fromkeys((row["direction"], row["mode"]) for row in rows):
         same = [row for row in rows if (row["direction"], row["mode"]) == key]
@@ -32,7 +32,7 @@ def _line(row: Row, peft: Row | None) -> str:
 
 
 def speed_up(row: Row, peer: Row | None) -> str:
-    """How many times faster a row is than its peer; "tie" inside the noise."""
+    """The peer's time over the row's; "tie" within the noise, "-" where one is not measured."""
     if peer is None or not (row.get("median_us") and peer.get("median_us")):
         return "-"
     a, b = row["median_us"], peer["median_us"]
@@ -42,7 +42,7 @@ def speed_up(row: Row, peer: Row | None) -> str:
 
 
 def goals_table(rows: Iterable[Row]) -> str:
-    """Each goal against the worst of its measured cases; "-" if unmeasured."""
+    """Each goal beside the worst of its measured cases; "-" if none is measured."""
     index = {
         (row["case"], row["M"], row["provider"]): row
         for row in rows
@@ -65,7 +65,7 @@ def _goal_line(goal: Goal, index: dict[tuple[str, int, str], Row]) -> str:
     for name in goal.layers:
         for M in goal.tokens:
             ours = index.get((name, M, "auto"))
-            if ours and ours.get("floor_ratio"):  # to the floor of its own run
+            if ours and ours.get("floor_ratio"):  # over the floor of the same run
                 over_floor.append(ours["floor_ratio"])
             for peer, found in ratios.items():
                 row = index.get((name, M, peer))

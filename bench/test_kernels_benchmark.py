@@ -1,6 +1,6 @@
 """The kernel suite's cases through pytest-benchmark: `pytest bench --benchmark-only`.
 
-The same cases, providers and checks as `python -m bench kernels --quick`; on a CPU the toys alone.
+Cases, providers and checks are those of `python -m bench kernels --quick`; on a CPU the toys alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROVIDERS = providers()
 
 @functools.lru_cache(maxsize=1)
 def _built(case: cases.Case, name: str) -> Built:
-    """A provider that passed the check; skips where it cannot run, fails where it is wrong."""
+    """The layer of a provider that passed the check; skips if it cannot run, fails if wrong."""
     provider = PROVIDERS[name]
     reason = provider.refuses(case, DEVICE)
     if reason is not None:
@@ -39,7 +39,7 @@ def _built(case: cases.Case, name: str) -> Built:
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(benchmark, case: cases.Case, name: str, direction: str) -> None:
-    """One call; on a GPU as the replay of a CUDA graph, up to the device's answer."""
+    """One call until the device has finished; on a GPU the replay of a CUDA graph."""
     if DEVICE.type == "cpu" and "compile" in name:
         pytest.skip("compiling toys says nothing")
     ring = buffers(case, DEVICE)

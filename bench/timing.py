@@ -1,9 +1,8 @@
-"""How a call is timed, and how fast this machine copies and multiplies.
+"""Samples of a call's time, what they say, and how fast this machine copies and multiplies.
 
-On a GPU by device events: eager calls each from an idle device, host time included; replays of a
-CUDA graph one after another, so that none waits for its launch. On a CPU by the clock. A sample is
-one pass over a ring of buffers larger than the last-level cache: forward over all of them, then
-backward in reverse, as a model runs its layers, so that backward finds x where training finds it.
+On a GPU device events time a call. Eager calls start from an idle device, so that host time counts.
+Replays of a CUDA graph are queued in a row, so that none waits for its launch. On a CPU the clock
+times a call.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Spread(NamedTuple):
 
 
 def spread(samples: list[float]) -> Spread:
-    """The spread of samples; they are few, so percentiles are samples themselves."""
+    """The spread of samples; since they are few, each percentile is one of them."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Spread(
@@ -53,7 +52,7 @@ def is_tie(a: float, b: float, noise_a: float, noise_b: float) -> bool:
 
 
 def buffer_count(device: torch.device, bytes_each: int) -> int:
-    """How many buffers of that size outgrow the cache; two at least."""
+    """How many buffers of `bytes_each` exceed the cache, at least two."""
     if device.type != "cuda":
         return 2
     wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -69,14 +68,14 @@ def synchronize(device: torch.device) -> None:
 def sample(
     run: Run, device: torch.device, count: int, *, warm_up: int = 3, queued: bool = False
 ) -> list[float]:
-    """Microseconds of `count` runs, after `warm_up` unmeasured ones.
+    """Microseconds of `count` runs, after `warm_up` runs that are not timed.
 
-    With `queued`, the host does not wait for a GPU between them.
+    With `queued`, the host does not wait for the GPU between runs.
     """
     for _ in range(warm_up):
         run()
     synchronize(device)
-    gc.disable()  # a collection inside a sample would be charged to whoever runs then
+    gc.disable()  # else a collection counts in the sample in which it happens
     try:
         if queued and device.type == "cuda":
             return queued_times(run, count)
@@ -103,7 +102,7 @@ def _clock_time(run: Run) -> float:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """The most memory a run allocates above what is allocated before; None on a CPU."""
+    """The most memory that a run allocates at once, in bytes; None on a CPU."""
     if device.type != "cuda":
         return None
     run()
@@ -117,7 +116,7 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Attainable GB/s of memory: bytes read plus bytes written by a large copy."""
+    """Attainable GB/s of memory: the bytes that a large copy reads and writes."""
     size = 32 << 20
     if device.type == "cuda":
         size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
@@ -129,7 +128,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @cache
 def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> float:
-    """Attainable TFLOP/s: a square matrix product of the vendor's library."""
+    """Attainable TFLOP/s: those of a large square product of the vendor's library."""
     n = 1024 if device.type != "cuda" else 4096 if dtype is torch.float32 else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -140,7 +139,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, tf32: bool = False) ->
 
 
 class matmul_precision:  # noqa: N801 - used as a function
-    """Context: let float32 products use tensor cores (TF32), or not."""
+    """Context in which float32 products may round to TF32, or may not."""
 
     def __init__(self, tf32: bool) -> None:
         self.wanted = "high" if tf32 else "highest"

@@ -1,7 +1,6 @@
 """One real fine-tuning run by PEFT and one by us: same data, seeds and flags, side by side.
 
-`models` is not imported: each run is `python -m models.train` in a process of its own, read back
-from the `result.json` that it writes.
+Each run is `python -m models.train` in a process of its own, whose `result.json` is read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ OWN_FLAGS = ("--method", "--output-dir")
 
 
 def run(flags: Sequence[str], device: torch.device, folder: Path) -> int:
-    """Both runs, the rows written, the table printed; 1 if a run failed."""
+    """Run both, write their rows, print the table; 1 if a run failed. ValueError for OWN_FLAGS."""
     taken = [flag for flag in flags if flag in OWN_FLAGS]
     if taken:
         raise ValueError(f"{taken[0]} is this benchmark's own: leave it out")
@@ -43,7 +42,7 @@ def run(flags: Sequence[str], device: torch.device, folder: Path) -> int:
 
 
 def row_of(path: Path, method: str, flags: Sequence[str]) -> Row:
-    """A row from the result of one run."""
+    """The row of one run, from its `result.json`."""
     result = json.loads(path.read_text(encoding="utf-8"))
     return {
         "model": result.get("model_name") or Path(str(result["model"])).name,
@@ -60,7 +59,7 @@ def row_of(path: Path, method: str, flags: Sequence[str]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Time to finish and final metrics, side by side."""
+    """Seconds, samples/s and final metrics of each run."""
     lines = [f"{'method':<8}{'seconds':>10}{'samples/s':>12}  final metrics"]
     for row in rows:
         metrics = ", ".join(

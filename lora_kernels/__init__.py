@@ -7,7 +7,8 @@ Importing this package patches nothing, imports no transformers, and works witho
 without a GPU.
 """
 
-from .adapters.load_save import load_adapter, save_adapter
+from . import former_names
+from .adapters import load_adapter, save_adapter
 from .autograd.functional import lora_linear
 from .injection.explain import explain
 from .injection.inject import add_lora, merge
@@ -17,6 +18,7 @@ from .layers.config import LoRAConfig
 from .layers.linear import FusedLoRALinear
 from .strategies.table import STRATEGIES
 
+former_names.install()
 __version__ = "0.1.0"
 __all__ = [
     "STRATEGIES",

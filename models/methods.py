@@ -17,33 +17,41 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora, save_adapter
 from lora_kernels.injection.families import family_of, heads_of
+from lora_kernels.injection.report import FusedRow, SkippedRow
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A model ready to train: what was replaced by which strategy, what was left out and why."""
+    """A model that is ready to train: which layers got LoRA, which were left alone, and why."""
 
     model: nn.Module
-    fused: tuple[dict[str, str], ...] = ()
-    skipped: tuple[dict[str, str], ...] = ()
+    fused: tuple[FusedRow, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune. `attach` freezes and injects; `save` writes what was trained."""
+    """A way to fine-tune.
+
+    `attach` freezes a model and puts LoRA into it. `save` writes what was trained into the folder
+    `saved` of the run directory. `unread` names the flags that mean nothing to the method: a run
+    that sets one is refused. `learning_rate` is the default peak.
+    """
 
     name: str
     summary: str
-    learning_rate: float  # the default
+    learning_rate: float
     attach: Callable[[nn.Module, LoRAConfig], Attached]
     save: Callable[[nn.Module, Path], Any]
+    saved: str
+    unread: tuple[str, ...] = ()
 
 
 def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Count trainable and total parameters by group: lora, head, embeddings, backbone.
+    """Group -> trainable and total parameters; the groups are the same for every method.
 
-    The same groups for every method. PEFT keeps a frozen second copy of the head
-    (``original_module``), which is nobody's parameter and is left out.
+    They are lora, head, embeddings, backbone, and all. PEFT keeps a frozen copy of the head beside
+    the one that it trains (`original_module`); that copy is not counted.
     """
     unwrap: Any = getattr(model, "get_base_model", lambda: model)  # PEFT's
     base: nn.Module = unwrap()
@@ -70,7 +78,7 @@ def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def redraw(model: nn.Module, seed: int) -> None:
-    """Draw every lora_A again in module order, Kaiming-uniform as PEFT does; zero every lora_B."""
+    """Draw every lora_A anew in module order, Kaiming-uniform as PEFT does; zero every lora_B."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -86,14 +94,7 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 def _attach_lora(model: nn.Module, config: LoRAConfig) -> Attached:
     report = add_lora(model, config)
-    return Attached(
-        model,
-        tuple(
-            {"name": row.name, "strategy": row.strategy, "reason": row.reason}
-            for row in report.fused
-        ),
-        tuple({"name": row.name, "reason": row.reason} for row in report.skipped),
-    )
+    return Attached(model, report.fused, report.skipped)
 
 
 def _attach_peft(model: nn.Module, config: LoRAConfig) -> Attached:
@@ -109,7 +110,7 @@ def _attach_peft(model: nn.Module, config: LoRAConfig) -> Attached:
                 f"no default targets for {type(model).__name__}: name them (--targets)"
             )
         targets = family.targets
-    # PEFT spells these two otherwise: "all-linear" is a bare string, so is a regular expression.
+    # PEFT takes names as a list, but "all-linear" and a regular expression as a bare string.
     spelled: Any = list(targets)
     if len(targets) == 1 and targets[0] == "all-linear":
         spelled = "all-linear"
@@ -127,13 +128,12 @@ def _attach_peft(model: nn.Module, config: LoRAConfig) -> Attached:
             modules_to_save=list(config.train) or None,
         ),
     )
-    names = tuple(
-        name
+    rows = (
+        FusedRow(name, "peft", "the peft package's own layers")
         for name, module in wrapped.get_base_model().named_modules()
         if hasattr(module, "lora_A")
     )
-    row = {"strategy": "peft", "reason": "the peft package's own layers"}
-    return Attached(wrapped, tuple({"name": name, **row} for name in names))
+    return Attached(wrapped, tuple(rows))
 
 
 def _attach_full(model: nn.Module, config: LoRAConfig) -> Attached:
@@ -147,17 +147,22 @@ def _save_pretrained(model: Any, directory: Path) -> None:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("lora", "fused LoRA layers", 1e-3, _attach_lora, save_adapter),
-        Method("peft", "PEFT's eager layers", 1e-3, _attach_peft, _save_pretrained),
-        Method("full", "every parameter", 5e-5, _attach_full, _save_pretrained),
+        Method("lora", "fused LoRA layers", 1e-3, _attach_lora, save_adapter, "adapter"),
+        Method("peft", "PEFT's eager layers", 1e-3, _attach_peft, _save_pretrained, "adapter",
+               unread=("strategy",)),
+        Method("full", "every parameter", 5e-5, _attach_full, _save_pretrained, "model",
+               unread=("dropout", "rslora", "targets", "train_head", "strategy")),
     )
-}
+}  # fmt: skip
 
 
 def attach(
     method: str, model: nn.Module, config: LoRAConfig, train_head: bool, seed: int
 ) -> Attached:
-    """Freeze and inject by the named method, and give LoRA its reproducible start."""
+    """Freeze the model and put LoRA into it as the method does, with a start drawn from `seed`.
+
+    Raises ValueError where `train_head` finds no task head.
+    """
     if train_head:
         heads = heads_of(model)
         if not heads:

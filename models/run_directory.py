@@ -1,6 +1,7 @@
-"""What a run leaves behind: JSON, CSV, a plot, and the table printed at the end.
+"""The run directory: which run it holds, and the files that a run leaves in it.
 
-Every file is written aside and renamed, ``result.json`` last: where it exists, the run is whole.
+Every file is written aside and renamed, `result.json` last: where that file exists, the run is
+whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RESULT, ARGUMENTS, PLOT = "result.json", "arguments.json", "plot.png"
+from . import show
+
+RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"
 
 
 @contextmanager
@@ -37,18 +40,84 @@ def replacing(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as indented JSON."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def open_run(
+    directory: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Open the directory for the run that `identity` names; returns its result if it is finished.
+
+    None means that the run starts, or continues from its checkpoints. `overwrite` deletes what the
+    directory holds. Raises ValueError for a directory that holds a run of other arguments, for a
+    run to continue where `resume` is False, and for `overwrite` on a directory that holds no run.
+    """
+    begun = directory / ARGUMENTS
+    if overwrite:
+        if directory.exists() and any(directory.iterdir()) and not begun.is_file():
+            raise ValueError(f"{directory} is not a run directory: it has no {ARGUMENTS}")
+        shutil.rmtree(directory, ignore_errors=True)
+    if not begun.is_file():
+        return None
+    before = read_json(begun)
+    changed = [
+        f"{name} {before.get(name)!r} -> {identity.get(name)!r}"
+        for name in dict.fromkeys((*before, *identity))
+        if before.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{directory} holds a run with other arguments ({'; '.join(changed)}): "
+            "choose another --output-dir, or --overwrite it"
+        )
+    if not resume:
+        raise ValueError(
+            f"{directory} holds a run already: --overwrite it, or leave out --no-resume"
+        )
+    finished = directory / RESULT
+    return read_json(finished) if finished.is_file() else None
+
+
+def begin(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Write down which run the directory holds, so that it can be continued."""
+    write_json(directory / ARGUMENTS, identity)
+
+
+def finish(
+    directory: Path,
+    result: Mapping[str, Any],
+    losses: Sequence[float],
+    save: Callable[[Path], Any],
+) -> None:
+    """Write the files of a run that has ended, the result last, and drop its checkpoints.
+
+    `losses` are those of every step. `save` writes what was trained into the directory that it is
+    given, which becomes `result["saved"]`.
+    """
+    per_epoch = len(losses) // len(result["history"])
+    steps = [
+        {"step": step, "epoch": (step - 1) // per_epoch + 1, "loss": loss}
+        for step, loss in enumerate(losses, start=1)
+    ]
+    write_csv(directory / "steps.csv", steps)
+    write_csv(directory / "history.csv", result["history"])
+    with replacing(directory / result["saved"]) as aside:
+        save(aside)
+    with replacing(directory / "plot.png") as aside:
+        show.plot(result, losses).savefig(aside, dpi=150)
+    write_json(directory / RESULT, result)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote; raise ``ValueError`` naming a file that is not JSON."""
+    """What `write_json` wrote. Raises ValueError naming a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); --overwrite starts anew") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented JSON."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -57,101 +126,3 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_directory(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a directory."""
-    with replacing(path) as aside:
-        write(aside)
-
-
-def write_plot(path: Path, result: Mapping[str, Any], losses: Sequence[float]) -> None:
-    """Draw the training loss of every step and the validation numbers of every epoch."""
-    from matplotlib.figure import Figure  # no pyplot: it would choose a display
-
-    history = result["history"]
-    metric = result["primary_metric"]
-    per_epoch = len(losses) / max(len(history), 1)
-    ends = [round(row["epoch"] * per_epoch) for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(
-        range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="train, each step"
-    )
-    left.plot(ends, [row["train_loss"] for row in history], "o-", label="train, epoch mean")
-    if "validation_loss" in history[0]:
-        left.plot(ends, [row["validation_loss"] for row in history], "s-", label="validation")
-        values = [row[f"validation_{metric}"] for row in history]
-        right.plot([row["epoch"] for row in history], values, "s-", label="validation")
-    if "test" in result["metrics"]:
-        test = result["metrics"]["test"][metric]
-        right.plot([history[-1]["epoch"]], [test], "*", markersize=12, label=f"test {test:.3f}")
-    if metric == "accuracy":
-        baseline = next(reversed(result["baseline"]["splits"].values()))
-        right.axhline(baseline, color="0.5", linestyle="--", label=f"majority class {baseline:.3f}")
-    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    right.set(
-        xlabel="epoch",
-        ylabel=metric,
-        xticks=[row["epoch"] for row in history][:: max(1, len(history) // 8)],
-    )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    figure.suptitle(f"{result['task']}, {result['model_name']}, {result['method']}", fontsize=10)
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=150)
-
-
-def print_parameters(result: Mapping[str, Any]) -> None:
-    """Print what trains and what is frozen, before a step is made."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="parameters", title_justify="left")
-    table.add_column("group")
-    for column in ("trainable", "total", "share"):
-        table.add_column(column, justify="right")
-    for group, count in result["parameters"].items():
-        if count["total"]:
-            share = count["trainable"] / count["total"]
-            table.add_row(group, f"{count['trainable']:,}", f"{count['total']:,}", f"{share:.2%}")
-    console = Console(highlight=False)
-    console.print(table)
-    strategies = sorted({row["strategy"] for row in result["fused"]})
-    if result["fused"]:
-        console.print(f"{len(result['fused'])} layers with LoRA, strategy {', '.join(strategies)}")
-    for row in result["skipped"]:
-        console.print(f"left alone: {row['name']} ({row['reason']})")
-
-
-def print_result(result: Mapping[str, Any], directory: Path) -> None:
-    """Print the table of a finished run."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"{result['task']} · {result['model_name']} · {result['method']} on {result['device']}"
-    table = Table(title=title, title_justify="left")
-    names = list(next(iter(result["metrics"].values())))
-    table.add_column("split")
-    table.add_column("rows scored", justify="right")
-    for name in (*names, result["baseline"]["name"]):
-        table.add_column(name, justify="right")
-    for split, metrics in result["metrics"].items():
-        numbers = [f"{metrics[name]:.4f}" for name in names]
-        baseline = f"{result['baseline']['splits'][split]:.4f}"
-        table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
-    console = Console(highlight=False)
-    console.print(table)
-    counts, memory = result["parameters"], result["peak_memory"]
-    console.print(
-        f"trained {counts['all']['trainable']:,} of {counts['all']['total']:,} parameters "
-        f"(LoRA {counts['lora']['trainable']:,}, head {counts['head']['trainable']:,}) in "
-        f"{result['seconds']:.0f} s, {result['samples_per_second']:.0f} samples/s, "
-        f"peak memory {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
-    )
-    for split, count in result["repeated_texts"].items():
-        if count:
-            console.print(f"note: {count} {split} rows have a text that is in train too")
-    console.print(f"{directory}/: {RESULT}, {PLOT}, history.csv, steps.csv, {result['saved']}/")

@@ -1,7 +1,8 @@
 """The Hugging Face Trainer with three changes: exact resume, small checkpoints, every step's loss.
 
 * The order of an epoch depends on (seed, epoch) alone. Trainer's own samplers draw it from the
-  global generator, whose state at the start of an epoch is lost when a run resumes inside it.
+  global generator. A run that resumes within an epoch no longer has the generator's state at the
+  start of that epoch, and would see other batches.
 * A checkpoint holds the parameters that train, not the frozen model.
 * The loss of each step is kept at full precision, so that two methods can be compared.
 """
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 _TRAINED = "trained.safetensors"
 _PROGRESS = "progress.json"
@@ -28,10 +29,10 @@ _POOL = 50  # batches among which examples are sorted by length
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Batches of like length in random order, from (seed, epoch) alone.
+    """Batches of like length in random order, which depends on (seed, epoch) alone.
 
-    Examples are shuffled, sorted by length within pools of 50 batches, cut into batches, and the
-    batches shuffled: little padding, and no drift from long to short over an epoch.
+    Rows are shuffled, sorted by length within pools of 50 batches, and cut into batches; then the
+    batches are shuffled. So there is little padding, and lengths do not drift over an epoch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -41,7 +42,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; called by the data loader at the start of every epoch."""
+        """Choose the epoch's order; the data loader calls this when an epoch starts."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -59,42 +60,64 @@ class LengthGroupedSampler(Sampler[int]):
         whole = len(ordered) // self.batch_size
         for batch in torch.randperm(whole, generator=generator).tolist():
             yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
-        yield from ordered[whole * self.batch_size :]  # the incomplete batch stays last
+        yield from ordered[whole * self.batch_size :]  # an incomplete batch stays last
 
 
 class ExactTrainer(Trainer):
-    """See the module's docstring. ``step_losses`` and ``seconds`` survive a resume."""
+    """Trainer with the three changes that this module's docstring lists.
+
+    `lengths` are the tokens of each training row. `step_losses` and `seconds` survive a resume.
+    Progress shows as one bar and a line for each epoch, instead of Trainer's own callbacks.
+    """
 
     def __init__(self, *args: Any, lengths: Sequence[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lengths = lengths
         self._losses: list[torch.Tensor] = []
         self._started = time.perf_counter()
+        self._ended: float | None = None
         self._seconds_before = 0.0
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(Progress())
 
     @property
     def step_losses(self) -> list[float]:
-        """The training loss of every step so far, as the fp32 (or wider) number it was."""
+        """The training loss of every step so far; no digit of it is lost."""
         return torch.stack(self._losses).tolist() if self._losses else []
 
     @property
     def seconds(self) -> float:
-        """Wall time since training began, less the time between a kill and the resume."""
-        return self._seconds_before + time.perf_counter() - self._started
+        """Wall time of training so far, without the time between a kill and its resume."""
+        now = time.perf_counter() if self._ended is None else self._ended
+        return self._seconds_before + now - self._started
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; the clock starts here."""
+        """Train, by the clock."""
         self._started = time.perf_counter()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self._ended = time.perf_counter()
+        return output
+
+    def score(self, splits: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Split -> loss and metrics of the model as it is at the end of training."""
+        validations = [log for log in self.state.log_history if "eval_loss" in log]
+        return {
+            # The last epoch ended with the validation scores of this very model.
+            name: clean(validations[-1], "eval")
+            if name == "validation"
+            else clean(self.evaluate(split, metric_key_prefix=name), name)
+            for name, split in splits.items()
+        }
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one step and keep its loss, on the device: reading it here would wait for the GPU."""
+        """Run one step and keep its loss on the device: to read it here would wait for the GPU."""
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.detach().clone())
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what a checkpoint needs of the model: the parameters that train."""
+        """Write the parameters that train, and the losses and seconds so far."""
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self._trained().items()}
@@ -123,10 +146,10 @@ class ExactTrainer(Trainer):
 
 
 class SaveEvery(TrainerCallback):
-    """Ask for a checkpoint every ``steps`` steps, but not where an epoch ends.
+    """Asks for a checkpoint every `steps` steps, but not where an epoch ends; 0 asks for none.
 
-    Trainer's own save_steps saves there before the epoch's evaluation, and a run resumed from that
-    checkpoint never makes it.
+    At the end of an epoch, Trainer's own `save_steps` saves before the epoch is scored, and a run
+    that resumes from there never scores it.
     """
 
     def __init__(self, steps: int) -> None:
@@ -186,9 +209,10 @@ class Progress(TrainerCallback):
 
 
 def clean(logged: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Keep loss and metrics of what Trainer logs for a split, without its prefix, loss first.
+    """Name -> loss and metrics among what Trainer logs for a split, without the prefix.
 
-    Sorted: a resumed run reads its earlier logs from a file that holds them in another order.
+    The loss comes first, the rest by name. (Trainer's order is lost on a resume, which reads the
+    earlier logs from a file.)
     """
     noise = re.compile(rf"{prefix}_(runtime|.*_per_second|model_preparation_time)")
     return {
@@ -201,7 +225,7 @@ def clean(logged: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """Find the newest complete checkpoint: the state is what is written last."""
+    """The newest complete checkpoint: one whose state, the last file to be written, is JSON."""
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for path in found:
         try:

@@ -29,7 +29,8 @@ WINGS = (
 MAY_IMPORT = {wing: set(WINGS[: i + 1]) for i, wing in enumerate(WINGS)}
 MAY_IMPORT["algebra"] = {"algebra"}
 MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
-MAY_IMPORT["__init__"] = set(WINGS)  # the public names
+MAY_IMPORT["__init__"] = {*WINGS, "former_names"}  # the public names
+MAY_IMPORT["former_names"] = set()
 MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..algebra.columns import Ranges, segments, unfold
+from ..algebra.columns import Ranges, equal_columns, unfold
 from ..injection.targets import is_layer
 from ..layers.base import features_of
 from .files import Adapter, LayerValues, read_tensors, split_lora
@@ -66,4 +66,4 @@ def _columns(
     fits = lora_A.shape[0] == len(enabled) * r and lora_B.shape[0] == len(enabled) * segment
     if not fits or segment * len(enable_lora) != N:
         raise ValueError(f"{name} ({shapes}) does not fit enable_lora={tuple(enable_lora)}")
-    return tuple(segments(N, len(enable_lora))[i] for i in enabled)
+    return tuple(equal_columns(N, len(enable_lora))[i] for i in enabled)

@@ -23,7 +23,7 @@ def check_columns(columns: Ranges, N: int) -> None:
         raise ValueError(f"columns must be ascending (start, stop) within (0, {N}): got {columns}")
 
 
-def segments(N: int, count: int) -> Ranges:
+def equal_columns(N: int, count: int) -> Ranges:
     """(0, N) in equal ranges; what a division leaves over belongs to none."""
     width = N // count
     return tuple((i * width, (i + 1) * width) for i in range(count))

@@ -1,8 +1,16 @@
-"""What every strategy is given and gives: layers that share an input, and their results."""
+"""What travels through a call: the tensors of a layer as one value, its settings as another.
+
+A call is of G >= 1 segments that read the same x [M, K], each with a LoRA of rank R. The segments
+are G layers (query, key and value), or, with `columns`, G ranges of the columns of one layer's y.
+
+A new tensor of a layer (a magnitude, the scales of a quantised weight) is one more field of
+`Weights` and of `Operands`. All between a module and a strategy passes these values on whole.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,31 +19,83 @@ from .columns import Ranges, widths
 Tensors = tuple[Tensor, ...]
 
 
-class Layers(NamedTuple):
-    """The parameters of G layers that share x, a tuple each; bias is None if they have none.
+class Weights(NamedTuple):
+    """The tensors of one layer: weight [N, K], bias [N], lora_A [R, K], lora_B [N, R].
 
-    With `columns`, G ranges of the columns of y that are adapted, there is one weight, one bias,
-    and one lora_A [G R, K] and lora_B [sum of widths, R] that hold the ranges' adapters stacked.
+    With `columns`, the adapters of the G ranges are stacked, one below the other: lora_A [G R, K]
+    and lora_B [sum of N_g, R].
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class Settings(NamedTuple):
+    """What a layer does with its tensors. Layers that run together have equal settings.
+
+    `scale` multiplies the low-rank product. `dropout` is the probability in this call: 0 outside
+    training. `strategy` is a name of `STRATEGIES`, or "auto". `columns` are the (start, stop) of
+    y's columns that have LoRA; None means all of them, as one.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+    strategy: str = "auto"
+    columns: Ranges | None = None
+
+
+class Parts(NamedTuple):
+    """One layer, as a call on some x needs it."""
+
+    weights: Weights
+    settings: Settings
+
+
+class Operands(NamedTuple):
+    """The tensors of all layers of a call: the fields of `Weights`, each a tuple over the layers.
+
+    `bias` holds None for every layer where they have none; otherwise no layer is without. With
+    `columns` there is one layer.
     """
 
     weight: Tensors
-    bias: Tensors | None
+    bias: tuple[Tensor | None, ...]
     lora_A: Tensors
     lora_B: Tensors
-    columns: Ranges | None = None
 
-    def adapters(self) -> tuple[Tensors, Tensors]:
-        """lora_A [R, K] and lora_B [N_g, R] of each of the G."""
-        if self.columns is None:
+    @classmethod
+    def of(cls, layers: Iterable[Weights]) -> Operands:
+        """The operands of these layers."""
+        return cls._make(zip(*layers))  # noqa: B905 (every layer has the same fields)
+
+    @classmethod
+    def unflatten(cls, flat: Sequence[Any], count: int) -> Operands:
+        """What `flatten` laid end to end, for `count` layers; also of flags, or of gradients."""
+        return cls._make(zip(*[iter(flat)] * count))  # noqa: B905 (`count` at a time)
+
+    def flatten(self) -> tuple[Any, ...]:
+        """All tensors end to end, field by field, as autograd wants them."""
+        return sum(self, ())
+
+    def biases(self) -> Tensors | None:
+        """The bias of every layer; None if they have none."""
+        return None if self.bias[0] is None else self.bias  # type: ignore[return-value]
+
+    def adapters(self, columns: Ranges | None) -> tuple[Tensors, Tensors]:
+        """lora_A [R, K] of every segment, and lora_B [N_g, R]."""
+        if columns is None:
             return self.lora_A, self.lora_B
         (lora_A,), (lora_B,) = self.lora_A, self.lora_B
-        return lora_A.split(lora_B.shape[1]), lora_B.split(widths(self.columns))
+        return lora_A.split(lora_B.shape[1]), lora_B.split(widths(columns))
 
-    def adapted(self, y: Tensors) -> Tensors:
-        """The [M, N_g] that each adapter adds to, of the outputs or of their gradients."""
-        if self.columns is None:
-            return y
-        return tuple(y[0][:, start:stop] for start, stop in self.columns)
+
+def segments_of(y: Tensors, columns: Ranges | None) -> Tensors:
+    """The [M, N_g] that each segment adds its low-rank product to; also of dy."""
+    if columns is None:
+        return y
+    return tuple(y[0][:, start:stop] for start, stop in columns)
 
 
 class Wanted(NamedTuple):
@@ -47,7 +107,11 @@ class Wanted(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What forward gives: the outputs, and what backward needs besides the inputs."""
+    """What forward gives: y [M, N] of each layer, and what backward needs besides the inputs.
+
+    h [G, M, R] are the projected inputs, mask [G, M, ceil(K / 8)] the packed dropout masks (None
+    without dropout).
+    """
 
     y: Tensors
     h: Tensor
@@ -55,7 +119,10 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What backward gives; None where it was not wanted."""
+    """What backward gives; None where it was not wanted.
+
+    dx [M, K] sums over the layers; dlora_A and dlora_B have a tensor for each layer's parameter.
+    """
 
     dx: Tensor | None
     dlora_A: Tensors | None

@@ -1,4 +1,8 @@
-"""The autograd Function behind `lora_linear`: one node of the graph for a layer or a group."""
+"""The autograd Function behind `lora_linear`: one node of the graph for a layer or a group.
+
+It saves x by reference, h [G, M, R] and the packed masks, and no copy of anything. x [..., K] is
+seen as rows [M, K] in here: outside, each view would be a node of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +11,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.columns import Ranges
-from ..algebra.operands import Layers, Wanted
+from ..algebra.operands import Operands, Settings, Wanted
 from ..hardware.tiles import Tiles
+from ..strategies.library import frozen_gradients
 from ..strategies.table import Strategy
 from .autocast import autocast_dtype, without_autocast
 
 
-class _Call(NamedTuple):
-    """What a call has besides tensors; one argument, because every argument of apply costs time."""
+class Call(NamedTuple):
+    """What a call has besides operands; one argument, since every argument of apply costs time."""
 
-    scale: float
-    dropout: float
+    settings: Settings
     seed: Tensor | None
     strategy: Strategy
     tiles: Tiles | None
-    G: int  # how many weights; with `columns`, one
-    columns: Ranges | None
+    layers: int  # how many
 
 
-class _LoRALinears(torch.autograd.Function):
-    """One graph node a group; saves x by reference, h and the packed masks, no copy of anything.
-
-    apply(x, call, *weights, *lora_A, *lora_B, *biases) -> the output of each layer. x [..., K] is
-    seen as rows here rather than outside, where each view would be a node of its own.
-    """
+class LoRALinears(torch.autograd.Function):
+    """apply(x, call, *operands.flatten()) -> y [..., N] of each layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
-        scale, dropout, seed, strategy, tiles, G, columns = call
-        layers = _layers(G, parameters, columns)
-        y, h, mask = strategy.forward(_rows(x), layers, scale, dropout, seed, tiles)
-        needs = ctx.needs_input_grad
-        first_A, first_B = _FIRST + G, _FIRST + 2 * G
-        wants_dA, wants_dB = True in needs[first_A:first_B], True in needs[first_B : first_B + G]
-        wants_dx, wants_dweight = needs[0], True in needs[_FIRST:first_A]
+    def forward(ctx: Any, x: Tensor, call: Call, *flat: Any) -> tuple[Tensor, ...]:
+        settings, seed, strategy, tiles, layers = call
+        operands = Operands.unflatten(flat, layers)
+        y, h, mask = strategy.forward(as_rows(x), operands, settings, seed, tiles)
+        needs: Any = Operands.unflatten(ctx.needs_input_grad[_FIRST:], layers)
+        wanted = Wanted(ctx.needs_input_grad[0], True in needs.lora_A, True in needs.lora_B)
+        weight, _, *rest = operands
+        unread = (None,) * layers  # the bias, and the weight unless dx is wanted
         ctx.save_for_backward(
-            x if wants_dA or wants_dweight else None,
-            h if wants_dB else None,
-            mask if wants_dx or wants_dA else None,
-            *(parameters[:G] if wants_dx else (None,) * G),
-            *parameters[G : 3 * G],
+            x if wanted.dlora_A or True in needs.weight else None,
+            h if wanted.dlora_B else None,
+            mask if wanted.dx or wanted.dlora_A else None,
+            *(weight if wanted.dx else unread),
+            *unread,
+            *sum(rest, ()),
         )
-        ctx.call, ctx.wanted = call, Wanted(wants_dx, wants_dA, wants_dB)
+        ctx.call, ctx.needs, ctx.wanted = call, needs, wanted
         return y if x.dim() == 2 else tuple([_shaped(each, x.shape[:-1]) for each in y])
 
     @staticmethod
@@ -66,48 +65,49 @@ class _LoRALinears(torch.autograd.Function):
             return _gradients(ctx, *dy)
 
 
+# Function.apply without its look for a transform of torch.func, which takes 4 us a call.
+# `lora_linears` has looked before.
+apply = super(torch.autograd.Function, LoRALinears).apply
+_FIRST = 2  # the place of the first operand among the arguments of apply
+
+
 def _gradients(ctx: Any, *dy: Tensor) -> Any:
     saved = ctx.saved_tensors
     x, h, mask = saved[:3]
-    scale, dropout, _, strategy, tiles, G, columns = ctx.call
+    settings, _, strategy, tiles, layers = ctx.call
     shape = dy[0].shape[:-1]
-    dy = tuple([_rows(each) for each in dy])
-    rows = None if x is None else _rows(x)
+    dy = tuple([as_rows(each) for each in dy])
+    rows = None if x is None else as_rows(x)
     dx = dlora_A = dlora_B = None
     if True in ctx.wanted:
-        layers = _layers(G, saved[3:], columns)
+        operands = Operands.unflatten(saved[3:], layers)
         dx, dlora_A, dlora_B = strategy.backward(
-            dy, rows, layers, h, mask, scale, dropout, ctx.wanted, tiles
+            dy, rows, operands, h, mask, settings, ctx.wanted, tiles
         )
     if dx is not None and len(shape) != 1:
         dx = _shaped(dx, shape)
-    nothing, needs = (None,) * G, ctx.needs_input_grad[_FIRST:]
-    dweight: Any = nothing
-    if rows is not None and True in needs[:G]:  # LoRA's are frozen
-        dweight = [d.T @ rows if needed else None for d, needed in zip(dy, needs[:G], strict=True)]
-    dbias: Any = needs[3 * G :]
-    if dbias:
-        dbias = [d.sum(0) if needed else None for d, needed in zip(dy, dbias, strict=True)]
-    return dx, None, *dweight, *(dlora_A or nothing), *(dlora_B or nothing), *dbias
+    dweight = dbias = none = (None,) * layers
+    if True in ctx.needs.weight or True in ctx.needs.bias:
+        dweight, dbias = frozen_gradients(dy, rows, ctx.needs.weight, ctx.needs.bias)
+    gradients: Any = Operands(dweight, dbias, dlora_A or none, dlora_B or none)
+    return dx, None, *gradients.flatten()
 
 
-# Function.apply, but for its look at torch.func, which `lora_linears` has taken: 4 us a call.
-_apply = super(torch.autograd.Function, _LoRALinears).apply
+def mask_of(y: Tensor) -> Tensor | None:
+    """The packed masks [G, M, ceil(K / 8)] of the call that made y; None without dropout.
+
+    None as well where no gradient needs them. To be asked before backward frees them.
+    """
+    node: Any = y.grad_fn
+    return node.saved_tensors[2]
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
-    # Unsafe only in that torch does not count the rows, which nobody else has, as sharing memory:
-    # a view that is made inside a Function could not be changed in place.
+    # A caller could not change a plain view in place, since it is made inside a Function. Unsafe
+    # means that torch does not count it as a view; nobody else has `rows`, so nothing is lost.
     return torch.ops.aten._unsafe_view.default(rows, (*shape, rows.shape[1]))
-
-
-_FIRST = 2  # the place of the first parameter among the arguments of apply
-
-
-def _layers(G: int, parameters: tuple[Tensor, ...], columns: Ranges | None) -> Layers:
-    weight, lora_A, lora_B = parameters[:G], parameters[G : 2 * G], parameters[2 * G : 3 * G]
-    return Layers(weight, parameters[3 * G :] or None, lora_A, lora_B, columns)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..algebra import masks
-from ..algebra.columns import Ranges, check_columns, widths
+from ..algebra.columns import check_columns, widths
+from ..algebra.operands import Operands, Parts, Settings, Weights
 from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from . import operators
 from .autocast import autocast_dtype
-from .function import _apply, _Call, _rows
+from .function import Call, apply, as_rows
 
 
 def lora_linear(
@@ -45,114 +44,82 @@ def lora_linear(
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
-    parts = Parts(weight, bias, lora_A, lora_B, scale, dropout, training, strategy)
-    return lora_layer(x, parts)
+    check_dropout(dropout)
+    weights = Weights(weight, bias, lora_A, lora_B)
+    return lora_layer(x, Parts(weights, Settings(scale, dropout if training else 0.0, strategy)))
 
 
-class Parts(NamedTuple):
-    """One layer, as a call needs it: the arguments of `lora_linear` besides x."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-    dropout: float
-    training: bool
-    strategy: str
-
-
-def lora_layer(x: Tensor, parts: Parts, columns: Ranges | None = None) -> Tensor:
+def lora_layer(x: Tensor, parts: Parts) -> Tensor:
     """`lora_linear` of a layer's parts."""
-    weight, bias, lora_A, lora_B, scale, dropout, training, strategy = parts
-    (y,) = lora_linears(
-        x, (weight,), (lora_A,), (lora_B,), () if bias is None else (bias,), scale=scale,
-        dropout=dropout, training=training, strategy=strategy, columns=columns,
-    )  # fmt: skip
+    (y,) = lora_linears(x, (parts.weights,), parts.settings)
     return y
 
 
-def lora_linears(
-    x: Tensor, weights: tuple[Tensor, ...], lora_A: tuple[Tensor, ...], lora_B: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...], *, scale: float, dropout: float, training: bool, strategy: str,
-    columns: Ranges | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`lora_linear` for a group of layers that read the same x at one rank, scale and dropout.
+def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> tuple[Tensor, ...]:
+    """`lora_linear` for layers that read the same x with the same settings.
 
-    `biases` has one for each layer, or is empty. One read of x serves all, and one dx sums over
-    all; every layer draws a dropout mask of its own. Layers that differ in rank or layout run
-    one by one. With `columns`, ascending (start, stop), the only weight has LoRA on those ranges of
-    its N columns: lora_A [G R, K] and lora_B [sum of widths, R] hold the ranges' adapters stacked,
-    and each range draws a mask of its own.
+    One read of x serves all, one dx sums over all, and every layer draws a dropout mask of its own.
+    Layers that differ in rank or layout run one by one. With `settings.columns` there is one layer,
+    and each range of its columns draws a mask of its own.
     """
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        x, weights = x.to(dtype), tuple(weight.to(dtype) for weight in weights)
-    G = len(weights)
-    for g in range(G):
-        check(x, weights[g], biases[g] if biases else None, lora_A[g], lora_B[g], dropout, columns)
-    if any(bias.stride(0) != 1 for bias in biases):
-        biases = tuple(bias.contiguous() for bias in biases)
-    if G > 1 and not _one_layout(weights, lora_A, lora_B, biases):
-        options: Any = {
-            "scale": scale,
-            "dropout": dropout,
-            "training": training,
-            "strategy": strategy,
-        }
-        one = (slice(g, g + 1) for g in range(G))
-        alone = (
-            lora_linears(x, weights[g], lora_A[g], lora_B[g], biases[g], **options) for g in one
-        )
-        return tuple(y for (y,) in alone)
-    R, K = lora_B[0].shape[1], lora_A[0].shape[1]
-    N = max(weight.shape[0] for weight in weights) if G > 1 else weights[0].shape[0]
-    count, sliced = (G, False) if columns is None else (len(columns), True)
-    if not training:
-        dropout = 0.0
-    check_strategy(strategy)
-    seed = masks.draw_seed(x.device) if dropout else None
+        x, layers = x.to(dtype), tuple([_in_dtype(weights, dtype) for weights in layers])
+    for weights in layers:
+        check(x, weights, settings)
+    if len(layers) > 1 and not _one_layout(layers):
+        return tuple([lora_linears(x, (weights,), settings)[0] for weights in layers])
+    operands = Operands.of(layers)
+    if any(map(_is_strided, operands.bias)):  # kernels read a bias as it lies
+        operands = operands._replace(bias=tuple([bias.contiguous() for bias in operands.bias]))  # type: ignore[union-attr]
+    check_strategy(settings.strategy)
+    seed = masks.draw_seed(x.device) if settings.dropout else None
     if torch.compiler.is_compiling():
-        flat = [edge for each in columns or () for edge in each]
-        y = operators.forward(
-            _rows(x), weights, lora_A, lora_B, biases, seed, flat, scale, dropout, strategy
-        )[2:]
-        return (
-            tuple(y)
-            if x.dim() == 2
-            else tuple(each.view(*x.shape[:-1], each.shape[1]) for each in y)
-        )
+        y = operators.call(as_rows(x), operands, settings, seed)
+        return y if x.dim() == 2 else tuple([t.view(*x.shape[:-1], t.shape[1]) for t in y])
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
         )
-    M = x.shape[0] if x.dim() == 2 else x.numel() // K if K else 0
-    drops = dropout > 0
-    row, tiles = decide(x.device, M, N, K, R, x.dtype, drops, count, sliced, strategy)
-    call = _Call(scale, dropout, seed, row, tiles, G, columns)
-    return _apply(x, call, *weights, *lora_A, *lora_B, *biases)
+    strategy, tiles = decide(x, operands, settings)
+    call = Call(settings, seed, strategy, tiles, len(layers))
+    return apply(x, call, *operands.flatten())
 
 
-def _one_layout(
-    weights: tuple[Tensor, ...], lora_A: tuple[Tensor, ...], lora_B: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...],
-) -> bool:  # fmt: skip
+def _in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The layer with its frozen weight in `dtype`; itself if it is so already."""
+    weight = weights.weight
+    return weights if weight.dtype is dtype else weights._replace(weight=weight.to(dtype))
+
+
+def _is_strided(bias: Tensor | None) -> bool:
+    return bias is not None and bias.stride(0) != 1
+
+
+def _one_layout(layers: tuple[Weights, ...]) -> bool:
     """Whether kernels may take the strides, the dtypes and the rank of the first for all.
 
     Each layer has passed `check`: its shapes follow from x, its rank and its N.
     """
     layouts = [
-        (A.shape[0], weight.stride(), A.stride(), B.stride(), A.dtype, B.dtype)
-        for weight, A, B in zip(weights, lora_A, lora_B, strict=True)
-    ]
-    return layouts.count(layouts[0]) == len(layouts) and len({b.dtype for b in biases}) < 2
+        (
+            lora_A.shape[0], weight.stride(), lora_A.stride(), lora_B.stride(), lora_A.dtype,
+            lora_B.dtype, bias if bias is None else bias.dtype,
+        )
+        for weight, bias, lora_A, lora_B in layers
+    ]  # fmt: skip
+    return layouts.count(layouts[0]) == len(layouts)
 
 
-def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float,
-    columns: Ranges | None = None,
-) -> None:  # fmt: skip
-    """One error that names the values, for inputs that do not fit."""
+def check_dropout(dropout: float) -> None:
+    """ValueError unless 0 <= dropout < 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1): got {dropout}")
+
+
+def check(x: Tensor, weights: Weights, settings: Settings) -> None:
+    """One error that names the values, for inputs that do not fit: ValueError, or TypeError."""
+    (weight, bias, lora_A, lora_B), columns = weights, settings.columns
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             f"x needs at least one dimension and weight, lora_A, lora_B two: got "
@@ -176,8 +143,7 @@ def check(
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias must be [{N}]: got {_shape(bias)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1): got {dropout}")
+    check_dropout(settings.dropout)
     if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise TypeError(
             f"x, lora_A and lora_B must be of a floating dtype: got {x.dtype}, {lora_A.dtype}, "

@@ -1,13 +1,17 @@
 """What torch.compile sees of a layer: two opaque operators with fake and autograd registrations.
 
-    lora_kernels::forward(x, weights, lora_A, lora_B, biases, ...) -> [h, mask, y of each layer]
-    lora_kernels::backward(dy, x, weights, lora_A, lora_B, h, mask, ...) -> [dx, dlora_A, dlora_B]
+    lora_kernels::forward(x, operands, ...) -> [h, mask, y of each layer]
+    lora_kernels::backward(dy, x, operands, h, mask, ...) -> [dx, dlora_A of each, dlora_B of each]
 
-They compute what the autograd Function of `functional` computes, by the same strategies. Eager code
-uses that Function, which costs the host less; a compiled graph holds these, so there is no break in
-it. The strategy is chosen when the operator runs, not when it is traced, so a graph with dynamic
-shapes stays one graph. Gradients that are not wanted, and the mask without dropout, are empty.
-`columns` holds the adapted ranges of a weight's columns end to end; it is empty without them.
+They compute what the autograd Function of `function` computes, by the same strategies. Eager code
+uses that Function, which costs the host less. A compiled graph holds these operators, so there is
+no break in it. The strategy is chosen when the operator runs, not when it is traced, so a graph
+with dynamic shapes stays one graph.
+
+An operator takes tensors, lists and numbers only. So `operands` travel flattened, field by field,
+and `present` says which fields are there at all. The settings travel one by one, `columns` as the
+ranges' edges end to end. A gradient that is not wanted, and the mask without dropout, come out
+empty.
 """
 
 from __future__ import annotations
@@ -19,113 +23,127 @@ import torch
 from torch import Tensor
 
 from ..algebra import masks
-from ..algebra.operands import Layers, Wanted
+from ..algebra.operands import Operands, Settings, Wanted
 from ..strategies.choose import decide
+from ..strategies.library import frozen_gradients
 
 
-def _layers(
-    weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-    biases: Sequence[Tensor], columns: Sequence[int],
-) -> Layers:  # fmt: skip
-    ranges = tuple(zip(columns[::2], columns[1::2], strict=True)) or None
-    return Layers(tuple(weights), tuple(biases) or None, tuple(lora_A), tuple(lora_B), ranges)
+def call(
+    x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    """y [M, N] of each layer, of x [M, K]."""
+    scale, dropout, strategy, columns = settings
+    edges = None if columns is None else [edge for each in columns for edge in each]
+    flat, present = flattened(operands)
+    return tuple(forward(x, flat, present, seed, scale, dropout, strategy, edges)[2:])
 
 
-def _decide(x: Tensor, layers: Layers, N: int, dropout: float, strategy: str) -> Any:
-    lora_A, _ = layers.adapters()
-    (R, K), G = lora_A[0].shape, len(lora_A)
-    sliced = layers.columns is not None
-    return decide(x.device, x.shape[0], N, K, R, x.dtype, dropout > 0, G, sliced, strategy)
+def flattened(operands: Operands) -> tuple[list[Tensor], list[bool]]:
+    """The tensors of the fields that are there, end to end, and which fields these are."""
+    present = [field[0] is not None for field in operands]
+    return [each for each in operands.flatten() if each is not None], present
+
+
+def _operands(flat: Sequence[Any], present: Sequence[bool], missing: Any = None) -> Operands:
+    """The operands again; `missing` stands for each tensor of a field that is not there."""
+    layers, rest = len(flat) // sum(present), iter(flat)
+    fields: Any = [
+        tuple(next(rest) if here else missing for _ in range(layers)) for here in present
+    ]
+    return Operands(*fields)
+
+
+def _settings(scale: float, dropout: float, strategy: str, edges: Sequence[int] | None) -> Settings:
+    columns = None if edges is None else tuple(zip(edges[::2], edges[1::2], strict=True))
+    return Settings(scale, dropout, strategy, columns)
 
 
 @torch.library.custom_op("lora_kernels::forward", mutates_args=())
 def forward(
-    x: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-    biases: Sequence[Tensor], seed: Tensor | None, columns: Sequence[int], scale: float,
-    dropout: float, strategy: str,
+    x: Tensor, operands: Sequence[Tensor], present: Sequence[bool], seed: Tensor | None,
+    scale: float, dropout: float, strategy: str, columns: Sequence[int] | None,
 ) -> list[Tensor]:  # fmt: skip
-    """[h, mask, *y] of a group of layers, a pure function of its inputs; see `strategies`."""
-    layers = _layers(weights, lora_A, lora_B, biases, columns)
-    N = max(weight.shape[0] for weight in weights)
-    row, tiles = _decide(x, layers, N, dropout, strategy)
-    y, h, mask = row.forward(x, layers, scale, dropout, seed, tiles)
+    """[h, mask, *y] of a layer or a group, a pure function of its inputs."""
+    given = _operands(operands, present)
+    settings = _settings(scale, dropout, strategy, columns)
+    row, tiles = decide(x, given, settings)
+    y, h, mask = row.forward(x, given, settings, seed, tiles)
     return [h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, *y]
 
 
 @forward.register_fake
-def _(x, weights, lora_A, lora_B, biases, seed, columns, scale, dropout, strategy):  # type: ignore[no-untyped-def]
-    M, K, G = x.shape[0], x.shape[1], len(columns) // 2 or len(weights)
+def _(x, operands, present, seed, scale, dropout, strategy, columns):  # type: ignore[no-untyped-def]
+    weight, _, _, lora_B = _operands(operands, present)
+    M, K, G = x.shape[0], x.shape[1], len(columns) // 2 if columns else len(weight)
     shape = (G, M, masks.packed_width(K)) if dropout else (0,)
     h = x.new_empty(G, M, lora_B[0].shape[1])
     mask = x.new_empty(shape, dtype=torch.uint8)
-    return [h, mask, *(x.new_empty(M, weight.shape[0]) for weight in weights)]
+    return [h, mask, *(x.new_empty(M, each.shape[0]) for each in weight)]
 
 
 @torch.library.custom_op("lora_kernels::backward", mutates_args=())
 def backward(
-    dy: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor], lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor], h: Tensor, mask: Tensor, columns: Sequence[int], scale: float,
-    dropout: float, strategy: str, want_x: bool, want_A: bool, want_B: bool,
+    dy: Sequence[Tensor], x: Tensor | None, operands: Sequence[Tensor], present: Sequence[bool],
+    h: Tensor, mask: Tensor, scale: float, dropout: float, strategy: str,
+    columns: Sequence[int] | None, want_dx: bool, want_dlora_A: bool, want_dlora_B: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[dx, *dlora_A, *dlora_B] of a group of layers; see `strategies`."""
-    layers = _layers(weights, lora_A, lora_B, (), columns)
-    row, tiles = _decide(dy[0], layers, max(each.shape[1] for each in dy), dropout, strategy)
+    """[dx, *dlora_A, *dlora_B] of a layer or a group."""
+    given = _operands(operands, present)
+    settings = _settings(scale, dropout, strategy, columns)
+    row, tiles = decide(dy[0], given, settings)
     dx, dlora_A, dlora_B = row.backward(
-        tuple(dy), x, layers, h, mask if dropout else None, scale, dropout,
-        Wanted(want_x, want_A, want_B), tiles,
+        tuple(dy), x, given, h, mask if dropout else None, settings,
+        Wanted(want_dx, want_dlora_A, want_dlora_B), tiles,
     )  # fmt: skip
     return [
         dy[0].new_empty(0) if dx is None else dx,
-        *map(_apart, dlora_A or (A.new_empty(0) for A in lora_A)),
-        *map(_apart, dlora_B or (B.new_empty(0) for B in lora_B)),
+        *map(_apart, dlora_A or (A.new_empty(0) for A in given.lora_A)),
+        *map(_apart, dlora_B or (B.new_empty(0) for B in given.lora_B)),
     ]
 
 
 def _apart(gradient: Tensor) -> Tensor:
-    """A group's gradients are parts of one buffer, of which an operator may return one view."""
+    """A copy of what is a view: a group's gradients share one buffer, outputs may not."""
     return gradient.clone() if gradient._is_view() else gradient
 
 
 @backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    dy, x, weights, lora_A, lora_B, h, mask, columns, scale, dropout, strategy, want_x, want_A,
-    want_B,
+    dy, x, operands, present, h, mask, scale, dropout, strategy, columns, want_dx, want_dlora_A,
+    want_dlora_B,
 ):  # fmt: skip
+    _, _, lora_A, lora_B = _operands(operands, present)
     M, K = dy[0].shape[0], lora_A[0].shape[1]
     return [
-        dy[0].new_empty((M, K) if want_x else 0),
-        *(A.new_empty(A.shape if want_A else 0) for A in lora_A),
-        *(B.new_empty(B.shape if want_B else 0) for B in lora_B),
+        dy[0].new_empty((M, K) if want_dx else 0),
+        *(A.new_empty(A.shape if want_dlora_A else 0) for A in lora_A),
+        *(B.new_empty(B.shape if want_dlora_B else 0) for B in lora_B),
     ]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, lora_A, lora_B, biases, _, *call = inputs
-    G, needs = len(weights), ctx.needs_input_grad  # flat here, the lists laid end to end
-    ctx.wanted = needs[0], any(needs[1 + G : 1 + 2 * G]), any(needs[1 + 2 * G : 1 + 3 * G])
-    ctx.needs_weight = needs[1 : 1 + G]
-    ctx.needs_bias, ctx.G, ctx.call = needs[1 + 3 * G : 1 + 3 * G + len(biases)], G, call
-    needs_x = ctx.wanted[1] or any(ctx.needs_weight)
-    ctx.save_for_backward(x if needs_x else None, *output[:2], *weights, *lora_A, *lora_B)
+    x, flat, ctx.present, _, *ctx.settings = inputs
+    flags = ctx.needs_input_grad  # of x, then of every operand, then of the rest
+    needs: Any = _operands(flags[1 : 1 + len(flat)], ctx.present, missing=False)
+    ctx.wanted = Wanted(flags[0], any(needs.lora_A), any(needs.lora_B))
+    ctx.needs = needs.weight, needs.bias
+    needs_x = ctx.wanted.dlora_A or any(needs.weight)
+    ctx.save_for_backward(x if needs_x else None, *output[:2], *flat)
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
-    x, h, mask, *parameters = ctx.saved_tensors
-    G, dy = ctx.G, gradients[2:]
-    parts = [parameters[i * G : (i + 1) * G] for i in range(3)]
-    dx, *dlora = backward(dy, x, *parts, h, mask, *ctx.call, *ctx.wanted)
-    wanted_x, wanted_A, wanted_B = ctx.wanted
-    nothing = [None] * G
-    return (
-        dx if wanted_x else None,
-        [d.T @ x if needed else None for d, needed in zip(dy, ctx.needs_weight, strict=True)],
-        dlora[:G] if wanted_A else nothing,
-        dlora[G:] if wanted_B else nothing,
-        [d.sum(0) if needed else None for d, needed in zip(dy, ctx.needs_bias, strict=False)],
-        None,
-        None if ctx.call[0] else [],  # torch takes an empty list for one of tensors
-        *(None for _ in ctx.call[1:]),
+    x, h, mask, *flat = ctx.saved_tensors
+    dy, layers = gradients[2:], len(gradients) - 2
+    dx, *dlora = backward(dy, x, flat, ctx.present, h, mask, *ctx.settings, *ctx.wanted)
+    none = [None] * layers
+    of_operands: Any = (
+        *frozen_gradients(tuple(dy), x, *ctx.needs),
+        dlora[:layers] if ctx.wanted.dlora_A else none,
+        dlora[layers:] if ctx.wanted.dlora_B else none,
     )
+    there = [each for here, each in zip(ctx.present, of_operands, strict=True) if here]
+    of_rest = (None,) * (2 + len(ctx.settings))
+    return dx if ctx.wanted.dx else None, [t for field in there for t in field], *of_rest
 
 
 forward.register_autograd(_backward, setup_context=_setup)

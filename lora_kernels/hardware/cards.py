@@ -1,8 +1,8 @@
-"""What the datasheets say of each card: the roof that predictions are made from.
+"""What the datasheets say of each card, and what a multiprocessor of each architecture holds.
 
-Matrix rates are dense, with float32 accumulation (GeForce cards halve the rate for it), at `boost`,
-the clock of the reference or Founders board under that load: multiprocessors x FLOPs a clock x
-boost gives `half` again, which is a test. bf16 runs at fp16's rate where it exists.
+A new card is a row of CARDS, and a row of ARCHITECTURES if it is the first of its architecture.
+The cost model predicts by CARDS; `compile-report` judges by ARCHITECTURES. The AMD rows (gfx...)
+are compiled for only: nothing AMD has run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """GHz; GB/s of memory; TFLOP/s (`tf32` None: no such unit); the last cache in MiB."""
+    """A product: multiprocessors, GHz, GB/s of memory, TFLOP/s, MiB of the last cache.
+
+    `half`, `tf32` (None: no such unit) and `single` are the rates of dense matrix products summed
+    in float32; on GeForce cards `half` is half of what float16 sums allow. `boost` is the clock of
+    the reference or Founders board under that load, so that multiprocessors x FLOPs a clock x
+    `boost` gives `half` again, which is a test. bf16 runs at fp16's rate where it exists.
+    """
 
     name: str
     arch: str
@@ -63,20 +69,47 @@ _ROWS = (
 )
 CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _ROWS})
 
-# The card that stands for an architecture where only that is known; any other is taken for a 3090.
-_TYPICAL = ("RTX 2080 Ti", "RTX 3090", "RTX 4090", "RTX 5090", "A100", "H100", "B200", "MI300X")
-_OF_ARCH = {CARDS[name].arch: CARDS[name] for name in _TYPICAL}
+
+@dataclass(frozen=True)
+class Architecture:
+    """A multiprocessor: KiB of shared memory (for one program, in all), warps, programs, registers.
+
+    `card` stands for the architecture where only that is known.
+    """
+
+    program_shared: int
+    shared: int
+    warps: int
+    programs: int
+    card: str
+    registers: int = 65536
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "sm_75": Architecture(64, 64, 32, 16, "RTX 2080 Ti"),  # draws and applies masks, no more
+        "sm_80": Architecture(163, 164, 64, 32, "A100"),
+        "sm_86": Architecture(99, 100, 48, 16, "RTX 3090"),
+        "sm_89": Architecture(99, 100, 48, 24, "RTX 4090"),
+        "sm_90": Architecture(227, 228, 64, 32, "H100"),
+        "sm_100": Architecture(227, 228, 64, 32, "B200"),
+        "sm_120": Architecture(99, 100, 48, 24, "RTX 5090"),
+        "gfx942": Architecture(64, 64, 32, 16, "MI300X"),
+        "gfx1100": Architecture(64, 128, 64, 32, "RTX 3090"),
+    }
+)
 
 
 def card_of(gpu: str) -> Card | None:
-    """The row of a card by torch's name for it: the longest name that it contains as words."""
+    """The row whose name stands in torch's name for a card, as whole words; the longest if many."""
     found = [c for c in CARDS.values() if re.search(rf"\b{c.name}\b", gpu, re.IGNORECASE)]
     return max(found, key=lambda card: len(card.name), default=None)
 
 
 def nearest(gpu: str, arch: str) -> Card:
-    """The card's own row, else that of a known card of its architecture."""
+    """The card's own row, else that of its architecture's card, else the RTX 3090's."""
     own = card_of(gpu)
     if own is not None and own.arch == arch:
         return own
-    return _OF_ARCH.get(arch, CARDS["RTX 3090"])
+    return CARDS[ARCHITECTURES[arch].card if arch in ARCHITECTURES else "RTX 3090"]

@@ -1,11 +1,11 @@
-"""What a strategy moves and computes, and the time that a card's datasheet makes of it.
+"""The cost model: bytes and FLOPs of each launch of a strategy, and the time they take on a card.
 
-    time = sum over launches of max(bytes / (memory * b), flops / (rate * share)) + launches * gap
+    time = sum over launches of max(bytes / (memory * share), flops / (rate * share)) + gap
 
-It is what `choose` falls back on for a shape that nobody has measured, and what `bench roofline`
-prints. Every tensor counts once a launch (what a kernel reads again is taken to come from cache),
-partial sums out and in. The shares are assumptions until a card is measured; what a small layer
-keeps in cache between launches is not modelled.
+`choose` uses it for shapes that nobody has measured, and `bench roofline` prints it. A launch moves
+each of its tensors once: what a kernel reads again is taken to come from cache. Partial sums are
+written by one launch and read by another. The shares of the datasheet's memory and matrix rates are
+assumptions until a card is measured. What stays in cache between launches is not modelled.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from .tiles import Tile, Tiles, rank_block, splits_for
 GAP_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
 MEMORY_SHARE = 0.85
 VENDOR_SHARE = 0.80
-# Triton's plain tl.dot loop over the vendor's GEMM: on par with MMA, behind where WGMMA or its
-# successor wants tensor-memory copies and warp specialisation, and without matrix instructions.
-TRITON_OVER_VENDOR = {"sm_90": 0.75, "sm_100": 0.56, "gfx942": 0.69}
+# The rate of Triton's plain tl.dot loop over that of the vendor's GEMM: near 1 where tl.dot becomes
+# mma.sync, less in exact fp32, which has no matrix instructions. On sm_90 and sm_100 the vendor has
+# tensor-memory copies and warp specialisation, the loop has not. gfx942 is compiled for only.
 TRITON_OVER_VENDOR_MMA, TRITON_OVER_VENDOR_EXACT = 0.94, 0.44
+TRITON_OVER_VENDOR = {"sm_90": 0.75, "sm_100": 0.56, "gfx942": 0.69}
 
 
 class Launch(NamedTuple):
     """One kernel: the bytes it moves, the FLOPs it computes, whether it is the vendor's.
 
-    `exact` marks products of float32 whatever the dtype of x: they have no matrix instructions.
+    `exact` marks products in float32 although x is not: they have no matrix instructions.
     """
 
     kernel: str
@@ -41,7 +42,10 @@ class Launch(NamedTuple):
 
 
 class Size(NamedTuple):
-    """G = len(N) layers that read one x [M, K]; bytes an element of x and W, and of an adapter."""
+    """Sizes of G = len(N) layers that share x [M, K].
+
+    `element` is bytes per element of x and weight, `adapter` of lora_A and lora_B.
+    """
 
     M: int
     K: int
@@ -93,12 +97,12 @@ class Size(NamedTuple):
 
     @property
     def rank_K(self) -> float:
-        """FLOPs of all [M, K] by [K, R], with R padded to what a matrix instruction takes."""
+        """FLOPs of all products of [M, K] and [K, R], R padded for matrix instructions."""
         return 2 * self.M * self.K * len(self.N) * rank_block(self.R)
 
     @property
     def rank_N(self) -> float:
-        """FLOPs of all [M, N] by [N, R], padded."""
+        """FLOPs of all products of [M, N] and [N, R], R padded as well."""
         return 2 * self.M * sum(self.N) * rank_block(self.R)
 
     def alone(self, g: int) -> Size:
@@ -116,7 +120,7 @@ def _split_forward(s: Size, tiles: Tiles) -> list[Launch]:
 
 
 def _fused_forward(s: Size, tiles: Tiles) -> list[Launch]:
-    """Every column block computes h again; with dropout it is split's."""
+    """Every column block computes h again. With dropout it is the forward of split."""
     if s.dropout:
         return _split_forward(s, tiles)
     again = sum(_blocks(N, tiles.fused_gemm) * s.alone(g).rank_K for g, N in enumerate(s.N))
@@ -131,7 +135,7 @@ def _hybrid_forward(s: Size, tiles: Tiles) -> list[Launch]:
 
 
 def _library_forward(s: Size, tiles: Tiles) -> list[Launch]:
-    """Rank-R products by the vendor; masks as a GPU with Triton draws and applies them."""
+    """All products are the vendor's; the masks are Triton's, as on a GPU that has it."""
     found = [Launch("draw_masks", s.mask)] * s.dropout
     for t in (s.alone(g) for g in range(len(s.N))):
         found += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout
@@ -143,13 +147,13 @@ def _library_forward(s: Size, tiles: Tiles) -> list[Launch]:
 
 
 def _library_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
-    """The mask is applied to dh lora_A on its way into dx, and again to x for dlora_A."""
+    """The mask is applied twice: to dh lora_A, which is added to dx, and to x for dlora_A."""
     found = []
     for g, t in enumerate(s.alone(g) for g in range(len(s.N))):
-        found += _casts(t) * 2  # the operands in, the gradients out
+        found += _casts(t) * 2  # lora_A and lora_B, and their gradients
         found.append(Launch("dh", t.y + _cast_B(t) + t.h, t.rank_N, vendor=True))
         found.append(Launch("dx", t.y + t.weight + 2 * t.x, t.gemm, vendor=True))
-        onto = t.x if g else 0.0  # the first product is dx, the next are added to it
+        onto = t.x if g else 0.0  # dx of the layers before, which this one's is added to
         product = t.h + _cast_A(t) + t.x + onto * (not t.dropout)
         found.append(Launch("rank-R product", product, t.rank_K, vendor=True))
         if t.dropout:
@@ -169,7 +173,7 @@ def _cast_B(s: Size) -> float:
 
 
 def _casts(s: Size) -> list[Launch]:
-    """lora_A and lora_B to or from the dtype of x, which the vendor's products want."""
+    """lora_A and lora_B cast to or from the dtype of x: the vendor's products take one dtype."""
     if s.adapter == s.element:
         return []
     return [Launch("cast", s.lora_A + _cast_A(s)), Launch("cast", s.lora_B + _cast_B(s))]
@@ -179,30 +183,30 @@ def _blocks(columns: int, tile: Tile) -> int:
     return -(-columns // tile.n)
 
 
-def _parts(s: Size, columns: int, tile: Tile, processors: int) -> float:
-    """Bytes of the partial sums of gradients of so many columns."""
+def _partials(s: Size, columns: int, tile: Tile, processors: int) -> float:
+    """Bytes of the fp32 partial sums of a gradient [R, columns], one for each range of rows."""
     return 4 * splits_for(s.M, columns, tile, processors) * columns * s.R
 
 
 def _output_gradients(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
-    """dlora_B and dh from one read of dy, each then added up."""
-    parts = _parts(s, sum(s.N), tiles.output_gradients, processors)
-    # dh's by column block of the widest layer
-    parts += 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
+    """dlora_B and dh from one read of dy; then the partial sums of both are added up."""
+    partials = _partials(s, sum(s.N), tiles.output_gradients, processors)
+    # Those of dh: one for each block of columns of the widest layer.
+    partials += 4 * _blocks(max(s.N), tiles.output_gradients) * len(s.N) * s.M * s.R
     return [
-        Launch("output_gradients", s.y + s.h + s.lora_B + parts, 2 * s.rank_N),
-        Launch("add_parts", parts + s.lora_B + s.h),
+        Launch("output_gradients", s.y + s.h + s.lora_B + partials, 2 * s.rank_N),
+        Launch("add_partials", partials + s.lora_B + s.h),
     ]
 
 
 def _parameter_gradients(s: Size, tiles: Tiles, processors: int, *, dlora_B: bool) -> list[Launch]:
-    """dlora_A from one read of x, and dlora_B of dy if it is wanted here, added up together."""
+    """dlora_A from one read of x and, if wanted here, dlora_B from one of dy; then their sums."""
     columns = len(s.N) * s.K + sum(s.N) * dlora_B
-    parts = _parts(s, columns, tiles.parameter_gradients, processors)
+    partials = _partials(s, columns, tiles.parameter_gradients, processors)
     moved = s.x + s.h + s.mask + (s.y + s.h) * dlora_B
     return [
-        Launch("parameter_gradients", moved + parts, s.rank_K + s.rank_N * dlora_B),
-        Launch("add_parts", parts + s.lora_A + s.lora_B * dlora_B),
+        Launch("parameter_gradients", moved + partials, s.rank_K + s.rank_N * dlora_B),
+        Launch("add_partials", partials + s.lora_A + s.lora_B * dlora_B),
     ]
 
 
@@ -220,7 +224,7 @@ def _split_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
 
 
 def _fused_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
-    """dx computes dh on the way, once for each of its column blocks."""
+    """Every column block of dx computes dh again; one of them stores it."""
     again = _blocks(s.K, tiles.fused_gemm) * s.rank_N
     moved = s.y + s.weight + s.lora_A + s.lora_B + s.h + s.mask + s.x
     dx = Launch("fused_gemm", moved, s.gemm + s.rank_K + again)
@@ -236,7 +240,7 @@ def _hybrid_backward(s: Size, tiles: Tiles, processors: int) -> list[Launch]:
 
 Forward = Callable[[Size, Tiles], list[Launch]]
 Backward = Callable[[Size, Tiles, int], list[Launch]]
-# The rows of `dispatch.STRATEGIES`.
+# Forward and backward of each row of `STRATEGIES`, by name.
 COSTS: dict[str, tuple[Forward, Backward]] = {
     "library": (_library_forward, _library_backward),
     "split": (_split_forward, _split_backward),
@@ -248,16 +252,20 @@ COSTS: dict[str, tuple[Forward, Backward]] = {
 def launches(
     strategy: str, size: Size, tiles: Tiles, processors: int, *, backward: bool = True
 ) -> list[Launch]:
-    """The launches of a forward, and of a `backward` with dx, dlora_A and dlora_B."""
-    first, second = COSTS[strategy]
-    return first(size, tiles) + (second(size, tiles, processors) if backward else [])
+    """The launches of a forward and, with `backward`, of dx, dlora_A and dlora_B."""
+    forward_cost, backward_cost = COSTS[strategy]
+    return forward_cost(size, tiles) + (backward_cost(size, tiles, processors) if backward else [])
 
 
 def microseconds(
     kernels: Sequence[Launch], card: Card, dtype: torch.dtype, *, tf32: bool = False,
     memory: float = MEMORY_SHARE, vendor: float = VENDOR_SHARE,
 ) -> float:  # fmt: skip
-    """The time of launches on a card, of whose datasheet so large shares are attained."""
+    """The time of launches on a card.
+
+    `memory` and `vendor` are the shares of the datasheet's bandwidth and matrix rate that copies
+    and the vendor's GEMM attain.
+    """
     if dtype is torch.float32:
         triton = TRITON_OVER_VENDOR_MMA if tf32 and card.tf32 else TRITON_OVER_VENDOR_EXACT
     else:

@@ -1,7 +1,7 @@
-"""Tile sizes as plain data: a shipped row for every kind of card.
+"""Tile sizes as plain data: the shipped tiles of every architecture.
 
-The launchers choose nothing; `tiles_for` picks a row. A card that has no row of its own gets tiles
-that fit every card, never an exception. What was measured on a card lies in `tuned`.
+`tiles_for` picks a row; launchers choose nothing. An architecture without a row of its own gets
+tiles that fit every card, never an exception. Tiles measured on a card are in `tuned`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of one program's tile, and how the compiler is to pipeline it."""
+    """Rows, columns and depth of one program's tile (0: not tiled), its warps and its stages.
+
+    `stages` is how many iterations of loads the compiler keeps under way.
+    """
 
     m: int
     n: int
@@ -33,8 +36,8 @@ class Tiles(NamedTuple):
 
 KERNELS = Tiles._fields[:-1]
 
-# 128 x 128 with 8 warps is the largest output tile that keeps its accumulator in registers beside
-# the rank-R product on sm_86 (`lora-kernels compile-report`); wider ranks take narrower tiles.
+# On sm_86 128 x 128 with 8 warps is the largest output tile whose accumulator stays in registers
+# beside the rank-R product (`lora-kernels compile-report`).
 _HALF = Tiles(
     project=Tile(32, 0, 64, 4, 3),
     low_rank_gemm=Tile(128, 128, 32, 8, 3),
@@ -43,15 +46,15 @@ _HALF = Tiles(
     output_gradients=Tile(64, 128, 0, 4, 2),
     parameter_gradients=Tile(32, 128, 0, 4, 2),
 )
-# Rank above 32, where the rank-R tiles and accumulators are as large as the others, and rows that
-# cannot be loaded wide, whose addresses fill the registers.
+# Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
+# as large as the others, and rows that are not aligned take an address for each element.
 _HALF_WIDE = _HALF._replace(
     fused_gemm=Tile(64, 128, 32, 8, 3),
     low_rank=Tile(64, 64, 32, 4, 1),
     output_gradients=Tile(32, 64, 0, 4, 2),
     parameter_gradients=Tile(32, 64, 0, 4, 2),
 )
-# fp32 halves the tiles, so that two stages fit in 99 KiB.
+# Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
 _FLOAT = Tiles(
     project=Tile(32, 0, 32, 4, 2),
     low_rank_gemm=Tile(64, 64, 32, 4, 2),
@@ -66,14 +69,17 @@ _FLOAT_WIDE = _FLOAT._replace(
     output_gradients=Tile(16, 64, 0, 4, 2),
     parameter_gradients=Tile(16, 64, 0, 4, 2),
 )
-# The interpreter runs a program at a time in NumPy: small tiles keep ragged test shapes ragged.
+# The interpreter runs small tests: with small tiles their shapes still have ragged edges.
 _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
 
-# (card, bytes an element, rank above 32) -> tiles. WGMMA on sm_90 takes deeper tiles than MMA;
-# AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by.
+# WGMMA, on sm_90, takes deeper tiles than MMA.
 _HOPPER = _HALF._replace(
     low_rank_gemm=Tile(128, 128, 64, 8, 3), fused_gemm=Tile(128, 128, 64, 8, 3)
 )
+# AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
+# nothing AMD has run.
+_AMD = Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"])
+# (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
 DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
     ("cpu", 2, False): _INTERPRETER,
     ("cpu", 2, True): _INTERPRETER,
@@ -85,27 +91,27 @@ DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
     ("any", 4, True): _FLOAT_WIDE,
     ("sm_90", 2, False): _HOPPER,
     ("sm_100", 2, False): _HOPPER,
-    ("gfx942", 2, False): Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"]),
+    ("gfx942", 2, False): _AMD,
 }
 
-# Above this rank the rank-R tiles no longer fit beside the accumulator.
+# At higher ranks the rank-R tiles do not fit beside the accumulator.
 MAX_RANK = 128
 
 
 def rank_block(R: int) -> int:
-    """R padded to a power of two that a matrix instruction takes; the padding is masked to zero."""
+    """R padded to a power of two, 16 at least, for matrix instructions; the padding is masked."""
     return max(16, 1 << (R - 1).bit_length())
 
 
 def bucket(M: int) -> int:
-    """The power of two that stands for M: a new batch length neither retunes nor decides anew."""
+    """M rounded up to a power of two, so that a new batch length needs no new choice or tuning."""
     return 1 << (M - 1).bit_length() if M else 0
 
 
 def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True) -> Tiles:
-    """The shipped tiles of a card for elements of `itemsize` bytes at rank R.
+    """The shipped tiles of an architecture for elements of `itemsize` bytes at rank R.
 
-    `aligned` says that the sizes of rows are multiples of 16, so that loads can be wide.
+    `aligned` says that N and K are multiples of 16, so that loads can be wide.
     """
     wide = not aligned or rank_block(R) > 32
     kind = arch if aligned or arch == "cpu" else "any"
@@ -114,6 +120,9 @@ def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = T
 
 
 def splits_for(M: int, columns: int, tile: Tile, processors: int) -> int:
-    """Ranges of rows for a column gradient: two programs a processor, four row blocks each."""
+    """How many ranges of rows share the sum of a column gradient [R, columns].
+
+    As many as give each processor two programs, but at least four blocks of rows a program.
+    """
     blocks = -(-columns // tile.n)
     return max(1, min(-(-2 * processors // blocks), M // (4 * tile.m)))

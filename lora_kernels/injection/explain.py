@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..layers.group import problem_of
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
@@ -58,7 +59,7 @@ def explain(
     if isinstance(model_or_problem, Problem):
         return Explanation((("problem", model_or_problem, choose(model_or_problem)),))
     rows = [
-        (name or type(layer).__name__, layer.problem(tokens, dtype), layer.strategy)
+        (name or type(layer).__name__, problem_of(layer, tokens, dtype), layer.strategy)
         for name, layer in fused_layers(model_or_problem).items()
     ]
     rows += fused_peft_layers(model_or_problem, tokens, dtype)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
+from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
 from ..strategies.choose import choose
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
@@ -172,7 +173,7 @@ def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
 
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
-    choice = choose(layer.problem(TYPICAL_TOKENS), layer.strategy)
+    choice = choose(problem_of(layer, TYPICAL_TOKENS), layer.strategy)
     where = f"columns {layer.columns}: " if layer.columns else ""
     return FusedRow(name, choice.strategy, where + choice.reason)
 

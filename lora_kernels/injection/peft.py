@@ -9,14 +9,15 @@ own forward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.functional import Parts, lora_layer
+from ..algebra.operands import Parts, Settings, Weights
+from ..autograd.functional import lora_layer
 from ..layers.base import is_conv1d
-from ..layers.group import Group
+from ..layers.group import Group, problem_of
 from ..layers.held_weight import HeldCast
 from ..strategies.choose import choose
 from ..strategies.problem import Problem
@@ -82,7 +83,7 @@ def fused_peft_layers(
     """Name, problem and strategy of the layers that run fused in their present state."""
     forwards = ((name, fused_forward(module)) for name, module in model.named_modules())
     return [
-        (name, _problem(forward, tokens, dtype), forward.strategy)
+        (name, problem_of(forward, tokens, dtype), forward.strategy)
         for name, forward in forwards
         if forward is not None and fallback_reason(forward.layer) is None
     ]
@@ -114,32 +115,34 @@ class FusedForward:
         replica.forward = FusedForward(replica, self.strategy)
         return replica
 
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on; as PEFT has it, of the dropout module."""
+        plain = plain_lora(self.layer)
+        return not isinstance(plain, str) and plain.dropout.training
+
     def parts(self, x: Tensor) -> Parts | None:
         """What a call on x needs besides x; None where PEFT's own forward runs."""
-        parts = _parts(self.layer)
-        if isinstance(parts, str):
+        plain = plain_lora(self.layer)
+        if isinstance(plain, str):
             return None
-        base, lora_A, lora_B, dropout, scale = parts
-        weight = base.weight
+        weight = plain.base.weight
         if not torch.compiler.is_compiling():  # a graph could not see that the weight has moved
             weight = self._held.of(weight, x)
-        return Parts(
-            weight.T if is_conv1d(base) else weight, base.bias, lora_A.weight, lora_B.weight, scale,
-            getattr(dropout, "p", 0.0), dropout.training, self.strategy,
-        )  # fmt: skip
+        return self._parts(plain, weight, plain.dropout.training)
 
-    def layout(self) -> tuple[Any, ...] | None:
-        """What siblings must have in common to run as a group; None if PEFT's forward runs."""
-        parts = _parts(self.layer)
-        if isinstance(parts, str):
-            return None
-        base, lora_A, lora_B, dropout, scale = parts
-        weight = base.weight
-        return (
-            self.layer.in_features, tuple(lora_A.weight.shape), scale, getattr(dropout, "p", 0.0),
-            is_conv1d(base), base.bias is None, weight.dtype, weight.device, weight.stride(),
-            lora_A.weight.dtype, lora_B.weight.dtype,
-        )  # fmt: skip
+    def own(self) -> Parts | None:
+        """The layer's tensors as they are held; None where PEFT's own forward runs."""
+        plain = plain_lora(self.layer)
+        return None if isinstance(plain, str) else self._parts(plain, plain.base.weight, True)
+
+    def _parts(self, plain: PlainLoRA, weight: Tensor, training: bool) -> Parts:
+        base, lora_A, lora_B, dropout, scale = plain
+        weights = Weights(
+            weight.T if is_conv1d(base) else weight, base.bias, lora_A.weight, lora_B.weight
+        )
+        probability = getattr(dropout, "p", 0.0) if training else 0.0
+        return Parts(weights, Settings(scale, probability, self.strategy))
 
 
 def fused_forward(module: nn.Module | None) -> FusedForward | None:
@@ -150,12 +153,22 @@ def fused_forward(module: nn.Module | None) -> FusedForward | None:
 
 def fallback_reason(layer: Any) -> str | None:
     """Why a PEFT layer in its present state runs PEFT's own forward; None if it runs fused."""
-    parts = _parts(layer)
-    return parts if isinstance(parts, str) else None
+    plain = plain_lora(layer)
+    return plain if isinstance(plain, str) else None
 
 
-def _parts(layer: Any) -> tuple[Any, Any, Any, Any, float] | str:
-    """(base, lora_A, lora_B, dropout, scale) of a layer that runs fused, or why it does not."""
+class PlainLoRA(NamedTuple):
+    """The modules of a PEFT layer that computes plain LoRA in its present state."""
+
+    base: Any
+    lora_A: Any
+    lora_B: Any
+    dropout: Any
+    scale: float
+
+
+def plain_lora(layer: Any) -> PlainLoRA | str:
+    """The modules of a layer that can run fused now, or the reason in words why it cannot."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -182,7 +195,7 @@ def _parts(layer: Any) -> tuple[Any, Any, Any, Any, float] | str:
         return "the base weight trains too"
     if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
         return "a module inside it has hooks or a patched forward"
-    return base, lora_A, lora_B, dropout, layer.scaling[name]
+    return PlainLoRA(base, lora_A, lora_B, dropout, layer.scaling[name])
 
 
 def _never(layer: Any) -> str | None:
@@ -217,18 +230,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return (
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     )
-
-
-def _problem(forward: FusedForward, tokens: int, dtype: torch.dtype | None = None) -> Problem:
-    layer = forward.layer
-    adapter, weight = layer.active_adapters[0], layer.base_layer.weight
-    dropout = layer.lora_dropout[adapter]
-    members: Any = [forward] if forward.group is None else forward.group.members
-    return Problem.on(
-        weight.device, tokens, max(member.layer.out_features for member in members),
-        layer.in_features, layer.r[adapter], dtype or weight.dtype,
-        dropout=dropout.training and getattr(dropout, "p", 0.0) > 0, layers=len(members),
-    )  # fmt: skip
 
 
 def _groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..layers.group import Group
+from ..layers.group import Group, layout_of
 from ..layers.linear import FusedLoRALinear
 
 
@@ -77,6 +77,6 @@ def _same_layout(members: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The members whose layers can share a launch, in sets of at least two."""
     sets: dict[Any, dict[str, Any]] = {}
     for name, member in members.items():
-        if member is not None and member.group is None and (layout := member.layout()):
+        if member is not None and member.group is None and (layout := layout_of(member)):
             sets.setdefault(layout, {})[name] = member
     return [found for found in sets.values() if len(found) > 1]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..algebra.columns import Range, Ranges, segments
+from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
 from ..layers.linear import FusedLoRALinear
 from .families import FAMILIES, family_of, heads_of
@@ -169,7 +169,7 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Range]]:
             and is_layer(module)
             and not vars(model.get_submodule(owner)).get("is_cross_attention")
         ):
-            columns = segments(features_of(module)[1], len(names))
+            columns = equal_columns(features_of(module)[1], len(names))
             for part, segment in zip(names, columns, strict=True):
                 found[f"{path}.{part}"] = path, segment
     return found

@@ -1,9 +1,10 @@
-"""Packed masks drawn, and applied to a tensor: dropout around the vendor's products.
+"""Two elementwise kernels, which draw packed masks and apply one: dropout around vendor GEMMs.
 
     mask [G, M, K / 8] bytes from a seed       out = D(t), or out + D(t)        t, out [M, K]
 
-No matrix instruction is needed, so these run on cards where the other kernels do not. In plain
-torch drawing takes 66 bytes an element (`masks`): more than the frozen layer itself moves.
+They need no matrix instruction, so they also run on sm_75, where the other kernels do not. In plain
+torch (`algebra/masks.py`) drawing moves 8 bytes an element, where this kernel writes 1/8 of a byte,
+and the device waits until the host has read the seed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..algebra import masks
-from .launch import Out, Plan, launch, planned
+from .launch import launch
+from .plan import Out, Plan, planned
 from .tiles import cast, draw_keep_bytes, index_type, load_keep
 
 
@@ -23,10 +25,12 @@ def _draw_masks(
     seed_ptr, mask_ptr, M, stride_mask, threshold,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
+    # A program draws [BLOCK_M, BLOCK_BYTES] bytes of the mask of one segment (one layer's mask).
     segment = tl.program_id(1)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     columns = tl.program_id(2) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     packed = draw_keep_bytes(tl.load(seed_ptr), rows, columns, segment, threshold)
+    # The masks lie as [G, M, stride_mask]: row r of segment s is row s * M + r of them all.
     tl.store(
         mask_ptr + (segment.to(INDEX) * M + rows)[:, None] * stride_mask + columns[None, :],
         packed.to(tl.uint8),
@@ -39,6 +43,7 @@ def _apply_mask(
     t_ptr, mask_ptr, out_ptr, M, K, stride_tm, stride_tk, stride_mask, stride_om,
     INDEX: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # A program masks a tile [BLOCK_M, BLOCK_K] of t.
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     first = tl.program_id(1) * BLOCK_K
     columns = (first + tl.arange(0, BLOCK_K)).to(INDEX)
@@ -49,14 +54,15 @@ def _apply_mask(
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     kept = tl.where(keep, t, 0.0)
     if ADD:
-        # Rounded once: half precision is added up in fp32, fp64 (`library` takes it) in its own.
+        # The sum is rounded once, at the store: half precision is added in fp32. Only `library`
+        # takes fp64, which is added as it is.
         WIDE: tl.constexpr = tl.float64 if t.dtype == tl.float64 else tl.float32
         kept = kept.to(WIDE) + tl.load(out_ptrs, mask=inside, other=0.0).to(WIDE)
     tl.store(out_ptrs, cast(kept, out_ptr.dtype.element_ty), mask=inside)
 
 
 def draw_masks(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
-    """The packed masks [groups, rows, ceil(columns / 8)] of `seed`: those that `project` draws."""
+    """The packed masks [groups, rows, ceil(columns / 8)] of `seed`, those that `project` draws."""
     return launch(_plan_draw, (seed,), groups, rows, columns, dropout)[0]
 
 
@@ -72,10 +78,10 @@ def _plan_draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: floa
 
 
 def apply_mask(t: Tensor, mask: Tensor, onto: Tensor | None = None) -> Tensor:
-    """t [M, K] where the packed mask [M, ceil(K / 8)] keeps it, else 0; added to `onto` if given.
+    """t [M, K] where the packed mask [M, ceil(K / 8)] keeps it, else 0: D(t) without its scale.
 
-    In the dtype of t, without the scale of dropout; t may be of any strides, `onto` has its columns
-    side by side.
+    Returned in t's dtype; with `onto`, added to it in place. t may have any strides, the columns of
+    `onto` lie side by side.
     """
     if onto is None:
         return launch(_plan_apply, (t, mask), None)[0]

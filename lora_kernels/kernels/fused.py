@@ -1,13 +1,15 @@
 """out = x w^T + scale * D(h v^T), plus bias, with h = h_scale * x a^T from the same tiles of x.
 
-    x [M, K]   w [N, K]   bias [N]   a [R, K]   v [N, R]   mask [M, N / 8] bytes   out [M, N]   h
-    [M, R]
+    x [M, K]   w [N, K]   bias [N]   a [R, K]   v [N, R]
+    mask [M, N / 8] bytes   out [M, N]   h [M, R]
 
-One launch where `project` and `low_rank_gemm` take two: each tile of x feeds both products, so x is
-read once, for R / BLOCK_N more matrix instructions (h is computed by every column block, and stored
-by the first). Forward: (x, weight_g, bias_g, lora_A_g, lora_B_g), out and h of each segment.
-Gradient of x: the sum over segments of (dy_g, weight_g^T, lora_B_g^T, lora_A_g^T), and dh of each
-on the way.
+One launch does the work of `project` and `low_rank_gemm`: each tile of x feeds both products, and x
+is read once. The price is R / BLOCK_N more matrix instructions, since each block of BLOCK_N columns
+computes the same h. The first block of columns stores it.
+
+Forward: out and h of each segment, from (x, weight_g, bias_g, lora_A_g, lora_B_g). Gradient of x:
+one out, which sums a term (dy_g, weight_g^T, lora_B_g^T, lora_A_g^T) for every segment; the h of a
+term is then dh_g, the gradient of h_g.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..hardware.tiles import Tile, rank_block
-from .launch import Out, Plan, launch, planned
+from .launch import launch
+from .plan import Out, Plan, planned
 from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
 
 
@@ -32,6 +35,7 @@ def _fused_gemm(
     R_BY: tl.constexpr, AK_BY: tl.constexpr, VN_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    # A program computes a tile [BLOCK_M, BLOCK_N] of the out of one segment, and h [BLOCK_M, R].
     segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
     R = multiple(R, R_BY)
     stride_ak, stride_vn = multiple(stride_ak, AK_BY), multiple(stride_vn, VN_BY)
@@ -45,12 +49,15 @@ def _fused_gemm(
     column_inside = (columns < N)[None, :]
     rank_inside = ranks < R
 
+    # Many outs of one term each (forward), or one out that sums all terms (dx).
     TERMS: tl.constexpr = len(Ks)
-    # As in `low_rank_gemm`: in exact float32 each product starts from zero.
+    # As in `low_rank_gemm`: in exact float32 each GEMM starts from zero.
     EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(TERMS):
-        at = segment if TERMS == 1 else term
+        at = segment if TERMS == 1 else term  # the place in h and mask, both [G, M, ...]
+        # Tiles of one step along K: x [BLOCK_M, BLOCK_K], w^T [BLOCK_K, BLOCK_N] and
+        # a^T [BLOCK_K, BLOCK_R], R padded by zeros to BLOCK_R. Their addresses move on with K.
         K = Ks[term]
         stride_xk = stride_xks[term]
         x_tile_ptrs = x_ptrs[term] + rows[:, None] * stride_xms[term] + ks[None, :] * stride_xk
@@ -78,12 +85,15 @@ def _fused_gemm(
             x_tile_ptrs += step * stride_xk
             w_tile_ptrs += step * stride_wk
             a_tile_ptrs += step * stride_ak
+        # h is complete. It is rounded to its dtype first, so that this product takes the same
+        # numbers that the backward will read.
         u = cast(h * h_scale, h_ptr.dtype.element_ty)
         tl.store(
             h_ptr + (at * M + rows)[:, None] * R + ranks[None, :],
             u,
             mask=row_inside & rank_inside[None, :] & (block_n == 0),
         )
+        # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N].
         v_ptr = of_term(v_ptrs, segment, term, TERMS)
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
@@ -114,9 +124,10 @@ def fused_gemm(
     h_scale: float, scale: float, tile: Tile, precision: str,
     bias: tuple[Tensor, ...] | None = None, mask: Tensor | None = None, transposed: bool = False,
 ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
-    """(outs, h [G, M, R]): as `low_rank_gemm`, with u computed from x and a.
+    """(outs, h [G, M, R]): `low_rank_gemm` with u = h, computed from x and a on the way.
 
-    `transposed` says that w, a and v are given as [K, N], [K, R] and [R, N].
+    a may have another dtype than x, as v may. `transposed=True` takes w as [K, N], a as [K, R] and
+    v as [R, N].
     """
     outs, h = launch(_plan, (x, w, bias, a, v, mask), h_scale, scale, tile, precision, transposed)
     return outs, h

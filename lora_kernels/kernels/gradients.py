@@ -3,11 +3,16 @@
     g [P, R] = D(t)^T s          t [M, P], s [M, R]: (x, dh) gives dlora_A^T, (dy, h) gives dlora_B
     d [M, R] = t b               b [P, R]: (dy, lora_B) gives dh, from the same tile of dy
 
-A launch takes segments: first those that read x, then those that read dy, so that where dh is known
-one launch makes every parameter's gradient. Sums over M are split over programs and added up in a
-second, ordered pass: no atomics, so the same bits every time. A program owns BLOCK_P columns of one
-segment and one of `splits` ranges of rows; its share of g stays in registers over the whole range,
-its share of d leaves once a row block.
+A segment is the x or the dy of one layer of the group. A launch takes first the segments that read
+x, then those that read dy. Where dh is known, one launch thus makes every parameter's gradient.
+
+The rows are divided into `splits` runs of equal length, so that there are programs enough to fill
+the card. A program owns BLOCK_P columns of one segment and one split. It keeps its g in registers
+over all its rows and stores it at the end: a partial sum over M, one for each split. It stores d
+for each block of rows: a partial sum over P, one for each block of columns.
+
+A second launch adds the partial sums up, always in the same order. There are no atomics, so the
+same call gives the same bits every time.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..hardware.tiles import Tile, rank_block
-from .launch import Out, Plan, has_asynchronous_products, launch, planned
+from .launch import has_asynchronous_products, launch
+from .plan import Out, Plan, planned
 from .tiles import cast, divisor, dot, index_type, load_keep, multiple, pick
 
 
@@ -35,11 +41,13 @@ def _column_gradients(
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R, stride_bp = multiple(R, R_BY), multiple(stride_bp, BP_BY)
-    # Segments are neighbours in the grid: where they share t, all but the first read it from L2.
+    # The segment changes fastest from program to program: where segments share their t (x of a
+    # group), all but the first find it in the L2 cache.
     segment = tl.program_id(0)
     block_p = tl.program_id(1)
     split = tl.program_id(2)
-    # The first INPUTS segments read x, the others dy; a launch of one kind knows it when compiled.
+    # The first INPUTS segments read x, with s = dh and g = dlora_A; the others read dy, with s = h
+    # and g = dlora_B. In a launch of one kind alone the compiler knows which: nothing is chosen.
     if (INPUTS > 0) and (len(Ps) > INPUTS):
         of_x = segment < INPUTS
         s_ptr, g_ptr = h_ptr, dlora_B_ptr
@@ -51,45 +59,55 @@ def _column_gradients(
     else:
         of_x = tl.full((), 0, tl.int1)
         s_ptr, g_ptr = h_ptr, dlora_B_ptr
-    layer = tl.where(of_x, segment, segment - INPUTS)
+    layer = tl.where(of_x, segment, segment - INPUTS)  # the place in s, d and mask: [G, M, ...]
     P = pick(Ps, segment)
     t_ptr = pick(t_ptrs, segment)
     stride_tm = pick(stride_tms, segment)
     columns = (block_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(INDEX)
     column_inside = columns < P
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
-    rank_inside = ranks < R
+    rank_inside = ranks < R  # R is padded by zeros to BLOCK_R
     gradient_inside = column_inside[:, None] & rank_inside[None, :]
+    # The grid has as many blocks of columns as the widest segment needs. In a narrower one the
+    # blocks past its P have nothing to add to g, and get no rows; but the sum over P reads a d of
+    # every block, so with WANT_D they go through their rows and store zeros.
+    # rows_per_split is a multiple of BLOCK_M: only the last block of the last split passes M.
     first = split * rows_per_split
     last = min(first + rows_per_split, M)
-    if WANT_D:  # every block of columns leaves its part of dh, if only zeros
+    if WANT_D:  # b [BLOCK_P, BLOCK_R] is the same for all rows: it is loaded once
         b_tile_ptrs = pick(b_ptrs, segment) + columns[:, None] * stride_bp
         b_tile = tl.load(b_tile_ptrs + ranks[None, :] * stride_br, mask=gradient_inside, other=0.0)
         b = cast(b_tile, t_ptrs[0].dtype.element_ty)
     else:
         last = tl.where(block_p * BLOCK_P < P, last, first)
-    # Transposed, so that the large tile is an operand as it lies: no pass through registers first.
+    # g is kept transposed, [BLOCK_R, BLOCK_P] = s^T t. As t^T s, the tile t would have to pass
+    # through registers to be transposed; so it is multiplied as it lies in shared memory.
     g = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
     for start in range(first, last, BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(INDEX)
         row_inside = rows < M
         layer_rows = (layer.to(INDEX) * M + rows)[:, None]
         rank_tile_inside = row_inside[:, None] & rank_inside[None, :]
+        # t [BLOCK_M, BLOCK_P], a tile of x or of dy: the only large load, for both products.
         t = tl.load(
             t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tp,
             mask=row_inside[:, None] & column_inside[None, :],
             other=0.0,
         )
         if WANT_D:
+            # d [BLOCK_M, BLOCK_R], stored in fp32 as [blocks of columns, G, M, R]. All segments
+            # read dy here, so the grid's first axis is G.
             d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             d = dot(t, b, d, PRECISION)
             d_rows = block_p.to(INDEX) * tl.num_programs(0) * M + layer_rows
             tl.store(d_ptr + d_rows * R + ranks[None, :], d, mask=rank_tile_inside)
         if WANT_G:
+            # s [BLOCK_M, BLOCK_R]; dropout is applied to t, after d has read it.
             s = tl.load(s_ptr + layer_rows * R + ranks[None, :], mask=rank_tile_inside, other=0.0)
             if HAS_MASK:
                 layer_mask_ptr = mask_ptr + layer.to(tl.int64) * M * stride_mask
-                masked_rows = tl.where(of_x, M, 0)  # nothing is dropped from dy
+                # Of dy nothing is dropped: a mask of no rows, which keeps everything.
+                masked_rows = tl.where(of_x, M, 0)
                 keep = load_keep(
                     layer_mask_ptr, rows, block_p * BLOCK_P, masked_rows, P, stride_mask,
                     BLOCK_M, BLOCK_P,
@@ -97,31 +115,37 @@ def _column_gradients(
                 t = tl.where(keep, t, 0.0)
             g = dot(tl.trans(s), t, g, PRECISION)
     if WANT_G:
-        before = 0  # columns of the segments of this kind before this one, and of all of them
-        every = 0
+        # A split's partial sums of dlora_A hold all segments that read x, one after another, and
+        # those of dlora_B all that read dy: [splits, columns_total, R] each, where columns_total
+        # counts the columns of the segments of this kind, columns_before those before this one.
+        columns_before = 0
+        columns_total = 0
         for i in tl.static_range(len(Ps)):
             alike = of_x == (i < INPUTS)
-            before += tl.where(alike & (i < segment), Ps[i], 0)
-            every += tl.where(alike, Ps[i], 0)
-        # dlora_A is [R, K], dlora_B [N, R].
+            columns_before += tl.where(alike & (i < segment), Ps[i], 0)
+            columns_total += tl.where(alike, Ps[i], 0)
+        # Within a segment dlora_A lies as [R, K], dlora_B as [N, R].
         stride_gp, stride_gr = tl.where(of_x, 1, R), tl.where(of_x, P, 1)
-        g_ptr += (split.to(INDEX) * every + before) * R
+        g_ptr += (split.to(INDEX) * columns_total + columns_before) * R
         offsets = columns[None, :] * stride_gp + ranks[:, None] * stride_gr
         tl.store(g_ptr + offsets, g, mask=column_inside[None, :] & rank_inside[:, None])
 
 
-@triton.jit(do_not_specialize=["parts", "lengths"])
-def _add_parts(
-    part_ptrs, out_ptrs, parts, lengths, scales, INDEX: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["counts", "lengths"])
+def _add_partials(
+    partial_ptrs, out_ptrs, counts, lengths, scales, INDEX: tl.constexpr, BLOCK: tl.constexpr
 ):
+    # A job is one out of `length` elements, the sum of `counts[job]` partials of that length. The
+    # second axis of the grid is the job; a program adds up BLOCK elements of its out.
     for job in tl.static_range(len(lengths)):
         if tl.program_id(1) == job:
-            length = tl.full((), lengths[job], INDEX)  # a length of 1 is no tensor when compiled
+            # Triton makes a constant of the integer 1, and a constant has no .to(): hence tl.full.
+            length = tl.full((), lengths[job], INDEX)
             index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
             acc = tl.zeros((BLOCK,), dtype=tl.float32)
-            for part in range(0, parts[job]):
-                acc += tl.load(part_ptrs[job] + part * length + index, mask=inside, other=0.0)
+            for i in range(0, counts[job]):
+                acc += tl.load(partial_ptrs[job] + i * length + index, mask=inside, other=0.0)
             tl.store(
                 out_ptrs[job] + index,
                 cast(acc * scales[job], out_ptrs[job].dtype.element_ty),
@@ -130,7 +154,7 @@ def _add_parts(
 
 
 class Gradient(NamedTuple):
-    """The dtype of a parameter, whose gradient has it too, and the gradient's scale."""
+    """How a parameter's gradient is stored: in the parameter's dtype, multiplied by `scale`."""
 
     dtype: torch.dtype
     scale: float
@@ -140,7 +164,10 @@ def output_gradients(
     dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
     tile: Tile, precision: str, splits: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dh [G, M, R] in dy's dtype; dlora_B [sum N_g, R] in lora_B's if `h` is given."""
+    """From one read of dy: dh [G, M, R] in dy's dtype, and with `h` also dlora_B [sum N_g, R].
+
+    dlora_B has lora_B's dtype; it is None without `h`.
+    """
     dlora_B = Gradient(lora_B[0].dtype, scale)
     given = _alike(dy), None, h, lora_B, None
     (sums,) = launch(_plan, given, 0, None, dlora_B, tile, precision, splits)
@@ -152,9 +179,9 @@ def parameter_gradients(
     dlora_A: Gradient, dlora_B: Gradient, mask: Tensor | None, tile: Tile, precision: str,
     splits: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dlora_A [G R, K] of dh_g^T D_g(x) if x is given, dlora_B [sum N_g, R] of dy_g^T h_g if dy is.
+    """dlora_A [G R, K] and dlora_B [sum N_g, R]: dh_g^T D_g(x) and dy_g^T h_g of every layer g.
 
-    One launch, and one that adds up. `dh` may be None without x, `h` without dy.
+    dlora_A is None unless x and dh are given, dlora_B unless dy and h are.
     """
     inputs = 0 if x is None or dh is None else len(dh)
     t = _alike((() if x is None else (x,) * inputs) + (dy or ()))
@@ -164,7 +191,11 @@ def parameter_gradients(
 
 
 def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Tensors whose columns lie at one stride, copied if need be: 1 must be known when compiled."""
+    """The tensors, or contiguous copies of them where their columns lie at different strides.
+
+    The kernel takes one stride for all. Triton compiles a stride of 1 as a constant, which makes
+    loads wide; strides of different segments would be chosen at run time.
+    """
     if len({each.stride(1) for each in tensors}) > 1:
         copies = {id(each): each.contiguous() for each in tensors}
         return tuple(copies[id(each)] for each in tensors)
@@ -176,13 +207,13 @@ def _plan(
     mask: Tensor | None, inputs: int, dlora_A: Gradient, dlora_B: Gradient, tile: Tile,
     precision: str, splits: int,
 ) -> Plan:  # fmt: skip
-    """Partial sums d [blocks of columns, G, M, R] and g [splits, columns of all segments, R]."""
+    """Partial sums d [blocks of columns, G, M, R] and g [splits, columns_total, R], then sums."""
     M = t[0].shape[0]
     Ps = tuple(each.shape[1] for each in t)
     blocks_p = triton.cdiv(max(Ps), tile.n)
     rows_per_split = triton.cdiv(triton.cdiv(M, splits), tile.m) * tile.m
     splits = triton.cdiv(M, rows_per_split)
-    d = parts_A = parts_B = None
+    d = partials_A = partials_B = None
     sums = []
     if b is not None:
         R = b[0].shape[1]
@@ -190,25 +221,26 @@ def _plan(
         sums.append((d, Out((len(t), M, R), t[0].dtype), dlora_B.scale))
     if dh is not None:
         R = dh.shape[2]
-        parts_A = Out((splits, sum(Ps[:inputs]), R), torch.float32)
+        partials_A = Out((splits, sum(Ps[:inputs]), R), torch.float32)
         out = Out((inputs * R, Ps[0]), dlora_A.dtype)
-        sums.append((parts_A, out, dlora_A.scale))
+        sums.append((partials_A, out, dlora_A.scale))
     if h is not None:
         R = h.shape[2]
-        parts_B = Out((splits, sum(Ps[inputs:]), R), torch.float32)
-        sums.append((parts_B, Out((sum(Ps[inputs:]), R), dlora_B.dtype), dlora_B.scale))
-    # From rank 33 on g is made of wgmmas on Hopper, which read t while the next tile is on its way.
-    # Where another product reads t as well, Triton (3.6, 3.7) makes one buffer too few: the race
-    # that tests/ptx.py finds. Then no tile is on its way.
+        partials_B = Out((splits, sum(Ps[inputs:]), R), torch.float32)
+        sums.append((partials_B, Out((sum(Ps[inputs:]), R), dlora_B.dtype), dlora_B.scale))
+    # A race on Hopper, found by tests/compiled/ptx.py. From rank 33 on, g is computed by wgmma: it
+    # reads t from shared memory while the next t is being copied there. Where the product d reads
+    # t too, Triton (3.6, 3.7) makes one buffer too few, and the copy overwrites the t that wgmma
+    # still reads. With one stage nothing is copied ahead.
     stages = tile.stages
     if b is not None and rank_block(R) >= 64 and has_asynchronous_products():
         stages = 1
     return planned(
-        _column_gradients, (len(t), blocks_p, splits), (d, parts_A, parts_B),
+        _column_gradients, (len(t), blocks_p, splits), (d, partials_A, partials_B),
         M, Ps, R, rows_per_split,
         tuple(each.stride(0) for each in t), t[0].stride(1),
         *((0, 0) if b is None else b[0].stride()), 0 if mask is None else mask.stride(1),
-        INPUTS=inputs, INDEX=index_type((*t, dh, h, *(b or ()), d, parts_A, parts_B)),
+        INPUTS=inputs, INDEX=index_type((*t, dh, h, *(b or ()), d, partials_A, partials_B)),
         HAS_MASK=mask is not None, WANT_G=dh is not None or h is not None, WANT_D=b is not None,
         PRECISION=precision, R_BY=divisor(R), BP_BY=1 if b is None else divisor(b[0].stride(0)),
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
@@ -218,12 +250,13 @@ def _plan(
 
 
 def _plan_sum(sums: list[tuple[Out, Out, float]]) -> Plan:
-    """out = scale * parts.sum(0) of each (parts, out, scale), in order of the parts."""
+    """out = scale * partials.sum(0) of each (partials, out, scale), added in order."""
     block = 1024
-    parts, outs, scales = zip(*sums, strict=True)
+    partials, outs, scales = zip(*sums, strict=True)
     lengths = tuple(math.prod(out.shape) for out in outs)
     return planned(
-        _add_parts, (max(triton.cdiv(length, block) for length in lengths), len(sums), 1), (outs,),
-        tuple(part.shape[0] for part in parts), lengths, scales,
-        INDEX=index_type(parts), BLOCK=block,
+        _add_partials,
+        (max(triton.cdiv(length, block) for length in lengths), len(sums), 1), (outs,),
+        tuple(each.shape[0] for each in partials), lengths, scales,
+        INDEX=index_type(partials), BLOCK=block,
     )  # fmt: skip

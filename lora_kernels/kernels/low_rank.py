@@ -2,13 +2,17 @@
 
     x [M, K]   w [N, K]   bias [N]   u [M, R]   v [N, R]   mask [M, N / 8] bytes   out [M, N]
 
-Forward, for G segments: out_g from x, weight_g, bias_g, h_g, lora_B_g; one launch for all of them.
-Segments past the last v have no low-rank product: the columns of a weight that LoRA leaves alone.
-Gradient of x: one out, the sum over segments of (dy_g, weight_g^T, dh_g, lora_A_g^T) under the
-forward's masks, in one accumulator; the same kernel with swapped strides. Seeding the accumulator
-costs one rank-R dot a tile, R / K of the GEMM, and no extra pass over out.
+Forward: one launch writes out_g of every segment g, from x, weight_g, bias_g, h_g and lora_B_g.
+There may be more segments than v: those past the last v get no low-rank product. They are the
+columns of a weight that LoRA leaves alone.
 
-With GEMM off only the low-rank part is written, for a vendor's GEMM to accumulate onto.
+Gradient of x: one out, which sums a term for every segment: (dy_g, weight_g^T, dh_g, lora_A_g^T),
+under the mask that the forward drew for g. All terms are added in one accumulator. It is the same
+kernel, given w and v with swapped strides.
+
+The accumulator starts as the low-rank product instead of zero. That costs one rank-R dot a tile,
+R / K of the GEMM, and no extra pass over out. With GEMM off, only the low-rank part is written, and
+a vendor's GEMM accumulates onto it.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..hardware.tiles import Tile, rank_block
-from .launch import Out, Plan, launch, planned
+from .launch import launch
+from .plan import Out, Plan, planned
 from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
 
 
@@ -33,6 +38,7 @@ def _low_rank_gemm(
     R_BY: tl.constexpr, VN_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    # A program computes one tile [BLOCK_M, BLOCK_N] of the out of one segment.
     segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
     R, stride_vn = multiple(R, R_BY), multiple(stride_vn, VN_BY)
     N = pick(Ns, segment)
@@ -41,14 +47,18 @@ def _low_rank_gemm(
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     row_inside = (rows < M)[:, None]
     column_inside = (columns < N)[None, :]
-    # Either many outputs of one term each, or one output that sums all terms.
+    # Either many outs of one term each (forward), or one out that sums all terms (dx). Where the
+    # segments are columns of one weight, dx has one product x w^T and a low-rank term a segment.
     TERMS: tl.constexpr = len(Ks)
     LOW_RANK_TERMS: tl.constexpr = len(v_ptrs) if len(Ns) == 1 else 1
+    # A segment without a v takes part with rank 0: its low-rank loads are all masked to zero.
     if len(Ns) > len(v_ptrs):
         rank_inside = ranks < tl.where(segment < len(v_ptrs), R, 0)
     else:
         rank_inside = ranks < R
 
+    # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N], R padded by zeros to
+    # BLOCK_R. u lies as [G, M, R] and belongs to a segment or, where one out sums them, to a term.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(LOW_RANK_TERMS):
         at = segment if LOW_RANK_TERMS == 1 else term
@@ -58,6 +68,7 @@ def _low_rank_gemm(
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
         if HAS_MASK:
+            # Each term has a mask of its own, so it is masked before it is added.
             term_mask_ptr = mask_ptr + at * M.to(tl.int64) * stride_mask
             keep = load_keep(
                 term_mask_ptr, rows, block_n * BLOCK_N, M, N, stride_mask, BLOCK_M, BLOCK_N
@@ -68,9 +79,12 @@ def _low_rank_gemm(
             acc = dot(u, cast(v, u.dtype), acc, PRECISION)
     acc *= scale
 
-    # Exact float32 rounds at every step, and the more the larger the sum is: there each product
-    # starts from zero, as the vendor's does.
+    # Exact float32 products are summed by FMAs, each of which rounds: the larger the sum they are
+    # added to, the more. So each GEMM starts from zero, as the vendor's does, and `before` is added
+    # at its end. Elsewhere the operands' own rounding outweighs that: the GEMM goes on from `acc`.
     EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
+    # The GEMM: tiles x [BLOCK_M, BLOCK_K] and w^T [BLOCK_K, BLOCK_N] for each step along K. `step`
+    # is of type INDEX, since step times a stride may not fit in 32 bits.
     if GEMM:
         ks = tl.arange(0, BLOCK_K).to(INDEX)
         step = tl.full((), BLOCK_K, INDEX)
@@ -97,6 +111,7 @@ def _low_rank_gemm(
             if EXACT:
                 acc += before
 
+    # The epilogue: bias [BLOCK_N] to every row, one rounding to out's dtype.
     if HAS_BIAS:
         bias = tl.load(pick(bias_ptrs, segment) + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -113,12 +128,14 @@ def low_rank_gemm(
     mask: Tensor | None = None, gemm: bool = True, transposed: bool = False,
     outs: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """An out [M, N_g] for each w if there is one x, else the single out that sums all terms.
+    """With one x an out [M, N_g] for each w; with several, the single out that sums all terms.
 
-    All in the dtype of x; w and v may be any strided views (each of one layout), v of any dtype.
-    u is [G, M, R] for the G of v, mask [G, M, ceil(N / 8)]. `outs` are written if given (columns
-    side by side), else allocated. `gemm=False` leaves out the products x w^T. `transposed` says
-    that w and v are given as [K, N] and [R, N]: two .T cost the host as much as a launch.
+    u is [G, M, R] and mask [G, M, ceil(N / 8)], where G = len(v). x, w, u and outs have one dtype;
+    bias and v may have others. w and v may have any strides, the same for all w and for all v.
+
+    `outs`, if given, are written (their columns lie side by side); else outs are allocated.
+    `gemm=False` leaves the products x w^T out. `transposed=True` takes w as [K, N] and v as [R, N]:
+    to hand over two `.T` instead would cost the host as much as a launch.
     """
     given = (x, w, bias, u, v, mask)
     settings = (scale, tile, precision, gemm, transposed)

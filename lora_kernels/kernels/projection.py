@@ -2,9 +2,12 @@
 
     x [M, K]   A_g [R, K]   h [G, M, R]   mask [G, M, K / 8] bytes
 
-A program owns BLOCK_M rows of one segment and walks over K once. Segments are neighbours in the
-grid, so x is read from memory once and from L2 by the other segments; random numbers are drawn
-once, and whoever needs the mask later reads its bits (1/16 of the bytes of a half-precision x).
+A segment is one layer of the group, with its own A_g and its own mask. A program owns BLOCK_M rows
+of one segment and walks over K once. The programs of the G segments of the same rows follow one
+another, so the first reads x from memory and the others find it in the L2 cache.
+
+The random numbers of a mask are drawn once, here: the later kernels read its bits, which take 1/16
+of the bytes of a half-precision x.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch import Tensor
 
 from ..algebra import masks
 from ..hardware.tiles import Tile, rank_block
-from .launch import Out, Plan, launch, planned
+from .launch import launch
+from .plan import Out, Plan, planned
 from .tiles import cast, divisor, dot, draw_keep_bytes, index_type, multiple, pick, spread_bits
 
 
@@ -30,17 +34,20 @@ def _project(
     R_BY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R = multiple(R, R_BY)
+    # The grid has one axis of G * ceil(M / BLOCK_M) programs; the segment changes fastest.
     segment = tl.program_id(0) % len(A_ptrs)
     A_ptr = pick(A_ptrs, segment)
     rows = (tl.program_id(0) // len(A_ptrs) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     row_inside = rows < M
+    # R is padded to BLOCK_R, what a matrix instruction takes; the padding is loaded as zeros.
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     rank_inside = ranks < R
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # h before its scale and its rounding
     if DRAW:
         seed = tl.load(seed_ptr)
         mask_ptr += segment.to(tl.int64) * M * stride_mask
     for start in range(0, K, BLOCK_K):
+        # x [BLOCK_M, BLOCK_K]. Past column K zeros are read; EVEN_K says that no tile gets there.
         ks = (start + tl.arange(0, BLOCK_K)).to(INDEX)
         x_inside = row_inside[:, None]
         A_inside = rank_inside[None, :]
@@ -50,6 +57,8 @@ def _project(
         x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=x_inside, other=0.0)
         if DRAW:
+            # The mask of this tile, [BLOCK_M, BLOCK_K / 8] bytes: stored for the backward, and
+            # spread over the tile of x, whose dropped elements become zero.
             columns = start // 8 + tl.arange(0, BLOCK_K // 8)
             packed = draw_keep_bytes(seed, rows, columns, segment, threshold)
             tl.store(
@@ -58,9 +67,11 @@ def _project(
                 mask=row_inside[:, None] & (columns < tl.cdiv(K, 8))[None, :],
             )
             x = tl.where(spread_bits(packed, BLOCK_M, BLOCK_K // 8), x, 0.0)
+        # A^T [BLOCK_K, BLOCK_R]: A lies as [R, K] and is read with its strides swapped.
         A_tile_ptrs = A_ptr + ks[:, None] * stride_ak + ranks[None, :] * stride_ar
         A = tl.load(A_tile_ptrs, mask=A_inside, other=0.0)
         acc = dot(x, cast(A, x.dtype), acc, PRECISION)
+    # `scale` is dropout's 1 / (1 - p): applied to h [BLOCK_M, R] once, not to every tile of x.
     tl.store(
         h_ptr + (segment.to(INDEX) * M + rows)[:, None] * R + ranks[None, :],
         cast(acc * scale, h_ptr.dtype.element_ty),
@@ -72,7 +83,10 @@ def project(
     x: Tensor, lora_A: tuple[Tensor, ...], *, tile: Tile, precision: str,
     dropout: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """h [G, M, R] in x's dtype, and the packed masks drawn from `seed` (int64 [1]) if given."""
+    """h [G, M, R] in x's dtype; with a `seed` (int64 [1]), also the packed masks [G, M, K / 8].
+
+    Without a seed nothing is dropped, and the mask returned is None.
+    """
     h, mask = launch(_plan, (x, lora_A, seed), dropout, tile, precision)
     return h, mask
 

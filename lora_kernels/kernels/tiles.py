@@ -1,4 +1,10 @@
-"""What every kernel does to a tile: find it, multiply, draw a mask, apply a mask."""
+"""What the kernels share: helpers that find a tile, multiply tiles, draw a mask and read one.
+
+A kernel runs as a grid of programs, each of which computes one tile of the output. A tile is a
+value in registers; its addresses are a pointer plus a block of offsets, made with `tl.arange`. The
+sides of a tile are powers of two, so it may reach past the edge of its tensor: every load and store
+is masked by what lies inside.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +16,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# The interpreter's dot computes bf16 on the raw bits; there, and only there, operands go through
-# fp32, which is exact for the products of bf16 numbers.
+# Triton's interpreter multiplies bf16 tiles as if their bits were integers. There, and only there,
+# operands are made fp32 first, in which the products of bf16 numbers are exact.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Row blocks that walk over the columns side by side (`locate`).
+# How many blocks of rows walk over the blocks of columns side by side (`locate`).
 GROUP_M = tl.constexpr(8)
 
 
 def index_type(tensors: Iterable[Any]) -> Any:
-    """The integer for offsets into `tensors`: int64 costs registers, so int32 if that holds all.
+    """The integer type of offsets into `tensors`: int32 if it holds them all, else int64.
 
-    Of each that is not None, shape and stride() are read.
+    int64 costs registers. `tensors` are tensors, `Out`s (shape and stride() are read) or None.
     """
     for t in tensors:
         if t is not None and sum(map(operator.mul, t.shape, t.stride())) >= 1 << 31:
@@ -29,15 +35,18 @@ def index_type(tensors: Iterable[Any]) -> Any:
 
 
 def divisor(n: int) -> int:
-    """What `multiple` is to make known of a rank or a stride: 1, 2, 4 or 8."""
+    """The largest of 1, 2, 4 and 8 that divides n: what `multiple` tells the compiler of n."""
     return math.gcd(n, 8)
 
 
 @triton.jit
 def multiple(value, BY: tl.constexpr):
-    """`value`, now known to be a multiple of BY, so that loads along it can be wide.
+    """`value`, which the compiler then knows to be a multiple of BY: loads along it can be wide.
 
-    Of an argument the compiler sees by itself only whether 16 divides it, and ranks are often 8.
+    By itself Triton notes of an integer argument only whether 16 divides it, and ranks are often 8.
+    Dividing and multiplying changes no value, but the compiler's analysis follows it: a product
+    with BY is a multiple of BY. `tl.multiple_of` on a number does not do it: in low_rank_gemm at
+    R = 8 on sm_86 (Triton 3.7.1) a thread then makes 16 loads of 2 bytes instead of 2 of 16.
     """
     if BY == 1:
         return value
@@ -47,7 +56,10 @@ def multiple(value, BY: tl.constexpr):
 
 @triton.jit
 def pick(values, index):
-    """values[index] of a tuple of pointers or sizes, for an index known only at run time."""
+    """values[index] of a tuple of pointers or sizes, for an index known only at run time.
+
+    A tuple exists only while the kernel is compiled; what is left of it is a comparison an entry.
+    """
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
         if index == i:
@@ -57,7 +69,11 @@ def pick(values, index):
 
 @triton.jit
 def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
-    """The segment's own value if each output has one term, else the value of the term."""
+    """The value of the segment where each output is one term, else the value of the term.
+
+    Forward, each segment has an output of its own (TERMS is 1). As the gradient of x, one output is
+    the sum of a term for each segment.
+    """
     if TERMS == 1:
         return pick(values, segment)
     else:
@@ -66,19 +82,28 @@ def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(segment, block_m, block_n) of this program, for outputs [M, Ns[0]], [M, Ns[1]], ...
+    """(segment, block_m, block_n): which tile of the outputs [M, Ns[0]], [M, Ns[1]], ... is ours.
 
-    Programs that run together share what they read: GROUP_M row blocks walk over the columns side
-    by side, so a tile of the weight is read from L2 by all but the first of them.
+    The grid is one long axis: the tiles of segment 0, then those of segment 1, and so on. Programs
+    with neighbouring ids run at the same time, so they are given tiles that share what they read:
+    GROUP_M blocks of rows walk over the blocks of columns side by side. All but the first of them
+    then find their tile of the weight in the L2 cache. (Triton's matrix multiplication tutorial.)
+
+        pid, for GROUP_M = 2 and a segment of 4 x 3 tiles:    0 2 4
+                                                              1 3 5
+                                                              6 8 10
+                                                              7 9 11
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
+    # Go from segment to segment, taking the tiles of each off pid while pid lies past them.
     segment = 0
     for i in tl.static_range(len(Ns) - 1):
         tiles = blocks_m * tl.cdiv(Ns[i], BLOCK_N)
         past = (segment == i) & (pid >= tiles)
         pid = tl.where(past, pid - tiles, pid)
         segment = tl.where(past, i + 1, segment)
+    # A band is GROUP_M blocks of rows over all columns; the last band of a segment may be lower.
     band = GROUP_M * tl.cdiv(pick(Ns, segment), BLOCK_N)
     first = pid // band * GROUP_M
     height = min(blocks_m - first, GROUP_M)
@@ -87,7 +112,7 @@ def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in fp32."""
+    """acc + a b in fp32; PRECISION says how tensor cores take fp32 operands ("ieee", "tf32")."""
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -96,8 +121,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest even (the interpreter's own bf16 cast truncates)."""
+    """x in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # The interpreter's own cast truncates: add just under half of the last kept bit, and that
+        # bit itself, which sends ties to even.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True).to(dtype)
@@ -107,12 +134,16 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def draw_keep_bytes(seed, rows, byte_columns, segment, threshold):
-    """Packed keep bits [rows, byte_columns]: the mask of (seed, segment) whatever the tile shape.
+    """Packed keep bits [rows, byte_columns] of the mask that (seed, segment) stands for.
 
-    Philox 4x32 gives 128 bits a call: eight lanes of 16 bits, one lane an element, one call a
-    byte. The counter is (row, byte column, segment), which no offset arithmetic can overflow. Seven
-    rounds pass BigCrush (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011).
+    Philox 4x32 turns a counter of four 32-bit numbers into four random ones, 128 bits: eight times
+    16 bits, one for each of the eight elements of a byte. An element is kept where its 16 bits are
+    `threshold` or more. The counter is (row, byte column, segment, 0): a byte is the same in a tile
+    of any shape, and no product of sizes is computed that could overflow.
+
+    Seven rounds pass BigCrush (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011).
     """
+    # Zeros of the shape of the tile: philox wants all four of its counters in that shape.
     zero = (rows[:, None] * 0 + byte_columns[None, :] * 0).to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(
         seed,
@@ -144,9 +175,10 @@ def spread_bits(packed, ROWS: tl.constexpr, BYTES: tl.constexpr):
 def load_keep(
     mask_ptr, rows, first_column, M, N, stride_mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Keep flags [ROWS, COLUMNS] of a tile from a packed mask in memory; outside it all is kept.
+    """Keep flags [ROWS, COLUMNS] of a tile, from a packed mask in memory.
 
-    A byte is loaded once and spread in registers; one load an element would cost as much as a
+    Rows from M on and bytes past column N are not loaded: there every element counts as kept. A
+    byte is loaded once and spread in registers; a load for each element would cost as much as a
     step of the K loop.
     """
     columns = first_column // 8 + tl.arange(0, COLUMNS // 8)

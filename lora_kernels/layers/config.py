@@ -39,6 +39,7 @@ class LoRAConfig:
     >>> LoRAConfig(rank=8, alpha=16, dropout=0.1, targets=("query", "value"), train=("classifier",))
     """
 
+    __module__ = "lora_kernels"  # where pickles find it, wherever the file lies
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.0

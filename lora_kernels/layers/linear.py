@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.columns import Range, Ranges, check_columns, unfold, widths
+from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.autocast import without_autocast
-from ..autograd.functional import Parts, lora_layer
-from ..strategies.problem import Problem
+from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d
 from .config import _check
 from .held_weight import HeldCast
@@ -36,6 +36,7 @@ class FusedLoRALinear(nn.Module):
     >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
     """
 
+    __module__ = "lora_kernels"  # where pickles find it, wherever the file lies
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
@@ -137,7 +138,7 @@ class FusedLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(len(ranges) * rank, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(sum(widths(ranges)), rank, **options))
         self.train(layer.training)
-        self.group: Any = None  # the siblings that read the same x (`groups.Group`)
+        self.group: Any = None  # the siblings that read the same x (a `group.Group`)
         self._unmerged: nn.Parameter | None = None
         self._held = HeldCast()
         self.reset_lora_parameters()
@@ -156,27 +157,23 @@ class FusedLoRALinear(nn.Module):
             return nn.functional.linear(x.to(weight.dtype), weight, bias)
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
-        return lora_layer(x, parts, self.columns)
+        return lora_layer(x, parts)
 
     def parts(self, x: Tensor) -> Parts | None:
         """What a call on x needs besides x; None if the layer is merged, a plain linear one."""
         if self.merged:
             return None
-        return Parts(
-            self._weight(x), self.bias, self.lora_A, self.lora_B, self.scale, self.dropout,
-            self.training, self.strategy,
-        )  # fmt: skip
+        weights = Weights(self._weight(x), self.bias, self.lora_A, self.lora_B)
+        return Parts(weights, self._settings(self.dropout if self.training else 0.0))
 
-    def layout(self) -> tuple[Any, ...] | None:
-        """What siblings must have in common to run as a group; None if this layer runs alone."""
-        weight = self.weight
-        if self.columns is not None:
-            return None
-        return (
-            self.in_features, self.rank, self.scale, self.dropout, self.strategy, self.conv1d,
-            self.bias is None, weight.dtype, weight.device, weight.stride(), self.lora_A.dtype,
-            self.lora_B.dtype,
-        )  # fmt: skip
+    def own(self) -> Parts:
+        """The layer's tensors as they are held, and its settings as in training."""
+        weight = self.weight.T if self.conv1d else self.weight
+        weights = Weights(weight, self.bias, self.lora_A, self.lora_B)
+        return Parts(weights, self._settings(self.dropout))
+
+    def _settings(self, dropout: float) -> Settings:
+        return Settings(self.scale, dropout, self.strategy, self.columns)
 
     def _weight(self, x: Tensor) -> Tensor:
         weight = self._held.of(self.weight, x)
@@ -234,19 +231,6 @@ class FusedLoRALinear(nn.Module):
         layer.weight = self.weight
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
-
-    def problem(self, M: int, dtype: torch.dtype | None = None) -> Problem:
-        """What a call on M tokens asks of `choose`, with its group if it has one.
-
-        `dtype` is that of the activations (default: the weight's).
-        """
-        members = [self] if self.group is None else self.group.members
-        return Problem.on(
-            self.weight.device, M, max(member.out_features for member in members),
-            self.in_features, self.rank, dtype or self.weight.dtype,
-            dropout=self.training and self.dropout > 0,
-            layers=len(self.columns or members), sliced=self.columns is not None,
-        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

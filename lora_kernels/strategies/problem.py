@@ -19,10 +19,11 @@ from ..hardware.tiles import bucket, rank_block
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: y [M, N] from x [M, K] at rank R, for so many `layers` (N is the widest of them).
+    """One call, as far as a strategy is chosen for it: y [M, N] from x [M, K] at rank R.
 
-    With `sliced` they are so many ranges of the columns of a single weight. `arch` is "cpu",
-    "sm_86", "gfx942", ...
+    `segments` counts the layers that share x, and N is the widest of them. With `columns` it counts
+    the ranges of the columns of one layer instead, and N is the width of that layer. `arch` is
+    "cpu", "sm_86", "gfx942", ...
     """
 
     M: int
@@ -33,19 +34,19 @@ class Problem:
     arch: str = "cpu"
     dropout: bool = False
     tf32: bool = False
-    layers: int = 1
+    segments: int = 1
     gpu: str = ""  # the card's name, for its tuned table
-    sliced: bool = False
+    columns: bool = False
 
     @classmethod
     def on(
         cls, device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, *,
-        dropout: bool, layers: int = 1, sliced: bool = False,
+        dropout: bool, segments: int = 1, columns: bool = False,
     ) -> Problem:  # fmt: skip
         """The problem on a device of this machine, with torch's own setting for TF32."""
         tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
         arch, gpu = architecture(device), _gpu(device)
-        return cls(M, N, K, R, dtype, arch, dropout, tf32, layers, gpu, sliced)
+        return cls(M, N, K, R, dtype, arch, dropout, tf32, segments, gpu, columns)
 
     @property
     def key(self) -> str:
@@ -53,15 +54,15 @@ class Problem:
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         dropout = "-dropout" if self.dropout else ""
         rank = rank_block(self.R)
-        count = f"{self.layers}{'-of' if self.sliced else 'x'}"
+        count = f"{self.segments}{'-of' if self.columns else 'x'}"
         return f"{count}-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
 
     def __str__(self) -> str:
         dropout = ", dropout" if self.dropout else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        kind = "column ranges" if self.sliced else "layers"
-        layers = f"{self.layers} {kind}, " if self.layers > 1 or self.sliced else ""
-        return f"{layers}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
+        kind = "column ranges" if self.columns else "layers"
+        several = f"{self.segments} {kind}, " if self.segments > 1 or self.columns else ""
+        return f"{several}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
 
 
 def interpreting() -> bool:

@@ -54,51 +54,49 @@ def triton_supports(problem: Problem) -> str | None:
 
 
 def _fused_supports(problem: Problem) -> str | None:
-    if problem.sliced:
+    if problem.columns:
         return "columns: every one of them, adapted or not, would pay for x lora_A^T"
     return triton_supports(problem)
 
 
-def _library_supports(problem: Problem) -> str | None:
-    return None
-
-
-def _library_kernels(problem: Problem) -> tuple[str, ...]:
-    return ()
-
-
-def _split_kernels(problem: Problem) -> tuple[str, ...]:
-    return "project", "low_rank_gemm", "output_gradients", "parameter_gradients"
-
-
-def _fused_kernels(problem: Problem) -> tuple[str, ...]:
-    forward = ("project", "low_rank_gemm") if problem.dropout else ()
-    return *forward, "fused_gemm", "parameter_gradients"
-
-
-def _hybrid_kernels(problem: Problem) -> tuple[str, ...]:
-    return "project", "low_rank", "output_gradients", "parameter_gradients"
-
-
+_GRADIENTS = ("output_gradients", "parameter_gradients")
 _ROWS = (
     Strategy(
-        "library", library.library_forward, library.library_backward, _library_supports,
-        "the vendor's GEMMs, the frozen one added in place to the rank-R product", _library_kernels,
+        name="library",
+        forward=library.library_forward,
+        backward=library.library_backward,
+        supports=lambda problem: None,
+        summary="the vendor's GEMMs, the frozen one added in place to the rank-R product",
+        kernels=lambda problem: (),
     ),
     Strategy(
-        "split", tiled.split_forward, tiled.split_backward, triton_supports,
-        "rank-R products once, then one GEMM seeded with them", _split_kernels,
+        name="split",
+        forward=tiled.split_forward,
+        backward=tiled.split_backward,
+        supports=triton_supports,
+        summary="rank-R products once, then one GEMM seeded with them",
+        kernels=lambda problem: ("project", "low_rank_gemm", *_GRADIENTS),
     ),
     Strategy(
-        "fused", tiled.fused_forward, tiled.fused_backward, _fused_supports,
-        "fewest launches: a GEMM computes the rank-R product from the tiles that it reads",
-        _fused_kernels,
+        name="fused",
+        forward=tiled.fused_forward,
+        backward=tiled.fused_backward,
+        supports=_fused_supports,
+        summary="fewest launches: a GEMM computes the rank-R product from the tiles that it reads",
+        kernels=lambda problem: (
+            *(("project", "low_rank_gemm") if problem.dropout else ()),
+            *("fused_gemm", "parameter_gradients"),
+        ),
     ),
     Strategy(
-        "hybrid", tiled.hybrid_forward, tiled.hybrid_backward, triton_supports,
-        "the rank-R product first, then the vendor's GEMM accumulates onto it", _hybrid_kernels,
+        name="hybrid",
+        forward=tiled.hybrid_forward,
+        backward=tiled.hybrid_backward,
+        supports=triton_supports,
+        summary="the rank-R product first, then the vendor's GEMM accumulates onto it",
+        kernels=lambda problem: ("project", "low_rank", *_GRADIENTS),
     ),
-)  # fmt: skip
+)
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in _ROWS})
 
 

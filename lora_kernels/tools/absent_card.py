@@ -1,6 +1,6 @@
 """A card that is not there: Triton compiles for it, and launches nothing.
 
-`SPECIMENS` are the layers whose training steps are compiled on it.
+`SPECIMENS` are the problems whose training steps are compiled for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 
 class Specimen(NamedTuple):
-    """A layer whose training step is compiled; ragged sizes and every flag occur in some row.
+    """A problem whose training step is compiled: `segments` layers [N, K] that read one x.
 
-    With `sliced`, `layers` of N / 3 columns each are adapted, as in GPT-2's c_attn.
+    With `columns` the segments are ranges of one weight, N / 3 columns each, as in GPT-2's c_attn.
     """
 
     M: int
@@ -23,18 +23,19 @@ class Specimen(NamedTuple):
     dropout: float
     bias: bool
     conv1d: bool = False
-    layers: int = 1
-    sliced: bool = False
+    segments: int = 1
+    columns: bool = False
 
 
+# Ragged sizes, ranks up to 64 and every flag occur in some row.
 SPECIMENS = (
     Specimen(4096, 768, 768, 16, 0.1, bias=True),
     Specimen(4096, 3072, 768, 8, 0.0, bias=True, conv1d=True),
     Specimen(4096, 768, 3072, 64, 0.1, bias=False),
     Specimen(1000, 771, 773, 3, 0.1, bias=True),
-    Specimen(4096, 768, 768, 8, 0.1, bias=True, layers=3),
-    Specimen(4096, 768, 768, 8, 0.0, bias=True, layers=3),
-    Specimen(4096, 2304, 768, 8, 0.1, bias=True, conv1d=True, layers=2, sliced=True),
+    Specimen(4096, 768, 768, 8, 0.1, bias=True, segments=3),
+    Specimen(4096, 768, 768, 8, 0.0, bias=True, segments=3),
+    Specimen(4096, 2304, 768, 8, 0.1, bias=True, conv1d=True, segments=2, columns=True),
 )
 
 
@@ -46,7 +47,10 @@ class _Compiled(NamedTuple):
 
 
 class AbsentCard:
-    """A Triton driver for a card that is not there: kernels compile, launching does nothing."""
+    """A Triton driver for a card that is not there: kernels compile, launching does nothing.
+
+    `compiled` collects what was compiled; `specimen` is what is being compiled now.
+    """
 
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -58,9 +62,9 @@ class AbsentCard:
             else GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
         )
         self.arch = arch
-        self.utils = self  # the object that knows device properties and loads binaries
+        self.utils = self  # where Triton asks for device properties and loads binaries
         self.compiled: list[_Compiled] = []
-        self.specimen = SPECIMENS[0]  # what is being compiled
+        self.specimen = SPECIMENS[0]
 
     def get_current_target(self) -> Any:
         return self.target
@@ -72,7 +76,7 @@ class AbsentCard:
         return 0
 
     def get_device_properties(self, device: Any) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 30}  # too much is for the report to say
+        return {"max_shared_mem": 1 << 30}  # the report judges shared memory, not Triton
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         self._pending = source, metadata
@@ -85,7 +89,7 @@ class AbsentCard:
 
 @contextmanager
 def absent_card(arch: str, kind: type[AbsentCard] | None = None) -> Iterator[AbsentCard]:
-    """Triton believes, inside, that the card is `arch`: an AbsentCard, or a subclass of it."""
+    """Context in which Triton compiles for `arch`; `kind` is AbsentCard or a subclass of it."""
     from triton.runtime import driver
 
     before = driver._active

@@ -1,9 +1,9 @@
 """Compile every kernel for cards that are not there, and read what the compiler made of them.
 
-The strategies run unchanged, on tensors of the "meta" device, while Triton's driver is one that
-says it is the card in question and launches nothing. So what is compiled is what a training step on
-that card would compile: the shipped tiles, the real strides, the real flags. Registers, spills and
-instructions are read from the cubin by the cuobjdump and nvdisasm that the Triton wheel carries.
+The strategies run unchanged on tensors of the "meta" device, under a Triton driver that poses as
+the card and launches nothing. So the report is of the kernels that a training step on that card
+would run: shipped tiles, real strides, real flags. The cuobjdump and nvdisasm of the Triton wheel
+read registers, spills and instructions from each cubin.
 """
 
 from __future__ import annotations
@@ -15,47 +15,28 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..algebra.columns import segments
-from ..algebra.operands import Layers, Wanted
+from ..hardware.cards import ARCHITECTURES, Architecture
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
 from .absent_card import SPECIMENS, Specimen, _Compiled, absent_card
+from .probe import Probe, without_memory
 
-
-class Card(NamedTuple):
-    """One multiprocessor: KiB of shared memory (a program, all), warps, programs, registers."""
-
-    program_shared: int
-    shared: int
-    warps: int
-    programs: int
-    registers: int = 65536
-
-
-# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-CARDS = {
-    "sm_75": Card(64, 64, 32, 16),  # runs the kernels that draw and apply masks, no others
-    "sm_80": Card(163, 164, 64, 32),
-    "sm_86": Card(99, 100, 48, 16),
-    "sm_89": Card(99, 100, 48, 24),
-    "sm_90": Card(227, 228, 64, 32),
-    "sm_100": Card(227, 228, 64, 32),
-    "sm_120": Card(99, 100, 48, 24),
-    "gfx942": Card(64, 64, 32, 16),
-    "gfx1100": Card(64, 128, 64, 32),
-}
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. `spills` counts 4-byte registers; for AMD cards the counts are None."""
+    """One compiled kernel; AMD kernels have no counts.
+
+    `registers` are those of a thread, `spills` the 4-byte registers that it keeps in local memory,
+    `occupancy` the resident warps of a multiprocessor over the most it holds.
+    """
 
     kernel: str
     tile: str
@@ -79,39 +60,22 @@ class Row:
 
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
-    """Forward and backward on meta tensors: every launch that a step on the card makes."""
-    M, N, K, R, dropout, bias, conv1d, G, sliced = specimen
+    """Forward and backward on tensors without memory: every launch of a step on the card."""
+    M, N, K, R, dropout, bias, conv1d, G, columns = specimen
     tf32 = dtype is torch.float32
-    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, sliced=sliced)
+    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, columns=columns)
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
-        return  # refused (`fused` with dropout, say)
-    if choice.tiles is None:  # a library, whose masks alone are kernels of ours
+        return  # refused: `fused` for columns, all but `library` for sm_75
+    if choice.tiles is None:  # `library`, which launches our kernels for masks alone
         if dropout:
             _library_masks(M, K, G, dtype)
         return
-    row = STRATEGIES[strategy]
     # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
     adapter = torch.float32 if dropout else dtype
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x = tensor(M, K)
-    weights, stacked, width, columns = G, 1, N, None
-    if sliced:
-        weights, stacked, width, columns = 1, G, N * G // 3, segments(N, 3)[-G:]
-    layers = Layers(
-        tuple(tensor(K, N).T if conv1d else tensor(N, K) for _ in range(weights)),
-        tuple(tensor(N) for _ in range(weights)) if bias else None,
-        tuple(tensor(stacked * R, K, dtype=adapter) for _ in range(weights)),
-        tuple(tensor(width, R, dtype=adapter) for _ in range(weights)),
-        columns,
-    )
-    seed = tensor(1, dtype=torch.int64) if dropout else None
-    _, h, mask = row.forward(x, layers, 2.0, dropout, seed, choice.tiles)
-    dy = tuple(tensor(M, N) for _ in range(weights))
-    row.backward(dy, x, layers, h, mask, 2.0, dropout, Wanted(True, True, True), choice.tiles)
+    probe = Probe(problem, choice, without_memory, bias=bias, conv1d=conv1d, adapter=adapter)
+    x, dy = probe.inputs()
+    probe.backward(x, dy, probe.forward(x))
 
 
 def _library_masks(M: int, K: int, G: int, dtype: torch.dtype) -> None:
@@ -128,15 +92,14 @@ def compile_report(
     keep: Path | None = None,
     specimens: Iterable[Specimen] = SPECIMENS,
 ) -> list[Row]:
-    """A row for every kernel x shipped tile x dtype x architecture; `keep` receives the cubins.
+    """A row for every kernel x shipped tile x dtype x architecture; cubins go into folder `keep`.
 
-    Raises ValueError for an unknown architecture, RuntimeError where kernels cannot be compiled at
-    all.
+    Raises ValueError for an unknown architecture, RuntimeError under TRITON_INTERPRET.
     """
     archs, dtypes, specimens = list(archs), list(dtypes), list(specimens)
     for arch in archs:
-        if arch not in CARDS:
-            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(CARDS)}")
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
     if interpreting():
         raise RuntimeError(
             "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it"
@@ -152,12 +115,16 @@ def compile_report(
                 for compiled in card.compiled:
                     rows.setdefault(_row(compiled, arch, dtype), compiled.binary)
     if keep is not None:
-        _keep(rows, keep)
+        keep.mkdir(parents=True, exist_ok=True)
+        for row, binary in rows.items():
+            kind = "cubin" if row.arch.startswith("sm_") else "hsaco"
+            name = f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{kind}"
+            Path(keep, name).write_bytes(binary)
     return list(rows)
 
 
 def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
-    card, metadata = CARDS[arch], compiled.metadata
+    limits, metadata = ARCHITECTURES[arch], compiled.metadata
     constants = {
         compiled.source.fn.arg_names[path[0]]: value
         for path, value in compiled.source.constants.items()
@@ -165,16 +132,16 @@ def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
     blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
     flags = [n.lower() for n, v in constants.items() if v is True]
     layout = "conv1d" if compiled.specimen.conv1d else "linear"
-    layers = f"{'of' if compiled.specimen.sliced else 'x'}{compiled.specimen.layers}"
+    count = f"{'of' if compiled.specimen.columns else 'x'}{compiled.specimen.segments}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
-    tile = "-".join([*blocks, *depth, *flags, layout, layers])
+    tile = "-".join([*blocks, *depth, *flags, layout, count])
     registers = spills = matrix = occupancy = None
     if arch.startswith("sm_"):
         registers, spills, matrix = _inspect(compiled.binary)
-        occupancy = _occupancy(card, registers, metadata.shared, metadata.num_warps)
+        occupancy = _occupancy(limits, registers, metadata.shared, metadata.num_warps)
     return Row(
         metadata.name.strip("_"), tile, dtype, arch, registers, spills, metadata.shared,
-        card.program_shared * 1024, occupancy, matrix,
+        limits.program_shared * 1024, occupancy, matrix,
     )  # fmt: skip
 
 
@@ -201,27 +168,20 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _occupancy(card: Card, registers: int, shared: int, warps: int) -> float:
-    """Resident warps of a multiprocessor over the most it holds."""
-    per_warp = -(-registers * 32 // 256) * 256  # registers are dealt out to a warp by 256
+def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
+    """Resident warps of a multiprocessor over the most it holds; `shared` in bytes."""
+    per_warp = -(-registers * 32 // 256) * 256  # a warp gets registers in blocks of 256
     programs = min(
-        card.programs,
-        card.warps // warps,
-        card.registers // (per_warp * warps),
-        card.shared * 1024 // (shared + 1024),  # a KiB a program is the system's
+        limits.programs,
+        limits.warps // warps,
+        limits.registers // (per_warp * warps),
+        limits.shared * 1024 // (shared + 1024),  # the system takes 1 KiB a program
     )
-    return round(programs * warps / card.warps, 3)
-
-
-def _keep(rows: dict[Row, bytes], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for row, binary in rows.items():
-        suffix = "cubin" if row.arch.startswith("sm_") else "hsaco"
-        Path(folder, f"{row.arch}-{row.kernel}-{row.dtype}-{row.tile}.{suffix}").write_bytes(binary)
+    return round(programs * warps / limits.warps, 3)
 
 
 def render(rows: Iterable[Row]) -> str:
-    """The rows as a table, and what the gate says of them."""
+    """The rows as a table, then what the gate refuses and why."""
     rows = list(rows)
     lines = [
         f"{'kernel':<16} {'dtype':<9} {'arch':<7} {'regs':>4} {'spills':>6} {'shared':>7} "

@@ -1,4 +1,7 @@
-"""What this machine has, what can run on it, and what stands in the way: `lora-kernels doctor`."""
+"""`lora-kernels doctor`: what this machine has, which strategies run on it, and why not the others.
+
+The facts are gathered first and judged apart from that, so every pitfall is tested anywhere.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,24 @@ from ..autograd.functional import lora_linear
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, architecture, interpreting
 from ..strategies.table import STRATEGIES
+from .shapes import LAYERS, Layer
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
 
-# name, N, K of layers that people adapt; 16 sequences of 128 tokens, rank 8, dropout on.
-EXAMPLE_LAYERS = (
-    ("RoBERTa-base query", 768, 768),
-    ("RoBERTa-base intermediate", 3072, 768),
-    ("GPT-2 c_attn", 2304, 768),
-    ("Llama-3-8B q_proj", 4096, 4096),
-)
+# Layers that people adapt, on 16 sequences of 128 tokens, at rank 8, with dropout.
+EXAMPLES = {
+    "RoBERTa-base query": LAYERS["roberta-base.query"],
+    "RoBERTa-base intermediate": LAYERS["roberta-base.up"],
+    "GPT-2 c_attn": LAYERS["gpt2.c_attn"],
+    "Llama-3-8B q_proj": LAYERS["llama-8b.q_proj"],
+}
 EXAMPLE_TOKENS, EXAMPLE_RANK = 2048, 8
 EXAMPLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that layers can run on; `name` is torch's word for it."""
+    """A device that layers can run on: torch's name for it, its model, architecture and memory."""
 
     name: str
     model: str
@@ -62,12 +66,14 @@ class Facts:
     def older(self, package: str, *limit: int) -> bool:
         """Whether a package is installed in a version before `limit`."""
         version = self.versions[package]
-        return version is not None and _numbers(version) < limit
+        if version is None:
+            return False
+        return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3])) < limit
 
 
 @dataclass(frozen=True)
 class Pitfall:
-    """A known trap: `found` judges the facts; a fatal one makes the machine unusable."""
+    """A known trap: when the facts show it, and what to say; a fatal one leaves nothing usable."""
 
     name: str
     found: Callable[[Facts], bool]
@@ -119,16 +125,12 @@ PITFALLS = (
 )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
 def _before_ampere(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80
 
 
 def gather() -> Facts:
-    """The facts of this machine; a driver that fails is a fact as well, not an exception."""
+    """The facts of this machine. A driver that fails becomes `gpu_error`, not an exception."""
     devices = [Device("cpu", platform.processor() or platform.machine(), "cpu")]
     gpu_error = None
     try:
@@ -159,7 +161,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The GPU driver's version, asked without torch: a CPU build of torch would not see it."""
+    """The GPU driver's version, found without torch, whose CPU build sees no driver."""
     smi = shutil.which("nvidia-smi")
     if smi:
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -179,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def try_strategy(strategy: str, device: Device) -> str | None:
-    """Run a strategy, forward and backward, on a tiny ragged layer; None, or why not to use it."""
+    """Run a strategy forward and backward on a tiny ragged layer; None, or what went wrong."""
     dtype = torch.float32 if device.arch == "cpu" else torch.float16
     M, N, K, R = 33, 40, 48, 3
     refusal = STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch))
@@ -198,11 +200,11 @@ def try_strategy(strategy: str, device: Device) -> str | None:
         trained = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
         out = lora_linear(x, weight, lora_A, lora_B, scale=2.0, strategy=strategy)
         found = (out, *torch.autograd.grad(out, trained, dy))
-    except Exception as error:  # a compiler or a driver may raise anything, and that is the answer
+    except Exception as error:  # compilers and drivers raise classes of their own
         return _first_line(error)
     names = ("y", "dx", "dlora_A", "dlora_B")
     for name, got, true in zip(names, found, (y, *gradients[:3]), strict=True):
-        # Broken code generation, not rounding, is looked for here; the tests judge rounding.
+        # This looks for broken code generation; the tests judge rounding.
         error_rate = (got.detach().cpu().double() - true).norm() / true.norm()
         if not error_rate < 0.02:
             return f"computes a wrong {name}: relative error {float(error_rate):.2g}"
@@ -210,7 +212,7 @@ def try_strategy(strategy: str, device: Device) -> str | None:
 
 
 def examine() -> dict[str, Any]:
-    """All that `doctor` reports, as plain data; `usable` is its verdict."""
+    """All that `doctor` reports, as plain data; `usable` is the verdict."""
     facts = gather()
     trials = [
         {"device": device.name, "strategy": strategy, "problem": try_strategy(strategy, device)}
@@ -218,9 +220,9 @@ def examine() -> dict[str, Any]:
         for strategy in STRATEGIES
     ]
     picks = [
-        _pick(device, layer, N, K, dtype)
+        _pick(device, title, layer, dtype)
         for device in facts.devices
-        for layer, N, K in EXAMPLE_LAYERS
+        for title, layer in EXAMPLES.items()
         for dtype in EXAMPLE_DTYPES
     ]
     pitfalls = [pitfall for pitfall in PITFALLS if pitfall.found(facts)]
@@ -241,12 +243,13 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _pick(device: Device, layer: str, N: int, K: int, dtype: torch.dtype) -> dict[str, str]:
-    problem = Problem(EXAMPLE_TOKENS, N, K, EXAMPLE_RANK, dtype, device.arch, dropout=True)
+def _pick(device: Device, title: str, layer: Layer, dtype: torch.dtype) -> dict[str, str]:
+    M, (N,), K, R = EXAMPLE_TOKENS, layer.N, layer.K, EXAMPLE_RANK
+    problem = Problem(M, N, K, R, dtype, device.arch, dropout=True)
     choice = choose(problem)
     return {
         "device": device.name,
-        "layer": layer,
+        "layer": title,
         "dtype": str(dtype).removeprefix("torch."),
         "problem": str(problem),
         "strategy": choice.strategy,

@@ -1,62 +1,115 @@
-"""One training step of a problem, on random inputs: what `tune` times."""
+"""One training step of a problem, on tensors that the caller makes.
+
+`tune` makes random tensors on a GPU. `compile-report` and the benchmark of launches make tensors
+without memory, and get every launch of a step all the same.
+"""
 
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..algebra.columns import segments, widths
-from ..algebra.operands import Layers, Wanted
+from ..algebra.columns import equal_columns, widths
+from ..algebra.operands import Backward, Forward, Operands, Settings, Tensors, Wanted, Weights
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
 from .timing import STEPS, Step
 
 
-def training_step(problem: Problem, choice: Choice, device: torch.device) -> Step:
-    """A function that runs one forward and backward of a problem, on inputs in turn.
+class Make(Protocol):
+    """Makes the tensor `name`: "x", "dy", "seed" or a field of `Weights`."""
 
-    Adapters are float32 at least, as `from_linear` makes them. The inputs are more than a GPU's
-    cache holds, as far as `STEPS` of them are: what a layer reads in training is not there.
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor: ...
+
+
+class Probe:
+    """A layer or a group of a problem, and the strategy that a choice names for it.
+
+    `adapter` is the dtype of lora_A and lora_B (default: float32 at least, as `from_linear` makes
+    them). A problem on columns adapts the last of three equal ranges.
     """
-    M, N, K, R, G = problem.M, problem.N, problem.K, problem.R, problem.layers
-    draw = torch.Generator(device).manual_seed(0)
-    held = torch.promote_types(problem.dtype, torch.float32)
 
-    def normal(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+    def __init__(
+        self, problem: Problem, choice: Choice, make: Make, *, bias: bool = True,
+        conv1d: bool = False, adapter: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.problem, self.make = problem, make
+        self.strategy, self.tiles = STRATEGIES[choice.strategy], choice.tiles
+        N, K, R, G, dtype = problem.N, problem.K, problem.R, problem.segments, problem.dtype
+        adapter = adapter or torch.promote_types(dtype, torch.float32)
+        columns, layers, rows, width = None, G, R, N
+        if problem.columns:
+            columns = equal_columns(N, max(3, G))[-G:]
+            layers, rows, width = 1, G * R, sum(widths(columns))
+
+        def layer() -> Weights:
+            weight = (K, N) if conv1d else (N, K)
+            made = make("weight", *weight, dtype=dtype)
+            return Weights(
+                made.T if conv1d else made,
+                make("bias", N, dtype=dtype) if bias else None,
+                make("lora_A", rows, K, dtype=adapter),
+                make("lora_B", width, R, dtype=adapter),
+            )
+
+        self.operands = Operands.of([layer() for _ in range(layers)])
+        self.settings = Settings(2.0, 0.1 if problem.dropout else 0.0, choice.strategy, columns)
+        self.seed = make("seed", 1, dtype=torch.int64) if problem.dropout else None
+
+    def inputs(self) -> tuple[Tensor, Tensors]:
+        """x [M, K], and dy [M, N] of each layer."""
+        M, N, K, dtype = self.problem.M, self.problem.N, self.problem.K, self.problem.dtype
+        dy = tuple(self.make("dy", M, N, dtype=dtype) for _ in self.operands.weight)
+        return self.make("x", M, K, dtype=dtype), dy
+
+    def forward(self, x: Tensor) -> Forward:
+        """The launches of a forward."""
+        return self.strategy.forward(x, self.operands, self.settings, self.seed, self.tiles)
+
+    def backward(self, x: Tensor, dy: Tensors, done: Forward) -> Backward:
+        """The launches of the backward of a forward that is `done`, every gradient wanted."""
+        wanted = Wanted(True, True, True)
+        return self.strategy.backward(
+            dy, x, self.operands, done.h, done.mask, self.settings, wanted, self.tiles
+        )
+
+
+def training_step(problem: Problem, choice: Choice, device: torch.device) -> Step:
+    """A function that runs one forward and backward of a problem, and returns all results.
+
+    Each call takes the next of several random inputs: as many as exceed a GPU's cache, `STEPS` at
+    most. So x and dy are not in the cache when a step begins, as in training.
+    """
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        if name == "seed":
+            return torch.zeros(*shape, dtype=dtype, device=device)
         tensor = torch.randn(*shape, generator=draw, device=device) * shape[-1] ** -0.5
         return tensor.to(dtype)
 
-    if problem.sliced:
-        columns = segments(N, max(3, G))[-G:]
-        layers = Layers(
-            (normal(N, K),), (normal(N),), (normal(G * R, K, dtype=held),),
-            (normal(sum(widths(columns)), R, dtype=held),), columns,
-        )  # fmt: skip
-    else:
-        layers = Layers(
-            tuple(normal(N, K) for _ in range(G)), tuple(normal(N) for _ in range(G)),
-            tuple(normal(R, K, dtype=held) for _ in range(G)),
-            tuple(normal(N, R, dtype=held) for _ in range(G)),
-        )  # fmt: skip
-    count, each = 1, M * (K + N * len(layers.weight)) * problem.dtype.itemsize
+    probe = Probe(problem, choice, normal)
+    layers = len(probe.operands.weight)
+    count, each = 1, problem.M * (problem.K + problem.N * layers) * problem.dtype.itemsize
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = max(1, min(STEPS, -(-2 * cache // max(1, each))))
-    inputs = [(normal(M, K), tuple(normal(M, N) for _ in layers.weight)) for _ in range(count)]
-    turn = cycle(inputs)
-    dropout = 0.1 if problem.dropout else 0.0
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
-    row, tiles = STRATEGIES[choice.strategy], choice.tiles
+    turn = cycle([probe.inputs() for _ in range(count)])
 
     def step() -> tuple[Tensor, ...]:
         x, dy = next(turn)
-        y, h, mask = row.forward(x, layers, 1.0, dropout, seed, tiles)
-        wanted = Wanted(True, True, True)
-        dx, dA, dB = row.backward(dy, x, layers, h, mask, 1.0, dropout, wanted, tiles)
-        assert dx is not None and dA is not None and dB is not None
-        return *y, dx, *dA, *dB
+        done = probe.forward(x)
+        dx, dlora_A, dlora_B = probe.backward(x, dy, done)
+        assert dx is not None and dlora_A is not None and dlora_B is not None
+        return *done.y, dx, *dlora_A, *dlora_B
 
     return step
+
+
+def without_memory(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+    """A `Make` for steps that compile and launch nothing: tensors of shapes and strides alone."""
+    return torch.empty(*shape, dtype=dtype, device="meta")

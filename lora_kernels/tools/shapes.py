@@ -1,9 +1,13 @@
-"""The linear layers of known models, by size: the problems that `tune` measures."""
+"""The linear layers of known models, by size: what `tune`, `doctor` and the benchmarks measure.
+
+A new model is a row of MODELS; a new kind of block is a function in KINDS, which gives its layers.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,43 +16,104 @@ import torch
 from ..strategies.problem import Problem
 
 
-class Shape(NamedTuple):
-    """One linear layer of a model, or so many that read the same x: y [M, N] from x [M, K].
+class Model(NamedTuple):
+    """The widths of a model's blocks; `key` is that of keys and values where heads share them."""
 
-    With `sliced`, one layer with LoRA on so many thirds of its columns.
+    kind: str
+    hidden: int
+    intermediate: int
+    key: int = 0
+
+
+class Layer(NamedTuple):
+    """A frozen linear layer, y [M, N] from x [M, K], or siblings that read one x (an N for each).
+
+    `children` are their names in the model, and `also` other layers of the same size. With
+    `columns` there is one weight, and `children` are ranges of a third of its columns.
     """
 
-    N: int
+    name: str
     K: int
-    layers: int = 1
-    sliced: bool = False
+    N: tuple[int, ...]
+    children: tuple[str, ...]
+    conv1d: bool = False
+    bias: bool = True
+    also: str = ""
+    columns: bool = False
+
+    def problem(
+        self, device: torch.device, M: int, R: int, dtype: torch.dtype, *, dropout: bool
+    ) -> Problem:
+        """One call of the layer with LoRA, as `choose` is asked."""
+        return Problem.on(
+            device, M, max(self.N), self.K, R, dtype,
+            dropout=dropout, segments=len(self.children), columns=self.columns,
+        )  # fmt: skip
 
 
-def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
-    alone = Shape(hidden, hidden), Shape(intermediate, hidden), Shape(hidden, intermediate)
-    return *alone, Shape(hidden, hidden, 3), Shape(hidden, hidden, 2)
+def _encoder(model: Model, suffix: str = "") -> tuple[Layer, ...]:
+    """A block as in BERT."""
+    hidden, wide = model.hidden, model.intermediate
+    q, k, v = (f"{child}{suffix}" for child in ("query", "key", "value"))
+    return (
+        Layer(q, hidden, (hidden,), (q,), also=f"{k}, {v}, attention.output.dense"),
+        Layer("up", hidden, (wide,), ("dense",), also="intermediate.dense"),
+        Layer("down", wide, (hidden,), ("dense",), also="output.dense"),
+        Layer("qkv", hidden, (hidden,) * 3, (q, k, v)),
+        Layer("qv", hidden, (hidden,) * 2, (q, v)),
+    )
 
 
-def _gpt2(hidden: int) -> tuple[Shape, ...]:
-    up, down = Shape(4 * hidden, hidden), Shape(hidden, 4 * hidden)
-    c_attn = (Shape(3 * hidden, hidden), Shape(3 * hidden, hidden, 2, sliced=True))
-    return *c_attn, Shape(hidden, hidden), up, down
+def _gpt2(model: Model) -> tuple[Layer, ...]:
+    """A block of transformers' Conv1D, whose weight is [K, N]."""
+    hidden, wide = model.hidden, model.intermediate
+    qkv, ranges = (3 * hidden,), ("c_attn.q", "c_attn.v")
+    return (
+        Layer("c_attn", hidden, qkv, ("c_attn",), conv1d=True),
+        Layer("c_attn.qv", hidden, qkv, ranges, conv1d=True, columns=True),
+        Layer("attn.c_proj", hidden, (hidden,), ("c_proj",), conv1d=True),
+        Layer("c_fc", hidden, (wide,), ("c_fc",), conv1d=True),
+        Layer("mlp.c_proj", wide, (hidden,), ("c_proj",), conv1d=True),
+    )
 
 
-MODELS: Mapping[str, tuple[Shape, ...]] = {
-    "roberta-base": _encoder(768, 3072),
-    "roberta-large": _encoder(1024, 4096),
-    "deberta-v3-base": _encoder(768, 3072),
-    "deberta-v2-xlarge": _encoder(1536, 6144),
-    "gpt2": _gpt2(768),
-    "gpt2-medium": _gpt2(1024),
-    "gpt2-large": _gpt2(1280),
-    "gpt2-xl": _gpt2(1600),
-    "llama-8b": (
-        Shape(4096, 4096), Shape(1024, 4096), Shape(4096, 4096, 3),
-        Shape(14336, 4096), Shape(14336, 4096, 2), Shape(4096, 14336),
-    ),
-}  # fmt: skip
+def _llama(model: Model) -> tuple[Layer, ...]:
+    """A block without biases, with fewer heads for keys and values."""
+    hidden, wide, key = model.hidden, model.intermediate, model.key
+    q, k, v = "q_proj", "k_proj", "v_proj"
+    return (
+        Layer(q, hidden, (hidden,), (q,), bias=False, also="o_proj"),
+        Layer(k, hidden, (key,), (k,), bias=False, also=v),
+        Layer("up_proj", hidden, (wide,), ("up_proj",), bias=False, also="gate_proj"),
+        Layer("down_proj", wide, (hidden,), ("down_proj",), bias=False),
+        Layer("qkv", hidden, (hidden, key, key), (q, k, v), bias=False),
+        Layer("gate_up", hidden, (wide, wide), ("gate_proj", "up_proj"), bias=False),
+    )
+
+
+KINDS: Mapping[str, Callable[[Model], tuple[Layer, ...]]] = {
+    "encoder": _encoder,
+    "deberta": partial(_encoder, suffix="_proj"),
+    "gpt2": _gpt2,
+    "llama": _llama,
+}
+MODELS: Mapping[str, Model] = {
+    "roberta-base": Model("encoder", 768, 3072),
+    "roberta-large": Model("encoder", 1024, 4096),
+    "gpt2": Model("gpt2", 768, 3072),
+    "gpt2-medium": Model("gpt2", 1024, 4096),
+    "gpt2-large": Model("gpt2", 1280, 5120),
+    "gpt2-xl": Model("gpt2", 1600, 6400),
+    "deberta-v3-base": Model("deberta", 768, 3072),
+    "deberta-v2-xlarge": Model("deberta", 1536, 6144),
+    "llama-8b": Model("llama", 4096, 14336, key=1024),
+}
+# Every layer by its full name, "roberta-base.query" for one.
+LAYERS: Mapping[str, Layer] = {
+    f"{name}.{layer.name}": layer._replace(name=f"{name}.{layer.name}")
+    for name, model in MODELS.items()
+    for layer in KINDS[model.kind](model)
+}
 
 
 def problems_of(
@@ -58,16 +123,16 @@ def problems_of(
 
     Raises ValueError for a name that is neither.
     """
-    shapes = MODELS[model] if model in MODELS else _shapes_of_config(model)
+    row = MODELS[model] if model in MODELS else _model_of_config(model)
     return [
-        Problem.on(device, M, N, K, R, dtype, dropout=dropout, layers=layers, sliced=sliced)
+        layer.problem(device, M, R, dtype, dropout=dropout)
         for dropout in (True, False)  # as most train first: a run may be cut
         for dtype in dtypes
-        for N, K, layers, sliced in shapes
+        for layer in KINDS[row.kind](row)
     ]
 
 
-def _shapes_of_config(model: str) -> tuple[Shape, ...]:
+def _model_of_config(model: str) -> Model:
     path = Path(model, "config.json")
     if not path.is_file():
         raise ValueError(f"unknown model {model!r}: a directory, or one of {', '.join(MODELS)}")
@@ -76,5 +141,5 @@ def _shapes_of_config(model: str) -> tuple[Shape, ...]:
     if not hidden:
         raise ValueError(f"{path} has neither hidden_size nor n_embd")
     if config.get("model_type") == "gpt2":
-        return _gpt2(hidden)
-    return _encoder(hidden, config.get("intermediate_size") or 4 * hidden)
+        return Model("gpt2", hidden, 4 * hidden)
+    return Model("encoder", hidden, config.get("intermediate_size") or 4 * hidden)

@@ -1,4 +1,4 @@
-"""Stopwatches for a GPU: a captured step, and the time of runs that follow one another."""
+"""Stopwatches for a GPU, for `tune` and the benchmarks: CUDA graphs, and runs queued in a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """`run` as the replay of a CUDA graph; kernels compile and libraries warm up before capture."""
+    """The replay of `run` as a CUDA graph. It runs three times before, to compile and warm up."""
     current = torch.cuda.current_stream()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     side = torch.cuda.Stream()
@@ -30,12 +30,11 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
         with torch.cuda.graph(graph, pool=pool):
             run()
     except Exception as error:
-        # Left in capture, torch's stream and generator would fail all that follows, and its
-        # allocator would free nothing. What ends the capture raises an error of its own over the
-        # one that tells why.
+        # The capture has ended with an error of its own, whose context is the one that says why.
+        # Torch's stream, generator and allocator are still in it: they would fail all that follows.
         torch.cuda.set_stream(current)
         generator.graphsafe_set_state(spare)
-        with suppress(RuntimeError):  # it has ended properly
+        with suppress(RuntimeError):  # the allocator may have left the capture already
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
             torch._C._cuda_releasePool(current.device_index, pool)
         raise error.__context__ or error from None
@@ -43,9 +42,9 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def queued_times(run: Callable[[], object], count: int) -> list[float]:
-    """Microseconds of each of `count` runs, one after another.
+    """Microseconds of each of `count` runs, queued one behind the other.
 
-    The host stays ahead, so that no run waits for its launch, as in training.
+    The host stays ahead, as in training, so that no run waits for its launch.
     """
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 2)]
     for mark in marks[:-1]:
@@ -54,14 +53,14 @@ def queued_times(run: Callable[[], object], count: int) -> list[float]:
     marks[-1].record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) * 1e3 for start, end in pairwise(marks)]
-    return times[1:]  # the first did wait
+    return times[1:]  # the first waited for its launch
 
 
-STEPS = 10  # in one graph, so that gaps between kernels are those of training
+STEPS = 10  # in one graph, so that steps follow one another as in training
 
 
 def graph_time(step: Step) -> float:
-    """Microseconds of a step: the median of CUDA-graph replays."""
+    """Microseconds of one step: the median over replays of a CUDA graph of STEPS steps."""
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -1,9 +1,9 @@
-"""Measure strategies and tiles for the layers of a model, and write the table that `choose` reads.
+"""`lora-kernels tune`: measure strategies and tiles, and write the table that `choose` reads.
 
-Tuning is an explicit act (`lora-kernels tune`): a training step never measures anything. For each
-problem every strategy that supports it is timed with the shipped tiles, forward + backward; then,
-for the two fastest, each kernel's tile is varied in turn and the best kept. Only tiles that compile
-for the card without error take part, and each is checked to leave the numbers as they were.
+Every strategy that supports a problem is timed with the shipped tiles, forward + backward. For the
+two fastest, each kernel's tile is then varied in turn and the best kept. A tile takes part if it
+compiles for the card and leaves the numbers as they were. Tuning is an explicit act: a training
+step never measures anything.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ..strategies.table import STRATEGIES
 from .probe import training_step
 from .timing import Step, graph_time
 
-# What is tried for each kernel besides the shipped tile. Tiles that a card cannot hold fail to
-# compile there and drop out.
+# The tiles tried for each kernel besides the shipped one. Where a card cannot hold a tile, it fails
+# to compile and drops out.
 _GEMM = (
     Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4),
     Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 256, 32, 8, 3),
@@ -58,8 +58,8 @@ def tune(
 ) -> dict[str, Tuned]:
     """The fastest strategy and tiles of each problem, measured on `device` and stored in its table.
 
-    `measure` gives the microseconds of a step. Rows are stored as they are found, so an interrupted
-    run keeps what it has. Raises RuntimeError without a GPU.
+    `measure` gives the microseconds of a step. Each row is stored at once, so that an interrupted
+    run loses none. Raises RuntimeError without a GPU, and where no strategy runs a problem.
     """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if not gpu and measure is graph_time:
@@ -73,7 +73,7 @@ def tune(
 
 
 def _fastest(problem: Problem, device: torch.device, measure: Callable[[Step], float]) -> Tuned:
-    problem = replace(problem, gpu="")  # from the shipped tiles, not from an older table
+    problem = replace(problem, gpu="")  # or `choose` would begin with the tiles of an older table
     shipped: dict[str, float] = {}
     for name in STRATEGIES:
         choice = choose(problem, name)
@@ -94,7 +94,7 @@ def _search(
     problem: Problem, choice: Choice, time: float, device: torch.device,
     measure: Callable[[Step], float],
 ) -> Tuned:  # fmt: skip
-    """Vary one kernel's tile at a time, keeping the best."""
+    """The best tiles of a strategy, found by varying one kernel's tile at a time."""
     tiles: Any = choice.tiles
     kernels = STRATEGIES[choice.strategy].kernels(problem)
     if tiles is not None:
@@ -110,7 +110,7 @@ def _search(
 def _measured(
     problem: Problem, choice: Choice, device: torch.device, measure: Callable[[Step], float]
 ) -> float:
-    """The time of a choice; infinite if it does not compile or changes the numbers."""
+    """Microseconds of a choice; infinite if it does not compile or changes the numbers."""
     try:
         step = training_step(problem, choice, device)
         outputs = step()
@@ -125,9 +125,9 @@ def _measured(
 
 
 def _same(actual: Tensor, expected: Tensor, problem: Problem) -> bool:
-    """Whether two results differ by rounding alone: an ulp of the largest value, in the mean.
+    """Whether the RMS difference of two results is at most one ulp of the largest value.
 
-    An ulp of what products take, since gradients held in float32 are made from a rounded h or dh.
+    The ulp is that of the operands of products: gradients in float32 come from a rounded h or dh.
     """
     ulp = 2**-10 if problem.tf32 else torch.finfo(problem.dtype).eps
     difference = (actual.float() - expected.float()).square().mean().sqrt()

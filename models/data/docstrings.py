@@ -1,12 +1,12 @@
 """Real English text that every Python carries: which package does this docstring come from?
 
-The source files of a dozen standard-library packages are parsed with ``ast`` (nothing is imported
-or run). Docstrings are cut into paragraphs, the names of the packages and of their modules are
-masked, repeats are dropped, and paragraphs are split into train, validation and test.
+The source files of a dozen standard-library packages are parsed with `ast`; nothing is imported or
+run. Docstrings are cut into paragraphs, the names of the packages and of their modules are masked,
+repeats are dropped, and the paragraphs are split into train, validation and test.
 
-Splitting by source file would be the strictest, but a class such as ``ipaddress`` is one file. The
-rule is instead that **no run of six words occurs in two splits** (so neither does a text in its
-synchronous and its asynchronous version), and the paragraphs of one docstring stay together.
+To split by source file would be strictest, but a class such as `ipaddress` is one file. The rule is
+instead that no run of six words occurs in two splits, and that the paragraphs of one docstring stay
+together. So the synchronous and the asynchronous version of a text share a split, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.data.splits import SPLITS, normalise, stratified_split
+from .splits import SPLITS, normalise, stratified_split
 
 # Class -> its sources below the standard library. All of them are in Python 3.10 to 3.13.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -39,13 +39,13 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "xml": ("xml",),
 }
 MASK = "this"
-RUN = 6  # words; two paragraphs that share such a run are in the same split
+RUN = 6  # two paragraphs that share a run of this many words are in the same split
 SHORTEST, LONGEST = 5, 48  # words in an example
 
 
 @dataclass(frozen=True)
 class Docstrings:
-    """The built task: rows per split, and what they were built from."""
+    """The task: split -> rows of (text, label), and what they were built from."""
 
     splits: dict[str, list[tuple[str, int]]]
     labels: tuple[str, ...]
@@ -54,9 +54,9 @@ class Docstrings:
 
 
 def build(stdlib: Path | None = None) -> Docstrings:
-    """Build the task from the running Python's standard library, or from another one's ``stdlib``.
+    """The task, built from the running Python's standard library or from the one at `stdlib`.
 
-    Raises ``FileNotFoundError`` naming the package whose sources are not there.
+    Raises FileNotFoundError naming a package whose sources are not there.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if stdlib is None else stdlib
     labels = tuple(PACKAGES)
@@ -91,7 +91,7 @@ def build(stdlib: Path | None = None) -> Docstrings:
 
 
 def _sources(root: Path, package: str) -> list[Path]:
-    """List the source files of ``package`` in a fixed order."""
+    """The source files of `package`, in a fixed order."""
     found: list[Path] = []
     for relative in PACKAGES[package]:
         path = root / relative
@@ -105,7 +105,7 @@ def _sources(root: Path, package: str) -> list[Path]:
 
 
 def _docstrings(root: Path, package: str) -> Iterator[str]:
-    """Yield the docstrings of ``package``: modules, classes and functions, in source order."""
+    """The docstrings of `package`: of each file, its modules, classes and functions."""
     for path in _sources(root, package):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old sources
@@ -118,7 +118,7 @@ def _docstrings(root: Path, package: str) -> Iterator[str]:
 
 
 def _paragraphs(docstring: str) -> Iterator[str]:
-    """Yield the paragraphs that read as prose, cut at ``LONGEST`` words."""
+    """The paragraphs that read as prose, cut at `LONGEST` words."""
     for paragraph in re.split(r"\n\s*\n", docstring):
         words = paragraph.split()
         if ">>>" in paragraph or len(words) < SHORTEST:
@@ -130,9 +130,9 @@ def _paragraphs(docstring: str) -> Iterator[str]:
 
 
 def _mask_pattern(root: Path) -> re.Pattern[str]:
-    """Match a word holding a package's name, and the name of any module of any of the packages.
+    """Matches any word with a package's name in it, and the name of any package's modules.
 
-    One pattern for all classes: which words are masked must not tell the class.
+    All classes share one pattern: which words are masked must not tell the class.
     """
     modules = {
         part
@@ -147,7 +147,7 @@ def _mask_pattern(root: Path) -> re.Pattern[str]:
 
 
 def _linked(keys: list[str], sources: list[tuple[int, int]]) -> list[int]:
-    """Group rows that share a docstring or a run of ``RUN`` words, by union-find."""
+    """The group of every row, by union-find: rows that share a docstring or a run are together."""
     parent = list(range(len(keys)))
 
     def root(row: int) -> int:

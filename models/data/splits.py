@@ -1,4 +1,4 @@
-"""A split into train, validation and test that depends on the texts alone, not on their order."""
+"""Splitting rows into train, validation and test by their texts alone, whatever their order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def normalise(text: str) -> str:
-    """Return the letters and digits of ``text`` in lower case, one space between words.
+    """The letters and digits of `text` in lower case, with one space between words.
 
     >>> normalise("Free  entry!")
     'free entry'
@@ -24,10 +24,10 @@ def stratified_split(
     keys: Sequence[str],
     held_out: float = 0.1,
 ) -> list[str]:
-    """Name the split of every row: ``held_out`` of each class for validation and as much for test.
+    """The split of every row: a share `held_out` of each class for validation, as much for test.
 
-    Rows with the same ``groups`` entry share a split. Groups are ranked by a hash of their smallest
-    key, so that neither the order of the rows nor a random generator decides.
+    Rows with the same entry in `groups` are in the same split. Groups are ranked by a hash of their
+    smallest key, so neither the order of the rows nor a random generator decides.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
@@ -46,8 +46,8 @@ def stratified_split(
         quota = held_out * sum(len(rows) for _, rows in ranked)
         filled = {"validation": 0, "test": 0}
         for _, rows in sorted(ranked):
-            # A group too big for what is left goes to train: one long chain of near copies would
-            # otherwise be the whole of a small class's test set.
+            # A group that is too big for what is left goes to train. Otherwise one long chain of
+            # near copies could be all that a small class has in test.
             for name in filled:
                 if filled[name] + len(rows) <= max(quota, 1.0):
                     filled[name] += len(rows)

@@ -1,8 +1,8 @@
 """The tasks: one row each, and one loader that turns any of them into the same columns.
 
-A row says where the texts and labels are; `load` reads them from the Hugging Face hub, from a
-directory of CSV files, or builds them, and returns for each split a ``datasets.Dataset`` with the
-columns ``text``, ``labels`` and, for sentence pairs, ``text_pair``.
+A row says where the texts and labels are. `load` reads them from the Hugging Face hub or from a
+directory of CSV files, or builds them. Each split becomes a `datasets.Dataset` with the columns
+`text`, `labels` and, for sentence pairs, `text_pair`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from typing import Any
 
 import datasets
 
-from models.data import docstrings
-from models.data.splits import SPLITS, normalise, stratified_split
+from . import docstrings
+from .splits import SPLITS, normalise, stratified_split
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task: where its texts and labels are, and how it is scored.
 
-    ``columns`` lists the known spellings of the text columns, the first that is present is read.
-    Two columns are a sentence pair, or one text where ``join`` is set. No ``labels`` means
-    regression.
+    `columns` lists the known spellings of the text columns; the first one that is present is read.
+    Two columns are a sentence pair, or one text with `join`. `labels` are the names of the classes;
+    none means regression. `hub` is the path on the Hugging Face hub, `hub_splits` maps our names
+    of splits to the hub's. The first of `metrics` is the one to compare runs by. A task with
+    `build` is built here and read from nowhere.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Task:
 
     @property
     def regression(self) -> bool:
-        """Whether the label is a number to predict."""
+        """Whether the label is a number, and not a class."""
         return not self.labels
 
     @property
@@ -54,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits of a task and a few words on where they came from, for ``result.json``."""
+    """The splits of a task, and where they came from, for `result.json`."""
 
     splits: dict[str, datasets.Dataset]
     origin: dict[str, Any]
@@ -91,7 +93,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(name: str) -> Task:
-    """Return the row called ``name``; raise ``ValueError`` with near misses if there is none."""
+    """The row called `name`. Raises ValueError with near misses if there is none."""
     if name not in TASKS:
         close = difflib.get_close_matches(name.lower().replace("-", ""), TASKS, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TASKS)}"
@@ -100,13 +102,14 @@ def task_of(name: str) -> Task:
 
 
 def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
-    """Load every labelled split of ``task``.
+    """Every labelled split of `task`, from `data_dir` if it is given, or else from the hub.
 
-    Rows labelled -1 (hidden, or no agreement among annotators) are dropped; a split of only such
-    rows is left out. A source with a single split is split 80/10/10 by `stratified_split`.
+    Rows labelled -1 are dropped: their label is hidden, or the annotators did not agree. A split of
+    such rows alone is left out. A source with a single split is split 80/10/10 by
+    `stratified_split`.
 
-    Raises ``FileNotFoundError`` for a missing directory or file and ``ValueError`` for missing
-    columns and labels that do not parse, naming the file and what was found.
+    Raises FileNotFoundError for a missing directory or file, and ValueError for missing columns and
+    labels that do not parse, naming the file and what was found.
     """
     if task.build is not None:
         if data_dir is not None:
@@ -147,9 +150,9 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
 
 
 def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dict[str, float]:
-    """Score the constant guess learnt from train: its commonest label, or its mean.
+    """Split -> the score of one constant guess: train's commonest label, or the mean of its labels.
 
-    Accuracy for classes, mean squared error for regression.
+    The score is the accuracy for classes, the mean squared error for regression.
     """
     train = splits["train"]["labels"]
     if task.regression:
@@ -166,7 +169,7 @@ def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dic
 
 
 def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
-    """Count the rows of each held-out split whose text is in train too: a leak inflates scores."""
+    """Held-out split -> how many of its rows have a text of train: a leak that inflates scores."""
     seen = set(_keys(splits["train"]))
     return {
         name: sum(key in seen for key in _keys(split))
@@ -176,7 +179,7 @@ def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
 
 
 def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
-    """Score model outputs of shape [rows, num_labels] against labels of shape [rows]."""
+    """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows]."""
     import numpy as np
     from scipy import stats
     from sklearn import metrics
@@ -194,7 +197,7 @@ def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
 
 
 def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]]]]:
-    """Read ``<split>.csv`` or ``<split>.csv.gz``; a lone ``all.csv`` counts as train."""
+    """Split -> (path, rows) of `<split>.csv` or `<split>.csv.gz`; `all.csv` is train if alone."""
     if not directory.is_dir():
         raise FileNotFoundError(f"--data-dir {directory} is not a directory")
     found: dict[str, tuple[str, list[dict[str, str]]]] = {}
@@ -220,7 +223,7 @@ def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]
 
 
 def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Turn raw rows into the columns every task shares."""
+    """Raw rows, turned into the columns that every task shares."""
     rows = list(rows)
     if not rows:
         raise ValueError(f"{source} holds no rows")
@@ -250,7 +253,7 @@ def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> dat
 
 
 def _label(task: Task, value: Any, where: str) -> int | float:
-    """Parse a class id, a class name or a score."""
+    """The label that `value` spells: a class id, a class name or a score."""
     label: int | float
     if isinstance(value, str) and value in task.labels:
         return task.labels.index(value)
@@ -266,7 +269,7 @@ def _label(task: Task, value: Any, where: str) -> int | float:
 
 
 def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """Split a source that has no official splits."""
+    """The splits of a source that has none of its own."""
     keys = _keys(whole)
     classes = [0] * len(whole) if task.regression else whole["labels"]
     names = stratified_split(keys, classes, keys)
@@ -277,6 +280,6 @@ def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Datase
 
 
 def _keys(split: datasets.Dataset) -> list[str]:
-    """Return what makes two rows the same example: their normalised texts."""
+    """Two rows with the same key are the same example: their normalised texts are equal."""
     pairs = split["text_pair"] if "text_pair" in split.column_names else [""] * len(split)
     return [f"{normalise(a)}|{normalise(b)}" for a, b in zip(split["text"], pairs, strict=True)]

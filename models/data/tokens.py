@@ -1,39 +1,24 @@
-"""From texts to padded batches: tokenizer, rows, token ids with their labels, collation."""
+"""From texts to padded batches: which rows, their token ids with the labels, and padding."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
-from models.arguments import Arguments
-
-TRAIN_SCORED = 1000  # rows of train that the final scores are taken on, at most
-
-
-def load_tokenizer(source: str) -> Any:
-    """Load the tokenizer of a model, with a pad token whatever it was trained with."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"--model {source}: no such directory, and not fetched: {error}"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and Llama were trained without padding
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {source} has neither a pad nor an end-of-text token")
-    tokenizer.padding_side = "right"  # where decoder heads look for the last real token
-    return tokenizer
+TRAIN_SCORED = 1000  # the final scores of train are taken on this many rows at most
 
 
 def sample(
-    splits: dict[str, datasets.Dataset], arguments: Arguments
+    splits: dict[str, datasets.Dataset], train_rows: int | None, eval_rows: int | None
 ) -> dict[str, datasets.Dataset]:
-    """Keep the rows asked for. They do not depend on the seed, so that seeds can be compared."""
-    limits: dict[str, int | None] = dict.fromkeys(splits, arguments.max_eval_samples)
-    limits["train"] = arguments.max_train_samples
+    """At most `train_rows` of train and `eval_rows` of each other split; None keeps all.
+
+    The draw does not depend on the run's seed, so that runs with other seeds can be compared.
+    """
+    limits: dict[str, int | None] = dict.fromkeys(splits, eval_rows)
+    limits["train"] = train_rows
     return {
         name: split.shuffle(seed=0).select(range(limit))
         if (limit := limits[name]) is not None and limit < len(split)
@@ -42,21 +27,32 @@ def sample(
     }
 
 
-def tokenise(split: datasets.Dataset, tokenizer: Any, arguments: Arguments) -> datasets.Dataset:
-    """Replace the texts by token ids; ``labels`` and ``length`` stay beside them."""
+def encode(
+    splits: dict[str, datasets.Dataset], tokenizer: Any, max_length: int
+) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+    """The rows to train on, with their `length`, and split -> the rows to score."""
+    encoded = {name: tokenise(split, tokenizer, max_length) for name, split in splits.items()}
+    return encoded["train"], {name: scored(name, split) for name, split in encoded.items()}
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+
+def tokenise(split: datasets.Dataset, tokenizer: Any, max_length: int) -> datasets.Dataset:
+    """The split with token ids in place of the texts, and their `length`, at most `max_length`."""
+
+    def tokens_of(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = (batch["text"], batch["text_pair"]) if "text_pair" in batch else (batch["text"],)
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=arguments.max_length))
+        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
     texts = [name for name in ("text", "text_pair") if name in split.column_names]
-    return split.map(encode, batched=True, remove_columns=texts)
+    return split.map(tokens_of, batched=True, remove_columns=texts)
 
 
 def scored(name: str, tokens: datasets.Dataset) -> datasets.Dataset:
-    """Sort by length: scores do not depend on the order, padding does. Sample train."""
+    """The rows of a split that are scored: all of them, or a sample of train.
+
+    They are sorted by length. Scores do not depend on the order, and there is less padding.
+    """
     if name == "train" and len(tokens) > TRAIN_SCORED:
         tokens = tokens.shuffle(seed=0).select(range(TRAIN_SCORED))
     lengths = tokens["length"][:]
@@ -64,8 +60,8 @@ def scored(name: str, tokens: datasets.Dataset) -> datasets.Dataset:
     return ordered.remove_columns("length")
 
 
-def collator(tokenizer: Any, arguments: Arguments) -> DataCollatorWithPadding:
-    """Pad to the batch's longest row, rounded up to 8 for matrix units, or to a fixed length."""
-    if arguments.pad_to_max:
-        return DataCollatorWithPadding(tokenizer, "max_length", max_length=arguments.max_length)
+def collator(tokenizer: Any, max_length: int, pad_to_max: bool) -> DataCollatorWithPadding:
+    """Pads a batch to `max_length`, or to its longest row rounded up to 8, for matrix units."""
+    if pad_to_max:
+        return DataCollatorWithPadding(tokenizer, "max_length", max_length=max_length)
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)

@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.algebra import masks
-from lora_kernels.algebra.operands import Layers
+from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.hardware.tiles import tiles_for
 from lora_kernels.strategies import library
 from lora_kernels.strategies.choose import choose
@@ -28,9 +28,9 @@ def drawn(strategy: str, rows: int, columns: int, dropout: float) -> torch.Tenso
     choice = choose(problem, strategy)
     assert choice.strategy == strategy, choice.reason
     with torch.no_grad():
-        layers = Layers((given.weight,), None, (given.lora_A,), (given.lora_B,))
+        operands = Operands.of([Weights(given.weight, None, given.lora_A, given.lora_B)])
         _, _, mask = STRATEGIES[strategy].forward(
-            given.x, layers, 1.0, dropout, masks.draw_seed(DEVICE), choice.tiles
+            given.x, operands, Settings(1.0, dropout), masks.draw_seed(DEVICE), choice.tiles
         )
     assert mask.dtype == torch.uint8 and mask.shape == (1, rows, masks.packed_width(columns))
     return masks.unpack(mask[0], columns)
@@ -69,23 +69,6 @@ def test_the_ends_of_dropout(columns):
     # Two chances from the same seed: whatever the smaller keeps, the larger keeps as well.
     rare, usual = (masks.unpack(masks.draw(seed, 1, 99, 99, p), 99) for p in (0.7, 0.3))
     assert (rare <= usual).all() and rare.sum() < usual.sum()
-
-
-def test_masks_of_a_counter(monkeypatch):
-    """What draws where there is neither a CPU's generator nor Triton."""
-    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64's of seed 0
-    assert [word % (1 << 64) for word in masks._mix(torch.arange(1, 4)).tolist()] == first
-
-    def hashed(seed, *shape):
-        return masks._hashed(torch.empty(shape, dtype=torch.int64), seed)
-
-    monkeypatch.setattr(masks, "_random", hashed)
-    seeds = torch.tensor([1]), torch.tensor([9 << 40])
-    one, two = (masks.unpack(masks.draw(seed, 1, 512, 512, 0.1), 512) for seed in seeds)
-    deviation = math.sqrt(0.09 / one.numel())
-    assert abs(one.double().mean() - 0.9) < 5 * deviation
-    both = (one & two).double().mean()
-    assert abs(both - 0.81) < 5 * math.sqrt(0.81 * 0.19 / one.numel())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -8,15 +8,16 @@ from torch import nn
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, add_lora, lora_linear
 from lora_kernels.algebra import masks
+from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.autograd import operators
 from tests.support.oracle import DEVICE, Case, inputs, run
 
 
 def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
     given = [inputs(Case(M=20, N=24, K=16, R=3), dtype, seed) for seed in range(G)]
-    tensors = [[getattr(m, n) for m in given] for n in ("weight", "lora_A", "lora_B", "bias")]
+    layers = [Weights(m.weight, m.bias, m.lora_A, m.lora_B) for m in given]
     seed = torch.tensor([7], device=DEVICE) if dropout else None
-    return given[0].x, *tensors, seed, [], 0.5, dropout, strategy
+    return given[0].x, *operators.flattened(Operands.of(layers)), seed, 0.5, dropout, strategy, None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -26,11 +27,12 @@ def test_opcheck(dropout, strategy):
 
 
 def test_opcheck_on_columns():
-    x, weights, *_, seed, _, scale, dropout, strategy = arguments(dropout=0.25, G=1)
+    x, (weight, *_), _, seed, scale, dropout, strategy, _ = arguments(dropout=0.25, G=1)
     lora_A = torch.randn(2 * 3, 16, device=DEVICE, requires_grad=True)
     lora_B = torch.randn(5 + 9, 3, device=DEVICE, requires_grad=True)
-    call = [], seed, [2, 7, 11, 20], scale, dropout, strategy
-    torch.library.opcheck(operators.forward, (x, weights, [lora_A], [lora_B], *call))
+    operands = operators.flattened(Operands.of([Weights(weight, None, lora_A, lora_B)]))
+    call = x, *operands, seed, scale, dropout, strategy, [2, 7, 11, 20]
+    torch.library.opcheck(operators.forward, call)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -39,18 +41,9 @@ def test_the_operator_is_the_function(strategy):
     given = inputs(case, torch.float32)
 
     def operator(x, weight, lora_A, lora_B, bias):
-        return operators.forward(
-            x,
-            [weight],
-            [lora_A],
-            [lora_B],
-            [bias],
-            masks.draw_seed(DEVICE),
-            [],
-            0.75,
-            0.25,
-            strategy,
-        )[2]
+        operands = Operands.of([Weights(weight, bias, lora_A, lora_B)])
+        settings = Settings(0.75, 0.25, strategy)
+        return operators.call(x, operands, settings, masks.draw_seed(DEVICE))[0]
 
     def function(x, weight, lora_A, lora_B, bias):
         return lora_linear(

@@ -28,7 +28,8 @@ from lora_kernels.strategies import library
 from lora_kernels.strategies.choose import _decide, choose
 from lora_kernels.strategies.problem import Problem, _gpu, architecture
 from lora_kernels.strategies.table import STRATEGIES
-from lora_kernels.tools import doctor, tune
+from lora_kernels.tools import doctor, probe, tune
+from lora_kernels.tools import timing as stopwatches
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -235,7 +236,7 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
         return one.item() if state.get("capturing") else None
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        timing.captured(reads)
+        stopwatches.captured(reads)
     assert state["stream"] is gpu and state["generator"] == "before"
     names = ("_cuda_endAllocateToPool", "_cuda_releasePool")
     assert state["cleared"] == [(name, 0, "pool") for name in names]
@@ -244,8 +245,11 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
 def test_tuning(gpu, monkeypatch):
     rows = {name: STRATEGIES[name] for name in ("library", "split")}
     tiles = {**dict.fromkeys(tune.CANDIDATES, ()), "project": tune.CANDIDATES["project"][:1]}
-    for name, value in (("STRATEGIES", rows), ("CANDIDATES", tiles), ("STEPS", 1)):
-        monkeypatch.setattr(tune, name, value)  # the interpreter takes its time
+    for module, name, value in (
+        (tune, "STRATEGIES", rows), (tune, "CANDIDATES", tiles),
+        (stopwatches, "STEPS", 1), (probe, "STEPS", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)  # the interpreter takes its time
     problem = Problem.on(CUDA, 33, 32, 48, 3, torch.float32, dropout=True)
     assert (problem.arch, problem.gpu) == ("sm_90", "NVIDIA H200")
     rows = tune.tune([problem], CUDA, report=lambda line: None)
@@ -264,5 +268,5 @@ def test_doctor(gpu):
 
 def test_queued_times_leave_out_the_first(gpu):
     waits = iter([0.05, 0.0, 0.0, 0.0])
-    times = timing.queued_times(lambda: time.sleep(next(waits)), 3)
+    times = stopwatches.queued_times(lambda: time.sleep(next(waits)), 3)
     assert len(times) == 3 and max(times) < 40_000

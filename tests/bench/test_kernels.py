@@ -148,21 +148,6 @@ def test_a_failed_measurement_is_tried_again(results):
     assert [again.has(row) for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
-def test_parts_cover_every_case_once():
-    rows = cases.full()
-    parts = [cases.part_of(rows, f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(map(str, sum(parts, ()))) == sorted(map(str, rows))
-    assert len({str(case) for case in rows}) == len(rows)
-    for bad in ("0/3", "4/3", "x", "1-3"):
-        with pytest.raises(ValueError, match="2/5"):
-            cases.part_of(rows, bad)
-
-
-def test_quick_covers_every_goal():
-    quick = {(case.layer.name, case.M) for case in cases.quick() if case.R == 16}
-    assert {(name, M) for goal in cases.GOALS for name in goal.layers for M in goal.tokens} <= quick
-
-
 def test_a_file_is_written_whole_or_not_at_all(results, monkeypatch):
     results.add(rows_of(("floor",)))
     before = results.path.read_text()

@@ -15,7 +15,7 @@ from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import CARDS
-from lora_kernels.strategies import choice
+from lora_kernels.strategies import choose
 
 CPU = torch.device("cpu")
 
@@ -201,14 +201,14 @@ def test_roofline_and_choose_predict_the_same(card, dtype, dropout):
     case = Case(LAYERS["llama-8b.q_proj"], 2048, 8, dropout, dtype)
     row = CARDS[card]
     (N,) = case.layer.N
-    problem = choice.Problem(
+    problem = choose.Problem(
         2048, N, case.layer.K, 8, case.torch_dtype, row.arch, dropout > 0, dtype == "tf32", gpu=card
     )
     share = roofline.efficiency(row, dtype, [])
-    for name in choice.STRATEGIES:
+    for name in choose.STRATEGIES:
         found = roofline.predict(row, name, case, "forward_backward", share)
         if found is not None:
-            assert found.microseconds == choice.predict(problem, name)
+            assert found.microseconds == choose.predict(problem, name)
 
 
 def test_more_work_never_costs_less():
@@ -259,7 +259,9 @@ def test_roofline_is_checked_against_measured_cards(tmp_path, capsys):
     assert f"split               median {error:+.0%}" in capsys.readouterr().out
 
 
-def test_plots_are_made_of_what_was_measured(tmp_path, capsys):
+def test_plots_are_made_of_what_was_measured(tmp_path, monkeypatch, capsys):
+    from matplotlib.text import Text
+
     assert command.main(["plots", "--results", str(tmp_path)]) == 1
     assert "no picture" in capsys.readouterr().out
     records.write(
@@ -278,16 +280,20 @@ def test_plots_are_made_of_what_was_measured(tmp_path, capsys):
             for m in ("full", "peft", "lora")
         ],
     )
+    texts, real = [], plots._save
+
+    def watched(figure, *given):
+        path = real(figure, *given)
+        texts.extend((path.name, text.get_text()) for text in figure.findobj(Text))
+        return path
+
+    monkeypatch.setattr(plots, "_save", watched)
     assert command.main(["plots", "--results", str(tmp_path)]) == 0
-    made = {path.name for path in tmp_path.iterdir() if path.suffix in (".svg", ".png")}
-    names = ("overhead", "speed-up", "end-to-end")
-    assert made == {f"nvidia-h200-{name}.{kind}" for name in names for kind in ("svg", "png")}
-    svg = (tmp_path / "nvidia-h200-overhead.svg").read_text()
-    assert "NVIDIA H200" in svg and "python -m bench kernels" in svg and "peft" in svg
-    first = {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
-    plots.run(_plot_arguments(tmp_path))
-    assert first == {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
-
-
-def _plot_arguments(folder):
-    return argparse.Namespace(results=folder, output=None)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".json"}
+    assert set(made) == {
+        f"nvidia-h200-{name}.png" for name in ("overhead", "speed-up", "end-to-end")
+    }
+    overhead = {text for name, text in texts if name == "nvidia-h200-overhead.png"}
+    assert {"NVIDIA H200   python -m bench kernels", "peft", "auto", "1.20"} <= overhead
+    assert command.main(["plots", "--results", str(tmp_path)]) == 0  # the same rows, the same bytes
+    assert made == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}

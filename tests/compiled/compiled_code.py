@@ -21,13 +21,14 @@ from triton.runtime.cache import get_cache_manager
 from lora_kernels import kernels, lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.columns import unfold
-from lora_kernels.autograd.functional import Parts, lora_layer
+from lora_kernels.algebra.operands import Parts, Settings, Weights
+from lora_kernels.autograd.functional import lora_layer
 from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.kernels import launch
 from lora_kernels.strategies.table import STRATEGIES
 from lora_kernels.tools.absent_card import AbsentCard
-from tests.autograd.test_properties import Layers, expected, mask_of, run, tensors
 from tests.compiled import ptx
+from tests.support.groups import GroupCase, expected, mask_of, run, tensors
 from tests.support.oracle import Case, judge_layer
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -78,8 +79,8 @@ def on(monkeypatch):
         card = Card(arch)
         tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
         monkeypatch.setattr(driver, "_active", card)
-        # Nothing is remembered: what is remembered has pointers for tensors (see launches.py).
-        monkeypatch.setattr(launch, "KNOWN", False)
+        # A cached launch has addresses where this card looks for tensors (see launches.py).
+        monkeypatch.setattr(launch, "CACHED", False)
         row = STRATEGIES[strategy]
         monkeypatch.setattr("lora_kernels.autograd.functional.decide", lambda *_: (row, tiles))
         return card
@@ -112,7 +113,7 @@ def test_y_and_every_gradient(on, case, strategy):
         )
 
     judge_layer(layer, case, dtype)
-    assert {"_column_gradients", "_add_parts"} < set(card.launched)
+    assert {"_column_gradients", "_add_partials"} < set(card.launched)
     assert ("_fused_gemm" in card.launched) == (strategy == "fused")
 
 
@@ -135,12 +136,12 @@ def test_exact_float32_rounds_no_more_than_eager(on, strategy, monkeypatch):
 
 
 GROUPS = {
-    "tf32": Layers(40, (33, 70), 72, 8, FULL, FULL, dropout=0.5, dy=("plain", "slice")),
-    "fp16": Layers(
+    "tf32": GroupCase(40, (33, 70), 72, 8, FULL, FULL, dropout=0.5, dy=("plain", "slice")),
+    "fp16": GroupCase(
         140, (136, 24, 40), 96, 8, HALF, FULL, dropout=0.5, x="slice", dy=("slice", "plain", "row")
     ),
-    "frozen lora_A": Layers(40, (32, 48), 64, 3, HALF, wanted=frozenset(("x", "lora_B"))),
-    "frozen x": Layers(40, (32,), 64, 16, HALF, wanted=frozenset(("lora_A", "lora_B"))),
+    "frozen lora_A": GroupCase(40, (32, 48), 64, 3, HALF, wanted=frozenset(("x", "lora_B"))),
+    "frozen x": GroupCase(40, (32,), 64, 16, HALF, wanted=frozenset(("lora_A", "lora_B"))),
 }
 
 
@@ -168,7 +169,8 @@ def test_ranges_of_columns(on, strategy):
     x, weight, bias, dy = whole(70, K), whole(N, K), whole(N), whole(70, N)
     lora_A, lora_B = whole(8, K), whole(66, 4)
     leaves = [each.requires_grad_() for each in (x, lora_A, lora_B)]
-    y = lora_layer(x, Parts(weight, bias, lora_A, lora_B, 0.5, 0.0, True, strategy), columns)
+    settings = Settings(0.5, 0.0, strategy, columns)
+    y = lora_layer(x, Parts(Weights(weight, bias, lora_A, lora_B), settings))
     actual = (y, *torch.autograd.grad(y, leaves, dy))
     x, lora_A, lora_B = leaves = [each.detach().double().requires_grad_() for each in leaves]
     update = unfold(lora_B, columns, N) @ lora_A

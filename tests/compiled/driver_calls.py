@@ -147,7 +147,7 @@ def test_the_driver_is_asked_the_same(step, libcuda, monkeypatch):
     def refuse(*_: Any) -> None:
         raise AssertionError("a known signature went through Triton's dispatch")
 
-    monkeypatch.setattr(launch, "_first", refuse)
+    monkeypatch.setattr(launch, "_dispatch", refuse)
     assert asked(step, made, libcuda, memory) == dispatched
     assert len(dispatched) >= 4
     pointers = {value for each in dispatched for value in each.parameters if len(value) == 8}

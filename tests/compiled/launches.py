@@ -2,7 +2,8 @@
 
 Run by test_launch.py. Triton's own dispatch is asked for the kernel of each launch, with a compiler
 that compiles nothing and a card that writes down what it is asked to run. Each training step runs
-on what was remembered of all steps before, and again with nothing remembered.
+on what was remembered of all steps before, and again with nothing remembered. When the cache is
+used, and when not, is the subject of `launch_cache.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels import kernels
-from lora_kernels.algebra.operands import Layers, Wanted
+from lora_kernels.algebra.operands import Operands, Settings, Wanted, Weights
 from lora_kernels.hardware.tiles import Tile, Tiles
 from lora_kernels.kernels import launch, projection
 from lora_kernels.strategies.tiled import (
@@ -52,10 +51,8 @@ class Compiled:
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
         assert (function, metadata) == (self.function, self.packed_metadata)
         assert stream == f"stream of {self.card.device}"
-        self.card.write_down(self, (x, y, z), arguments, "run")
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *arguments: self.card.write_down(self, grid, arguments, "hooked")
+        hooks = [getattr(hook, "calls", hook) for hook in (enter, leave)]
+        self.card.write_down(self, (x, y, z), arguments, "hooked" if any(hooks) else "run")
 
 
 class Launched(NamedTuple):
@@ -150,7 +147,7 @@ FORWARD = {"split": split_forward, "fused": fused_forward, "hybrid": hybrid_forw
 BACKWARD = {"split": split_backward, "fused": fused_backward, "hybrid": hybrid_backward}
 
 
-def tensors(step: Step) -> tuple[torch.Tensor, Layers, tuple[torch.Tensor, ...], Any]:
+def tensors(step: Step) -> tuple[torch.Tensor, Operands, tuple[torch.Tensor, ...], Any]:
     def new(name: str, *shape: int, dtype: torch.dtype = step.dtype, padding: int = 0):
         *rows, columns = shape
         start = 1 if name in step.offset else 0
@@ -159,15 +156,18 @@ def tensors(step: Step) -> tuple[torch.Tensor, Layers, tuple[torch.Tensor, ...],
         return whole.flatten()[start:].as_strided(shape, whole[..., :columns].stride())
 
     M, N, K, R, G = step[:5]
-    layers = Layers(
-        tuple(new("weight", K, N).T if step.conv1d else new("weight", N, K) for _ in range(G)),
-        tuple(new("bias", N, dtype=step.bias_dtype) for _ in range(G)) if step.bias else None,
-        tuple(new("lora_A", R, K, dtype=step.adapters) for _ in range(G)),
-        tuple(new("lora_B", N, R, dtype=step.adapters) for _ in range(G)),
-    )
+    layers = [
+        Weights(
+            new("weight", K, N).T if step.conv1d else new("weight", N, K),
+            new("bias", N, dtype=step.bias_dtype) if step.bias else None,
+            new("lora_A", R, K, dtype=step.adapters),
+            new("lora_B", N, R, dtype=step.adapters),
+        )
+        for _ in range(G)
+    ]
     dy = tuple(new("dy", M, N, padding=step.padding) for _ in range(G))
     seed = torch.zeros(1, dtype=torch.int64) if step.dropout else None
-    return new("x", M, K, padding=step.padding), layers, dy, seed
+    return new("x", M, K, padding=step.padding), Operands.of(layers), dy, seed
 
 
 def run(step: Step, made: Any, active: Card) -> list[Launched]:
@@ -179,14 +179,13 @@ def run(step: Step, made: Any, active: Card) -> list[Launched]:
 
 def run_step(step: Step, made: Any, empty: Callable[..., torch.Tensor]) -> None:
     """Forward and backward of the step, with `empty` in the place of torch's."""
-    x, layers, dy, seed = made
+    x, operands, dy, seed = made
+    settings = Settings(step.scale, step.dropout)
     tiles = Tiles._make([step.tile] * 6 + [step.precision])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        done = FORWARD[step.strategy](x, layers, step.scale, step.dropout, seed, tiles)
-        BACKWARD[step.strategy](
-            dy, x, layers, done.h, done.mask, step.scale, step.dropout, step.wanted, tiles
-        )
+        done = FORWARD[step.strategy](x, operands, settings, seed, tiles)
+        BACKWARD[step.strategy](dy, x, operands, done.h, done.mask, settings, step.wanted, tiles)
 
 
 def check(step: Step, active: Card) -> None:
@@ -258,22 +257,6 @@ def test_no_signature_is_taken_for_another(shared, step):
     check(step, shared)
 
 
-def test_known_signatures_launch_without_triton_s_dispatch(monkeypatch):
-    """Else every other test here compares Triton's dispatch with itself."""
-    assert launch.KNOWN, f"read the launcher of Triton {triton.__version__}, then add it to KNOWN"
-    with card() as active:
-        made = tensors(BASE)
-        expected = run(BASE, made, active)
-
-        def refuse(*_, **__):
-            raise AssertionError("dispatched anew")
-
-        monkeypatch.setattr("triton.runtime.jit.JITFunction.run", refuse)
-        assert run(BASE, made, active) == expected
-        with pytest.raises(AssertionError, match="dispatched anew"):
-            run(BASE._replace(scale=3.0), made, active)
-
-
 def test_two_plans_share_no_signature():
     ours = projection._plan
 
@@ -316,64 +299,3 @@ def test_more_than_two_gigabytes_is_another_kernel_on_amd(monkeypatch):
             kernels.project(x, lora_A, tile=BASE.tile, precision="ieee")
         kernel = [each.kernel for each in active.launched]
     assert kernel[0] is kernel[2] is not kernel[1] is kernel[3]
-
-
-def test_profilers_are_told(monkeypatch):
-    with card() as active:
-        made = tensors(BASE)
-        run(BASE, made, active)
-        assert {each.how for each in run(BASE, made, active)} == {"run"}
-
-        def listener(_):
-            pass
-
-        for hook in ("launch_enter_hook", "launch_exit_hook"):
-            getattr(knobs.runtime, hook).add(listener)
-            assert {each.how for each in run(BASE, made, active)} == {"hooked"}
-            getattr(knobs.runtime, hook).remove(listener)
-            with monkeypatch.context() as patch:
-                patch.setattr(knobs.runtime, hook, listener)
-                assert {each.how for each in run(BASE, made, active)} == {"hooked"}
-
-
-def test_a_tensor_of_another_device_makes_it_current(monkeypatch):
-    """Triton launches on the current device, whatever device the pointers are of."""
-    with card() as active:
-        made, home, entered = tensors(BASE), active.device, []
-        expected = len(run(BASE, made, active))
-
-        @contextmanager
-        def device(wanted):
-            entered.append(wanted)
-            before, active.device = active.device, home
-            yield
-            active.device = before
-
-        monkeypatch.setattr(torch.cuda, "device", device)
-        run(BASE, made, active)
-        assert not entered
-        active.device = object()
-        launched = run(BASE, made, active)
-        assert len(launched) == expected and set(entered) == {home}
-
-
-@pytest.mark.parametrize("lack", ["function", "release"])
-def test_what_is_not_known_is_left_to_triton(monkeypatch, lack):
-    if lack == "function":
-        monkeypatch.setattr(Compiled, "function", None)
-    else:
-        monkeypatch.setattr(launch, "KNOWN", False)
-    with card() as active:
-        made = tensors(BASE)
-        assert run(BASE, made, active) == run(BASE, made, active)
-        assert not launch._STEPS
-
-
-def test_signatures_are_bounded(monkeypatch):
-    monkeypatch.setattr(launch, "_LIMIT", 4)
-    x, lora_A = torch.zeros(64, 48), (torch.zeros(8, 48),)
-    with card() as active:
-        for M in range(1, 20):
-            kernels.project(x[:M], lora_A, tile=BASE.tile, precision="ieee")
-            assert 0 < len(launch._STEPS) <= 4
-        assert len(active.launched) == 19

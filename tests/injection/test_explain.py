@@ -88,11 +88,11 @@ def test_layers_with_one_answer_share_a_line():
 
 def test_a_group_is_one_problem_of_so_many_layers():
     found = answers(explain(roberta(targets=("query", "key", "value"))))
-    assert {problem.layers for problem, _ in found.values()} == {3} and len(found) == 6
+    assert {problem.segments for problem, _ in found.values()} == {3} and len(found) == 6
     assert "3 layers, M=2048 N=32" in str(explain(roberta(targets=("query", "key", "value"))))
     llama = zoo.build("llama")
     add_lora(llama, LoRAConfig(rank=2, targets=("q_proj", "k_proj", "v_proj")))
-    widths = {(problem.layers, problem.N) for problem, _ in answers(explain(llama)).values()}
+    widths = {(problem.segments, problem.N) for problem, _ in answers(explain(llama)).values()}
     assert widths == {(3, 32)}, "the widest of them: k and v are narrower"
 
 
@@ -146,7 +146,7 @@ def test_a_peft_model_that_was_fused():
     fuse_peft(model)
     found = answers(explain(model))
     assert len(found) == 4 and all(name.startswith("base_model.model.") for name in found)
-    problem = Problem(TYPICAL_TOKENS, 32, 32, 5, torch.float32, "cpu", dropout=True, layers=2)
+    problem = Problem(TYPICAL_TOKENS, 32, 32, 5, torch.float32, "cpu", dropout=True, segments=2)
     assert set(found.values()) == {(problem, "library")}
     model.eval()
     assert not any(problem.dropout for problem, _ in answers(explain(model)).values())

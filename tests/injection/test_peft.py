@@ -7,15 +7,14 @@ import pickle
 import re
 from collections.abc import Callable
 
-import lora_kernels.groups
-import lora_kernels.peft
 import peft
 import pytest
 import torch
 from torch import nn
 
-from lora_kernels.adapters.load_save import load_adapter
-from lora_kernels.injection.peft import fuse_peft, fused_peft_layers, unfuse_peft
+from lora_kernels import fuse_peft, load_adapter, unfuse_peft
+from lora_kernels.autograd.functional import lora_layer, lora_linears
+from lora_kernels.injection.peft import fused_peft_layers
 from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -35,18 +34,18 @@ def peft_model(name: str = "roberta", **changes) -> nn.Module:
 def fused_calls(monkeypatch) -> list[int]:
     """Grows by one with each layer that runs fused, in a group or alone."""
     calls: list[int] = []
-    alone, together = lora_kernels.peft.lora_layer, lora_kernels.groups.lora_linears
+    alone, together = lora_layer, lora_linears
 
     def counted_alone(*args, **kwargs):
         calls.append(1)
         return alone(*args, **kwargs)
 
-    def counted_together(x, weights, *args, **kwargs):
-        calls.extend(1 for _ in weights)
-        return together(x, weights, *args, **kwargs)
+    def counted_together(x, layers, settings):
+        calls.extend(1 for _ in layers)
+        return together(x, layers, settings)
 
-    monkeypatch.setattr(lora_kernels.peft, "lora_layer", counted_alone)
-    monkeypatch.setattr(lora_kernels.groups, "lora_linears", counted_together)
+    monkeypatch.setattr("lora_kernels.injection.peft.lora_layer", counted_alone)
+    monkeypatch.setattr("lora_kernels.layers.group.lora_linears", counted_together)
     return calls
 
 
@@ -268,7 +267,7 @@ def test_siblings_are_one_problem_and_explain_says_so():
     assert zoo.nodes(model) == [1] * 6
     fuse_peft(model)
     assert zoo.nodes(model) == [3, 3]
-    assert {p.layers for _, p, _ in fused_peft_layers(model, 8)} == {3}
+    assert {p.segments for _, p, _ in fused_peft_layers(model, 8)} == {3}
     unfuse_peft(model)
     assert zoo.nodes(model) == []
 

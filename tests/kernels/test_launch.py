@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import subprocess
@@ -16,28 +15,51 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def passes(name: str, **environment: str) -> None:
-    pytest_of = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*pytest_of, f"tests/compiled/{name}"], env={**os.environ, "TRITON_INTERPRET": "0", **environment}, capture_output=True,
-        text=True, check=False, cwd=ROOT,
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python from the root of the checkout, where kernels are compiled."""
+    clean = {k: v for k, v in os.environ.items() if k != "LORA_KERNELS_LAUNCH"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**clean, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
+
+
+def passes(*names: str, **environment: str) -> None:
+    files = [f"tests/compiled/{name}" for name in names]
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-# The cards that ptx.py can play, one each day; `make run-compiled` takes all.
-PLAYED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+# The cards that ptx.py can play: `make test` takes the first.
+PLAYED = (
+    "sm_86",
+    *(
+        pytest.param(arch, marks=[pytest.mark.nightly, pytest.mark.slow])
+        for arch in ("sm_80", "sm_89", "sm_90", "sm_120")
+    ),
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is compiled")
-@pytest.mark.parametrize("arch", [PLAYED[datetime.date.today().toordinal() % len(PLAYED)]])
+@pytest.mark.parametrize("arch", PLAYED)
 def test_compiled_code(arch):
     passes("compiled_code.py", COMPILED_FOR=arch)
 
 
 def test_launches():
-    passes("launches.py")
+    passes("launches.py", "launch_cache.py")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("triton", "cached: False"), ("fast", "ValueError: LORA_KERNELS_LAUNCH=fast")],
+    ids=["triton", "unknown"],
+)
+def test_the_variable_is_read(value, said):
+    code = "from lora_kernels.kernels import launch; print('cached:', launch.CACHED)"
+    done = python("-c", code, LORA_KERNELS_LAUNCH=value)
+    assert said in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver's own libcuda is loaded")
@@ -70,10 +92,7 @@ assert KNOWN
 
 
 def test_the_cost_of_launches_is_a_row_each():
-    done = subprocess.run(
-        [sys.executable, "-c", COST], capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = python("-c", COST)
     assert done.stdout.splitlines() == [
         f"{way} launches of 1, {direction}"
         for direction in ("forward", "backward")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.autograd.test_properties import Layers, laid, run, tensors
+from tests.support.groups import GroupCase, laid, run, tensors
 
 triton = pytest.importorskip("triton")
 
@@ -26,7 +26,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lora_kernels import kernels
-from lora_kernels.autograd.functional import Parts, lora_layer
+from lora_kernels.algebra.operands import Parts, Settings, Weights
+from lora_kernels.autograd.functional import lora_layer
 from lora_kernels.hardware.tiles import tiles_for
 from lora_kernels.strategies.table import STRATEGIES
 
@@ -40,7 +41,7 @@ OUTPUTS = {
     "_low_rank_gemm": ("out_ptrs",),
     "_fused_gemm": ("out_ptrs", "h_ptr"),
     "_column_gradients": ("d_ptr", "dlora_A_ptr", "dlora_B_ptr"),
-    "_add_parts": ("out_ptrs",),
+    "_add_partials": ("out_ptrs",),
     "_draw_masks": ("mask_ptr",),
     "_apply_mask": ("out_ptr",),
     "_copy": ("out_ptr",),  # the test's own
@@ -213,11 +214,11 @@ def watch(monkeypatch) -> Watch:
     return Watch(monkeypatch)
 
 
-GRADIENTS = {"_column_gradients", "_add_parts"}
+GRADIENTS = {"_column_gradients", "_add_partials"}
 STRATEGY_NAMES = ("split", "fused", "hybrid")
 
 
-def launched(case: Layers, strategy: str) -> set[str]:
+def launched(case: GroupCase, strategy: str) -> set[str]:
     """The kernels of a step."""
     if strategy != "fused":
         return {"_project", "_low_rank_gemm"} | GRADIENTS
@@ -228,21 +229,23 @@ def launched(case: Layers, strategy: str) -> set[str]:
 
 HALF = torch.float16
 CASES = {
-    "one-of-everything": Layers(1, (1,), 1, 1),
-    "one-row": Layers(1, (45,), 70, 3, HALF, dropout=0.25, bias=False, dy=("scalar",)),
-    "full-tiles": Layers(64, (32, 64), 64, 16, HALF, HALF, bias=False),
-    "ragged": Layers(37, (45,), 70, 33, dropout=0.25, dy=("columns",)),
-    "two-bands-of-rows": Layers(270, (33, 5), 40, 1, HALF, x="transposed", dy=("transposed",) * 2),
-    "group": Layers(
+    "one-of-everything": GroupCase(1, (1,), 1, 1),
+    "one-row": GroupCase(1, (45,), 70, 3, HALF, dropout=0.25, bias=False, dy=("scalar",)),
+    "full-tiles": GroupCase(64, (32, 64), 64, 16, HALF, HALF, bias=False),
+    "ragged": GroupCase(37, (45,), 70, 33, dropout=0.25, dy=("columns",)),
+    "two-bands-of-rows": GroupCase(
+        270, (33, 5), 40, 1, HALF, x="transposed", dy=("transposed", "transposed")
+    ),
+    "group": GroupCase(
         37, (40, 33, 70), 45, 3, HALF, dropout=0.25, x="slice", weight="slice", lora="rows",
         dy=("slice", "columns", "row"),
     ),
-    "group-of-conv1d": Layers(
+    "group-of-conv1d": GroupCase(
         33, (32, 5), 13, 16, dropout=0.25, x="columns", weight="transposed", lora="transposed"
     ),
-    "frozen-x": Layers(37, (45,), 40, 3, wanted=frozenset(("lora_A", "lora_B"))),
-    "frozen-lora_A": Layers(33, (45, 9), 31, 3, HALF, wanted=frozenset(("x", "lora_B"))),
-    "frozen-lora_B": Layers(33, (45, 9), 31, 3, wanted=frozenset(("x", "lora_A"))),
+    "frozen-x": GroupCase(37, (45,), 40, 3, wanted=frozenset(("lora_A", "lora_B"))),
+    "frozen-lora_A": GroupCase(33, (45, 9), 31, 3, HALF, wanted=frozenset(("x", "lora_B"))),
+    "frozen-lora_B": GroupCase(33, (45, 9), 31, 3, wanted=frozenset(("x", "lora_A"))),
 }  # fmt: skip
 
 
@@ -255,7 +258,7 @@ def test_a_step_touches_what_it_was_given(watch, strategy, case):
 
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
 def test_a_step_with_the_tiles_of_a_card(watch, monkeypatch, strategy):
-    case = Layers(150, (140, 33), 72, 33, HALF, dropout=0.25)
+    case = GroupCase(150, (140, 33), 72, 33, HALF, dropout=0.25)
     tiles = tiles_for("sm_90", HALF.itemsize, case.R, tf32=False)
     monkeypatch.setattr(
         "lora_kernels.autograd.functional.decide", lambda *_: (STRATEGIES[strategy], tiles)
@@ -276,8 +279,8 @@ def test_ranges_of_columns(watch, strategy, columns, N, dropout):
     lora_A = torch.randn(len(columns) * R, K)
     lora_B = torch.randn(sum(stop - start for start, stop in columns), R)
     leaves = [each.requires_grad_() for each in (x, lora_A, lora_B)]
-    parts = Parts(weight, bias, lora_A, lora_B, 0.5, dropout, True, strategy)
-    y = lora_layer(x, parts, columns)
+    settings = Settings(0.5, dropout, strategy, columns)
+    y = lora_layer(x, Parts(Weights(weight, bias, lora_A, lora_B), settings))
     torch.autograd.grad(y, leaves, laid(torch.randn(M, N), "slice"))
     assert watch.kernels == {"_project", "_low_rank_gemm"} | GRADIENTS
 

@@ -24,12 +24,14 @@ from lora_kernels import (
 )
 from lora_kernels.algebra import masks, reference
 from lora_kernels.algebra.columns import complement, fold, unfold
-from lora_kernels.autograd.functional import lora_linears
+from lora_kernels.algebra.operands import Parts, Settings, Weights
+from lora_kernels.autograd.function import mask_of
+from lora_kernels.autograd.functional import lora_layer
 from lora_kernels.injection.families import family_of
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
-from tests.autograd.test_properties import PROPERTY, VIEWS, laid
 from tests.support import zoo
+from tests.support.groups import PROPERTY, VIEWS, laid
 from tests.support.oracle import DEVICE, YARDSTICKS, coarser, judge, on_cpu
 
 SLICED = [name for name in STRATEGIES if name != "fused"]  # whose refusal is tested below
@@ -70,11 +72,9 @@ def tensors(M, K, R, columns, N, *, whole, dtype=torch.float32, view="plain", se
 
 def results(given_, columns, strategy, dropout):
     x, weight, bias, lora_A, lora_B, dy = given_
-    (y,) = lora_linears(
-        x, (weight,), (lora_A,), (lora_B,), (bias,), scale=SCALE, dropout=dropout, training=True,
-        strategy=strategy, columns=columns,
-    )  # fmt: skip
-    mask = y.grad_fn.saved_tensors[2]
+    settings = Settings(SCALE, dropout, strategy, columns)
+    y = lora_layer(x, Parts(Weights(weight, bias, lora_A, lora_B), settings))
+    mask = mask_of(y)
     gradients = torch.autograd.grad(y, (x, bias, lora_A, lora_B), dy)
     return (y.detach(), *gradients), mask
 
@@ -110,7 +110,7 @@ NAMES = ("y", "dx", "dbias", "dlora_A", "dlora_B")
 def test_whole_numbers_are_exact(strategy, columns_and_n, M, K, R, dropout, view):
     columns, N = columns_and_n
     problem = Problem.on(
-        DEVICE, M, N, K, R, torch.float32, dropout=dropout > 0, layers=len(columns), sliced=True
+        DEVICE, M, N, K, R, torch.float32, dropout=dropout > 0, segments=len(columns), columns=True
     )
     assert choose(problem, strategy).strategy == strategy
     given_ = tensors(M, K, R, columns, N, whole=True, view=view)
@@ -146,7 +146,7 @@ def test_every_range_draws_a_mask_of_its_own():
 
 
 def test_fused_refuses_columns_with_a_reason():
-    problem = Problem(64, 96, 32, 4, torch.float32, "sm_86", layers=2, sliced=True)
+    problem = Problem(64, 96, 32, 4, torch.float32, "sm_86", segments=2, columns=True)
     choice = choose(problem, "fused")
     assert choice.strategy != "fused" and "fused was asked for, but: columns" in choice.reason
     assert "2 column ranges" in str(problem) and problem.key.startswith("2-of-")

@@ -13,6 +13,8 @@ from torch import nn
 
 from lora_kernels import STRATEGIES, FusedLoRALinear
 from lora_kernels.algebra import masks, reference
+from lora_kernels.algebra.operands import Settings, Weights
+from lora_kernels.autograd.function import mask_of
 from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.injection.siblings import group_siblings
 from tests.support.oracle import DEVICE, YARDSTICKS, Case, coarser, inputs, judge
@@ -31,6 +33,10 @@ def members(sizes, rank, dtype, conv1d=False):
     return [inputs(case, dtype, seed) for seed, case in enumerate(cases)]
 
 
+def layers_of(given):
+    return tuple(Weights(m.weight, m.bias, m.lora_A, m.lora_B) for m in given)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CASES)
 def test_every_output_and_gradient_of_a_group(name, strategy):
@@ -38,12 +44,8 @@ def test_every_output_and_gradient_of_a_group(name, strategy):
     given = members(sizes, rank, dtype)
     x = given[0].x
     torch.manual_seed(0)
-    y = lora_linears(
-        x, tuple(m.weight for m in given), tuple(m.lora_A for m in given),
-        tuple(m.lora_B for m in given), tuple(m.bias for m in given),
-        scale=0.75, dropout=dropout, training=True, strategy=strategy,
-    )  # fmt: skip
-    mask = y[0].grad_fn.saved_tensors[2]
+    y = lora_linears(x, layers_of(given), Settings(0.75, dropout, strategy))
+    mask = mask_of(y[0])
     leaves = [x] + [t for m in given for t in (m.lora_A, m.lora_B, m.bias)]
     gradients = torch.autograd.grad(y, leaves, [m.dy for m in given])
 
@@ -261,25 +263,17 @@ def test_members_of_another_layout_or_rank_are_computed_one_by_one():
     second.lora_B = second.lora_B.detach().T.contiguous().T
     second.weight = second.weight.T.contiguous().T
     for group in ((first, second), (first, third)):
-        together = lora_linears(
-            x, *(tuple(getattr(m, n) for m in group) for n in ("weight", "lora_A", "lora_B")), (),
-            scale=0.5, dropout=0.0, training=True, strategy="split",
-        )  # fmt: skip
+        unbiased = tuple(each._replace(bias=None) for each in layers_of(group))
+        together = lora_linears(x, unbiased, Settings(0.5, strategy="split"))
         for y, m in zip(together, group, strict=True):
             exact = reference.forward(x, m.weight, m.lora_A, m.lora_B, scale=0.5)
             torch.testing.assert_close(y, exact)
 
 
-NAMES = ("weight", "lora_A", "lora_B", "bias")
-
-
 def test_biases_of_two_dtypes_are_not_read_by_one_kernel():
     first, second = given = members((24, 24), 4, torch.float32)
     second.bias = second.bias.detach().half().requires_grad_()
-    ys = lora_linears(
-        first.x, *(tuple(getattr(m, n) for m in given) for n in NAMES),
-        scale=0.5, dropout=0.0, training=True, strategy="split",
-    )  # fmt: skip
+    ys = lora_linears(first.x, layers_of(given), Settings(0.5, strategy="split"))
     assert ys[0].grad_fn is not ys[1].grad_fn
     for y, m in zip(ys, given, strict=True):
         exact = reference.forward(

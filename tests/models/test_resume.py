@@ -9,11 +9,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+pytest.importorskip("datasets", reason="the models read their data by it")
 from models.train import Arguments, train
 from models.trainer import last_checkpoint
-from tests.support.tiny_run import arguments, bert, data, tokenizer
-
-FIXTURES = (arguments, bert, data, tokenizer)  # pytest finds them among this module's names
 
 
 class KilledError(Exception):

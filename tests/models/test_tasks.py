@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import csv
-import gzip
 import math
 import sys
 from collections import Counter
@@ -15,15 +13,10 @@ import pytest
 
 datasets = pytest.importorskip("datasets", reason="the models read their data by it")
 from models.data import docstrings, splits, tasks
+from tests.support.tiny_run import write_csv
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODELS = Path(tasks.__file__).parent
-
-
-def write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+DATA = Path(tasks.__file__).parent
 
 
 # --- docstrings ---------------------------------------------------------------------------------
@@ -92,21 +85,17 @@ def test_docstrings_name_the_package_that_has_no_source(tmp_path):
         docstrings.build(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["docstrings.py", "splits.py"])
-def test_builder_needs_the_standard_library_only(module):
-    tree = ast.parse((MODELS / module).read_text())
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    assert imported <= set(sys.stdlib_module_names) | {"models"}
+@pytest.mark.parametrize("file", ["docstrings.py", "splits.py"])
+def test_builder_needs_the_standard_library_only(file):
+    tree = ast.parse((DATA / file).read_text())
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            imported.add("." + module if node.level else module.split(".")[0])
+    assert imported <= {*sys.stdlib_module_names, ".splits"}
 
 
 # --- splits -------------------------------------------------------------------------------------

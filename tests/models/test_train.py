@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import transformers
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from models import train as module
+pytest.importorskip("datasets", reason="the models read their data by it")
+from models.data import tokens
 from models.train import Arguments, train
 from models.trainer import LengthGroupedSampler
-from tests.support.tiny_run import ROWS, WORDS, arguments, bert, data, label_of, read_csv, tokenizer
-
-FIXTURES = (arguments, bert, data, tokenizer)  # pytest finds them among this module's names
+from tests.support.tiny_run import ROWS, WORDS, label_of, read_csv, write_csv
 
 
 class Spy(TrainerCallback):
@@ -66,14 +64,14 @@ def test_labels_stay_with_their_texts_up_to_the_model(arguments, tokenizer):
 
 
 def test_the_label_check_sees_permuted_labels(arguments, tokenizer, monkeypatch):
-    original = module.tokens.tokenise
+    original = tokens.tokenise
 
     def shifted(split, *rest):
-        tokens = original(split, *rest)
-        labels = tokens["labels"][:]
-        return tokens.remove_columns("labels").add_column("labels", labels[1:] + labels[:1])
+        encoded = original(split, *rest)
+        labels = encoded["labels"][:]
+        return encoded.remove_columns("labels").add_column("labels", labels[1:] + labels[:1])
 
-    monkeypatch.setattr(module.tokens, "tokenise", shifted)
+    monkeypatch.setattr(tokens, "tokenise", shifted)
     spy = Spy()
     train(arguments(epochs=1), callbacks=(spy,))
     with pytest.raises(AssertionError, match="label of another"):
@@ -158,13 +156,10 @@ def test_counts_show_what_trains(arguments):
 
 def test_regression_has_float_labels_and_correlations(arguments, tmp_path):
     for split, count in ROWS.items():
-        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["sentence1", "sentence2", "label"])
-            writer.writerows(
-                [f"row{i} {WORDS[i % 9]}", WORDS[i % 5], f"{i % 5 + 0.25:.3f}"]
-                for i in range(count)
-            )
+        rows = [
+            [f"row{i} {WORDS[i % 9]}", WORDS[i % 5], f"{i % 5 + 0.25:.3f}"] for i in range(count)
+        ]
+        write_csv(tmp_path / f"{split}.csv", ["sentence1", "sentence2", "label"], rows)
     spy = Spy()
     result = train(arguments(task="stsb", data_dir=str(tmp_path)), callbacks=(spy,))
     assert set(result["metrics"]["test"]) == {"loss", "pearson", "spearman", "mse"}

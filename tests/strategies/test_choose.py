@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, lora_linear
+from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.hardware import tiles
 from lora_kernels.strategies.choose import _decide, choose, decide
 from lora_kernels.strategies.problem import Problem, has_triton
@@ -63,8 +65,8 @@ def test_each_row_wins_somewhere_and_says_by_how_much():
             assert STRATEGIES[choice.strategy].summary in choice.reason
             assert "us forward + backward" in choice.reason
     won = {
-        choose(changed(M=M, N=K, K=K, arch=arch, dropout=dropout, layers=layers)).strategy
-        for M, K, arch, dropout, layers in product(
+        choose(changed(M=M, N=K, K=K, arch=arch, dropout=dropout, segments=segments)).strategy
+        for M, K, arch, dropout, segments in product(
             (16, 512, 8192), (256, 768, 4096), CARDS, (False, True), (1, 3)
         )
     }
@@ -80,7 +82,7 @@ REFUSALS = {
     "no rows": ({"M": 0}, TRITON, "nothing to compute"),
     "no columns": ({"N": 0}, TRITON, "nothing to compute"),
     "no features": ({"K": 0}, TRITON, "nothing to compute"),
-    "columns": ({"sliced": True, "layers": 2}, ("fused",), "columns: every one of them"),
+    "columns": ({"columns": True, "segments": 2}, ("fused",), "columns: every one of them"),
 }
 
 
@@ -193,14 +195,14 @@ def test_strategies_are_rows_that_nobody_can_change():
 def test_a_problem_in_words():
     assert str(HALF) == "M=2048 N=768 K=768 R=8 bfloat16 sm_86"
     assert str(Problem(1, 2, 3, 4, torch.float32)) == "M=1 N=2 K=3 R=4 float32 cpu"
-    grouped = changed(layers=3, dropout=True, dtype=torch.float16)
+    grouped = changed(segments=3, dropout=True, dtype=torch.float16)
     assert str(grouped) == "3 layers, M=2048 N=768 K=768 R=8 float16 sm_86, dropout"
 
 
 def test_the_problem_of_this_machine():
-    problem = Problem.on(DEVICE, 5, 6, 7, 2, torch.float16, dropout=True, layers=2)
+    problem = Problem.on(DEVICE, 5, 6, 7, 2, torch.float16, dropout=True, segments=2)
     assert (problem.M, problem.N, problem.K, problem.R) == (5, 6, 7, 2)
-    assert problem.dropout and problem.layers == 2 and not problem.tf32
+    assert problem.dropout and problem.segments == 2 and not problem.tf32
     assert problem.arch == "cpu" if DEVICE.type == "cpu" else problem.arch.startswith("sm_")
     assert Problem.on(torch.device("meta"), 5, 6, 7, 2, torch.half, dropout=False).arch == "meta"
 
@@ -208,12 +210,16 @@ def test_the_problem_of_this_machine():
 # ---------------------------------------------------------------- what is remembered
 
 
-def planned(M: int, **changes):
-    given = {
-        "device": DEVICE, "M": M, "N": 24, "K": 16, "R": 3, "dtype": torch.float32,
-        "dropout": False, "layers": 1, "sliced": False, "strategy": "split",
-    }  # fmt: skip
-    return decide(*(given | changes).values())
+def planned(
+    M: int, *, device=DEVICE, N=24, K=16, R=3, dtype=torch.float32, dropout=0.0, segments=1,
+    columns=None, strategy="split",
+):  # fmt: skip
+    """What `decide` says of a call; x may lie on a device that is not here."""
+    x = SimpleNamespace(device=device, dtype=dtype, shape=(M, K), dim=lambda: 2)
+    shapes = (N, K), (R, K), (N, R)
+    weight, lora_A, lora_B = (torch.empty(shape, device="meta") for shape in shapes)
+    operands = Operands.of([Weights(weight, None, lora_A, lora_B)] * segments)
+    return decide(x, operands, Settings(1.0, dropout, strategy, columns))
 
 
 @pytest.fixture
@@ -244,7 +250,8 @@ def test_a_new_length_of_a_bucket_is_the_same_plan(choices):
 @pytest.mark.parametrize(
     "change",
     [
-        {"N": 25}, {"K": 17}, {"R": 4}, {"dtype": torch.float16}, {"dropout": True}, {"layers": 2},
+        {"N": 25}, {"K": 17}, {"R": 4}, {"dtype": torch.float16}, {"dropout": 0.1}, {"segments": 2},
+        {"columns": ((0, 8), (8, 24))},
         {"strategy": "auto"},
     ],
     ids=str,

@@ -137,7 +137,7 @@ def nodes(model: nn.Module) -> list[int]:
             seen.add(node)
             pending += [child for child, _ in node.next_functions]
             if "LoRALinears" in type(node).__name__:
-                found.append(node.call.G)
+                found.append(node.call.layers)
     return sorted(found)
 
 

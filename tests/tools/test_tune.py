@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,13 +13,12 @@ import pytest
 import torch
 
 from lora_kernels import STRATEGIES
-from lora_kernels.hardware import cards, cost, tiles, tuned
+from lora_kernels.hardware import tuned
 from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
 from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 from lora_kernels.tools import tune
-from lora_kernels.tools.shapes import problems_of
 from tests.support.oracle import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +58,7 @@ def test_a_measured_row_is_chosen_and_says_so():
 
 
 def test_a_row_that_cannot_is_not_chosen():
-    sliced = replace(PROBLEM, layers=2, sliced=True)
+    sliced = replace(PROBLEM, segments=2, columns=True)
     store_rows(tuned.table_path(PROBLEM.gpu), PROBLEM.gpu, {sliced.key: row("fused")})
     assert choose(sliced).strategy != "fused"
 
@@ -83,7 +81,7 @@ def test_one_row_serves_a_bucket_of_lengths_and_ranks_but_no_other():
 
     key = PROBLEM.key
     assert dataclasses.replace(PROBLEM, M=1025, R=16).key == key
-    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"layers": 3}, {"N": 769}):
+    for change in ({"M": 1024}, {"R": 17}, {"dropout": False}, {"segments": 3}, {"N": 769}):
         assert dataclasses.replace(PROBLEM, **change).key != key
 
 
@@ -200,94 +198,9 @@ def test_nothing_is_stored_where_nothing_runs(monkeypatch):
     assert not tuned.table_path(problem.gpu or DEVICE.type).exists()
 
 
-def test_shapes_of_models(tmp_path):
-    problems = problems_of("roberta-base", 2048, 8, [torch.bfloat16], DEVICE)
-    assert {(p.N, p.K, p.layers) for p in problems} == {
-        (768, 768, 1), (768, 768, 2), (768, 768, 3), (3072, 768, 1), (768, 3072, 1),
-    }  # fmt: skip
-    assert {p.dropout for p in problems} == {False, True} and {p.M for p in problems} == {2048}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
-    shapes = {(p.N, p.K) for p in problems_of(str(tmp_path), 8, 1, [torch.float32], DEVICE)}
-    assert shapes == {(192, 64), (64, 64), (256, 64), (64, 256)}
-    with pytest.raises(ValueError, match="unknown model 'nothing'"):
-        problems_of("nothing", 8, 1, [torch.float32], DEVICE)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_without_a_gpu_is_one_clear_error(capsys):
     from lora_kernels import cli
 
     assert cli.main(["tune", "--model", "roberta-base"]) == 2
     assert "measures on a GPU" in capsys.readouterr().err
-
-
-# 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: the numbers of docs/kernels.md.
-SIZE = cost.Size(4096, 768, (768,), 16, True, 2)
-X = Y = 4096 * 768 * 2
-W, H, MASK, SMALL = 768 * 768 * 2, 4096 * 16 * 2, 4096 * 768 / 8, 16 * 768 * 4
-SHIPPED = tiles.tiles_for("sm_86", 2, 16, tf32=False)
-
-
-def test_bytes_and_flops_by_hand():
-    project, gemm, dB, sum_B, dA, sum_A, dx = cost.launches("split", SIZE, SHIPPED, processors=82)
-    assert project.bytes == X + H + SMALL + MASK and project.flops == 2 * 4096 * 768 * 16
-    assert gemm.bytes == X + W + H + SMALL + Y
-    assert gemm.flops == 2 * 4096 * 768 * 768 + 2 * 4096 * 768 * 16
-    blocks = 6  # 768 columns / 128
-    parts, parts_h = 4 * 16 * 768 * 16, 4 * blocks * 4096 * 16  # of 4096 rows / (4 x 64)
-    parts_A = 4 * 28 * 768 * 16  # of twice 82 programs / 6 blocks
-    assert dB.bytes == Y + H + SMALL + parts + parts_h and dB.flops == 2 * 2 * 4096 * 768 * 16
-    assert sum_B.bytes == parts + parts_h + SMALL + H
-    assert dA.bytes == X + H + MASK + parts_A and sum_A.bytes == parts_A + SMALL
-    assert dx.bytes == Y + W + H + SMALL + MASK + X
-    moved = [launch.bytes for launch in (project, gemm, dB, sum_B, dA, sum_A, dx)]
-    assert [round(sum(part) / 1e6) for part in (moved[:2], moved[2:])] == [21, 35]
-    floor = (X + W + Y) / (1008 * 0.85e3)
-    assert cost.microseconds([gemm], cards.CARDS["RTX 4090"], torch.bfloat16) > floor
-
-
-def test_a_group_reads_x_once_whatever_its_widths():
-    group = SIZE._replace(N=(768, 256, 256))
-    project, gemm = cost.launches("split", group, SHIPPED, processors=82, backward=False)
-    assert project.bytes == X + 3 * (H + 16 * 768 * 4 + MASK)
-    widths = 768 + 256 + 256
-    assert gemm.bytes == X + 3 * H + widths * (768 * 2 + 4096 * 2 + 16 * 4)
-    alone = cost.launches("library", group.alone(1), SHIPPED, 82)
-    draw, *each = cost.launches("library", group, SHIPPED, 82)  # masks are drawn in one launch
-    assert draw.bytes == 3 * MASK and len(each) == 3 * (len(alone) - 1)
-
-
-def test_every_strategy_has_a_cost():
-    assert set(cost.COSTS) == set(STRATEGIES)
-
-
-@pytest.mark.parametrize("card", cards.CARDS.values(), ids=lambda card: card.name)
-def test_a_matrix_rate_is_what_multiprocessors_and_clock_give(card):
-    """FLOPs a clock of one multiprocessor, dense, half operands into float32 sums."""
-    per_clock = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "gfx942": 2048}.get(card.arch, 512)
-    assert card.processors * per_clock * card.boost * 1e-3 == pytest.approx(card.half, rel=0.02)
-    assert card.tf32 is None or card.tf32 == pytest.approx(card.half / 2, rel=0.01)
-    if "RTX" in card.name:  # two FLOPs a core: 64 cores in a Turing multiprocessor, 128 later
-        cores = 64 if card.arch == "sm_75" else 128
-        single = card.processors * 2 * cores * card.boost * 1e-3
-        assert single == pytest.approx(card.single, rel=0.02)
-
-
-def test_cards_are_told_apart():
-    assert cards.card_of("NVIDIA GeForce RTX 3070 Ti") is cards.CARDS["RTX 3070 Ti"]
-    assert cards.card_of("NVIDIA GeForce RTX 3070") is cards.CARDS["RTX 3070"]
-    assert cards.card_of("NVIDIA A100-SXM4-80GB") is cards.CARDS["A100"]
-    for other in ("CPU AMD EPYC", "NVIDIA RTX A1000", "NVIDIA GH200 480GB"):
-        assert cards.card_of(other) is None
-    assert cards.nearest("NVIDIA H200", "sm_90").name == "H200"
-    assert cards.nearest("an unknown card", "sm_89").name == "RTX 4090"
-    assert cards.nearest("", "sm_87").name == "RTX 3090"
-
-
-def test_the_cost_model_prefers_what_the_design_expects():
-    big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
-    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, layers=3)
-    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, layers=3)
-    assert choose(big).strategy == "hybrid"
-    assert choose(small).strategy == "fused"
-    assert choose(dropped).strategy == "split"

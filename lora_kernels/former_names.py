@@ -1,0 +1,40 @@
+"""Modules by their names before the wings, so that old pickles load: an alias for one release.
+
+A pickle, or a whole model in a file of `torch.save`, names each class by its module. These names
+resolve to the classes where they live now.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+# Former module -> the modules that hold its names now.
+FORMER = {
+    "dispatch": ("strategies.choose", "strategies.problem", "strategies.table"),
+    "functional": ("autograd.functional", "algebra.operands"),
+    "groups": ("layers.group", "injection.siblings"),
+    "held": ("layers.held_weight", "autograd.autocast"),
+    "modules": ("layers.linear", "layers.config", "layers.base"),
+    "peft": ("injection.peft",),
+    "tuning": ("hardware.tiles", "hardware.tuned"),
+}
+
+
+class _Former(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        package, _, former = self.__name__.rpartition(".")
+        for module in FORMER[former]:
+            found = getattr(import_module(f"{package}.{module}"), name, None)
+            if found is not None:
+                return found
+        raise AttributeError(f"{self.__name__} has moved, and has no {name!r}")
+
+
+def install() -> None:
+    """Let `import lora_kernels.modules` and the like find what has moved."""
+    for former in FORMER:
+        name = f"{__package__}.{former}"
+        sys.modules.setdefault(name, _Former(name, __doc__))

@@ -1,0 +1,105 @@
+"""What `result.json` says of a run: what was asked, the data, the model, and how training went."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import torch
+
+from .arguments import Arguments
+from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
+from .loading import model_name
+from .methods import METHODS, Attached, parameter_counts
+from .trainer import ExactTrainer, clean
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "peft", "lora-kernels")
+
+Splits = Mapping[str, datasets.Dataset]
+
+
+def describe_run(arguments: Arguments, task: Task, source: str) -> dict[str, Any]:
+    """What was asked for, and what it runs on."""
+    threads = torch.get_num_threads()
+    gpu = torch.cuda.is_available()
+    return {
+        "task": task.name,
+        "model": source,
+        "model_name": model_name(source),
+        "method": arguments.method,
+        "arguments": arguments.identity() | {"learning_rate": arguments.rate()},
+        "seed": arguments.seed,
+        "command": arguments.command(),
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {threads} threads",
+        "versions": _versions(),
+        "primary_metric": task.metrics[0],
+        "saved": METHODS[arguments.method].saved,
+    }
+
+
+def describe_data(task: Task, data: TaskData, used: Splits, scored: Splits) -> dict[str, Any]:
+    """Where the rows came from, how many are `used` and `scored`, and what a constant scores."""
+    return {
+        "data": data.origin,
+        "rows": {name: len(split) for name, split in used.items()},
+        "scored": {name: len(split) for name, split in scored.items()},
+        "baseline": {
+            "name": "mse of the mean" if task.regression else "majority class",
+            "splits": majority_baseline(task, used),
+        },
+        "repeated_texts": repeated_texts(used),
+    }
+
+
+def describe_model(attached: Attached) -> dict[str, Any]:
+    """What trains and what is frozen, and which layers got LoRA."""
+    return {
+        "parameters": parameter_counts(attached.model),
+        "fused": [dataclasses.asdict(row) for row in attached.fused],
+        "skipped": [dataclasses.asdict(row) for row in attached.skipped],
+    }
+
+
+def describe_training(trainer: ExactTrainer) -> dict[str, Any]:
+    """The history by epoch, speed and memory of a run that has trained and scored."""
+    losses, epochs = trainer.step_losses, int(trainer.args.num_train_epochs)
+    per_epoch = len(losses) // epochs
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    history: list[dict[str, Any]] = []
+    for epoch in range(epochs):
+        own = losses[epoch * per_epoch : (epoch + 1) * per_epoch]
+        row: dict[str, Any] = {"epoch": epoch + 1, "train_loss": sum(own) / len(own)}
+        if logs:
+            validation = clean(logs[epoch], "eval")
+            row |= {f"validation_{name}": value for name, value in validation.items()}
+        history.append(row)
+    scoring = sum(log["eval_runtime"] for log in logs)
+    return {
+        "history": history,
+        "seconds": trainer.seconds,
+        "samples_per_second": epochs * len(trainer.train_dataset) / (trainer.seconds - scoring),
+        "peak_memory": _peak_memory(),
+    }
+
+
+def _peak_memory() -> dict[str, Any]:
+    """Bytes: of the GPU since its counter was reset, or else of this process in all its life."""
+    if torch.cuda.is_available():
+        return {"of": "GPU, allocated", "bytes": torch.cuda.max_memory_allocated()}
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"of": "process, resident", "bytes": kibibytes * 1024}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

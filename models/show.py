@@ -1,0 +1,92 @@
+"""A result for the eye: the plot, and the tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure  # pyplot would choose a display
+from rich.console import Console
+from rich.table import Table
+
+
+def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
+    """On the left the loss of every step and epoch; on the right the task's first metric."""
+    history = result["history"]
+    metric = result["primary_metric"]
+    epochs = [row["epoch"] for row in history]
+    per_epoch = len(losses) / max(len(history), 1)
+    ends = [round(epoch * per_epoch) for epoch in epochs]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="train, each step"
+    )
+    left.plot(ends, [row["train_loss"] for row in history], "o-", label="train, epoch mean")
+    if "validation_loss" in history[0]:
+        left.plot(ends, [row["validation_loss"] for row in history], "s-", label="validation")
+        values = [row[f"validation_{metric}"] for row in history]
+        right.plot(epochs, values, "s-", label="validation")
+    if "test" in result["metrics"]:
+        test = result["metrics"]["test"][metric]
+        right.plot(epochs[-1:], [test], "*", markersize=12, label=f"test {test:.3f}")
+    if metric == "accuracy":
+        baseline = next(reversed(result["baseline"]["splits"].values()))
+        right.axhline(baseline, color="0.5", linestyle="--", label=f"majority class {baseline:.3f}")
+    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel=metric, xticks=epochs[:: max(1, len(epochs) // 8)])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.suptitle(f"{result['task']}, {result['model_name']}, {result['method']}", fontsize=10)
+    return figure
+
+
+def print_parameters(result: Mapping[str, Any]) -> None:
+    """Print what trains and what is frozen, before the first step."""
+    table = Table(title="parameters", title_justify="left")
+    table.add_column("group")
+    for column in ("trainable", "total", "share"):
+        table.add_column(column, justify="right")
+    for group, count in result["parameters"].items():
+        if count["total"]:
+            share = count["trainable"] / count["total"]
+            table.add_row(group, f"{count['trainable']:,}", f"{count['total']:,}", f"{share:.2%}")
+    console = Console(highlight=False)
+    console.print(table)
+    strategies = sorted({row["strategy"] for row in result["fused"]})
+    if result["fused"]:
+        console.print(f"{len(result['fused'])} layers with LoRA, strategy {', '.join(strategies)}")
+    for row in result["skipped"]:
+        console.print(f"left alone: {row['name']} ({row['reason']})")
+
+
+def print_result(result: Mapping[str, Any], directory: Path) -> None:
+    """Print the scores of a finished run, its size, time and memory, and the files it left."""
+    title = f"{result['task']} · {result['model_name']} · {result['method']} on {result['device']}"
+    table = Table(title=title, title_justify="left")
+    names = list(next(iter(result["metrics"].values())))
+    table.add_column("split")
+    table.add_column("rows scored", justify="right")
+    for name in (*names, result["baseline"]["name"]):
+        table.add_column(name, justify="right")
+    for split, metrics in result["metrics"].items():
+        numbers = [f"{metrics[name]:.4f}" for name in names]
+        baseline = f"{result['baseline']['splits'][split]:.4f}"
+        table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
+    console = Console(highlight=False)
+    console.print(table)
+    counts, memory = result["parameters"], result["peak_memory"]
+    console.print(
+        f"trained {counts['all']['trainable']:,} of {counts['all']['total']:,} parameters "
+        f"(LoRA {counts['lora']['trainable']:,}, head {counts['head']['trainable']:,}) in "
+        f"{result['seconds']:.0f} s, {result['samples_per_second']:.0f} samples/s, "
+        f"peak memory {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
+    )
+    for split, count in result["repeated_texts"].items():
+        if count:
+            console.print(f"note: {count} {split} rows have a text that is in train too")
+    names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in directory.iterdir())
+    console.print(f"{directory}/: {', '.join(names)}")

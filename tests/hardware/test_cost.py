@@ -1,0 +1,60 @@
+"""The cost model: bytes and FLOPs of every launch by hand, and the order of strategies by it."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_kernels import STRATEGIES
+from lora_kernels.hardware import cost
+from lora_kernels.hardware.cards import CARDS
+from lora_kernels.hardware.tiles import tiles_for
+from lora_kernels.strategies.choose import choose
+from lora_kernels.strategies.problem import Problem
+
+# 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: the numbers of docs/kernels.md.
+SIZE = cost.Size(4096, 768, (768,), 16, True, 2)
+X = Y = 4096 * 768 * 2
+W, H, MASK, SMALL = 768 * 768 * 2, 4096 * 16 * 2, 4096 * 768 / 8, 16 * 768 * 4
+SHIPPED = tiles_for("sm_86", 2, 16, tf32=False)
+
+
+def test_bytes_and_flops_by_hand():
+    project, gemm, dB, sum_B, dA, sum_A, dx = cost.launches("split", SIZE, SHIPPED, processors=82)
+    assert project.bytes == X + H + SMALL + MASK and project.flops == 2 * 4096 * 768 * 16
+    assert gemm.bytes == X + W + H + SMALL + Y
+    assert gemm.flops == 2 * 4096 * 768 * 768 + 2 * 4096 * 768 * 16
+    blocks = 6  # 768 columns / 128
+    partials, partials_h = 4 * 16 * 768 * 16, 4 * blocks * 4096 * 16  # of 4096 rows / (4 x 64)
+    partials_A = 4 * 28 * 768 * 16  # of twice 82 programs / 6 blocks
+    assert dB.bytes == Y + H + SMALL + partials + partials_h and dB.flops == 2 * 2 * 4096 * 768 * 16
+    assert sum_B.bytes == partials + partials_h + SMALL + H
+    assert dA.bytes == X + H + MASK + partials_A and sum_A.bytes == partials_A + SMALL
+    assert dx.bytes == Y + W + H + SMALL + MASK + X
+    moved = [launch.bytes for launch in (project, gemm, dB, sum_B, dA, sum_A, dx)]
+    assert [round(sum(part) / 1e6) for part in (moved[:2], moved[2:])] == [21, 35]
+    floor = (X + W + Y) / (1008 * 0.85e3)
+    assert cost.microseconds([gemm], CARDS["RTX 4090"], torch.bfloat16) > floor
+
+
+def test_a_group_reads_x_once_whatever_its_widths():
+    group = SIZE._replace(N=(768, 256, 256))
+    project, gemm = cost.launches("split", group, SHIPPED, processors=82, backward=False)
+    assert project.bytes == X + 3 * (H + 16 * 768 * 4 + MASK)
+    widths = 768 + 256 + 256
+    assert gemm.bytes == X + 3 * H + widths * (768 * 2 + 4096 * 2 + 16 * 4)
+    alone = cost.launches("library", group.alone(1), SHIPPED, 82)
+    draw, *each = cost.launches("library", group, SHIPPED, 82)  # masks are drawn in one launch
+    assert draw.bytes == 3 * MASK and len(each) == 3 * (len(alone) - 1)
+
+
+def test_every_strategy_has_a_cost():
+    assert set(cost.COSTS) == set(STRATEGIES)
+
+
+def test_the_cost_model_prefers_what_the_design_expects():
+    big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
+    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, segments=3)
+    dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, segments=3)
+    assert choose(big).strategy == "hybrid"
+    assert choose(small).strategy == "fused"
+    assert choose(dropped).strategy == "split"
