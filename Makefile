@@ -12,6 +12,10 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # Half of what nproc counts, since that is often two a core.
 THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? 1 : n / 2)))
 ARGS ?=
+# What `make coverage` runs; CI takes a part.
+COVERED ?= tests
+# What `make versions` looks at; empty: all that pyproject.toml names.
+VERSIONS ?=
 
 DEMO_EXTRAS := models,demo
 ALL_EXTRAS := models,peft,demo,bench,dev
@@ -19,7 +23,8 @@ DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint types pytest compile-gate run-compiled gpu format install clean check-python
+.PHONY: help demo test lint types pytest coverage nightly compile-gate run-compiled versions benchmark gpu \
+	format install clean check-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -39,12 +44,24 @@ types: $(VENV)/.installed-all ## mypy
 	$(RUN) -m mypy
 
 # Without a GPU the kernels run on CPU tensors (tests/conftest.py), with one thread a worker.
-pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
+define run_pytest
 	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		set -x; $(RUN) -m pytest $(ARGS); \
+		set -x; $(RUN) -m pytest $(1) $(ARGS); \
 	else \
-		set -x; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS); \
+		set -x; OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(1) $(ARGS); \
 	fi
+endef
+
+pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
+	$(call run_pytest,)
+
+# Before Python 3.12 counting lines more than doubles the time of the interpreter's kernels.
+coverage: $(VENV)/.installed-all ## the tests again, with the share of lines that they run (COVERED=tests/layers)
+	$(call run_pytest,--cov --cov-report=term:skip-covered $(COVERED))
+
+nightly: $(VENV)/.installed-all ## what is too long for make test: tests marked nightly, all compiled kernels
+	$(call run_pytest,-m nightly)
+	$(MAKE) run-compiled compile-gate
 
 compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
 	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report
@@ -54,27 +71,17 @@ run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, ins
 		OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED_FOR=$$arch $(RUN) -m pytest -q tests/compiled/compiled_code.py tests/compiled/compiled_tiles.py || exit 1; \
 	done
 
-# Installs nothing: PYTHON has torch, Triton, transformers, peft, pytest and pytest-xdist. A step that
-# fails or runs out of its share of MINUTES does not stop the next; rows are written as they are
-# measured, and a second call goes on (tuning begins anew). Interrupted, not killed, pytest still says
-# what failed. Tests mostly wait for the compiler: processes side by side.
-EACH_KERNEL := tests/algebra/test_masks.py tests/autograd/test_functional.py -k "every_gradient or project_draws or applied"
+versions: $(VENV)/.installed-all ## whether each supported Python parses, resolves, imports (VERSIONS='3.10 3.13')
+	$(RUN) .ci/versions.py $(VERSIONS) $(ARGS)
+
+benchmark: $(VENV)/.installed-all ## the kernel cases through pytest-benchmark; on a CPU only toys
+	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+# Installs nothing; bench/on_gpu.py says what PYTHON must have, and what each step does.
 MINUTES ?= 50
 GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 16 ? (n + 1) / 2 : 8)))
-seconds = $$(($(MINUTES) * 60 * $(1) / 100))
-share = timeout -s INT -k 30 $(call seconds,$(1))
-gpu: export PYTHONPATH := .
-gpu: export PYTHONUNBUFFERED := 1
 gpu: ## on a GPU, with what PYTHON has: test, check memory, measure, tune, plot (MINUTES=25: in half the time)
-	-$(call share,28) $(PYTHON) -m pytest -q -m "not slow" --maxfail 20 -n $(GPU_WORKERS) --dist worksteal
-	-@if command -v compute-sanitizer >/dev/null; then set -x; PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-		$(call share,12) compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
-		$(PYTHON) -m pytest -q $(EACH_KERNEL); else echo "no compute-sanitizer here"; fi
-	-$(call share,12) $(PYTHON) -m bench kernels --quick --seconds $(call seconds,10)
-	-$(call share,17) $(PYTHON) -m lora_kernels.cli tune --model roberta-base
-	-$(call share,17) $(PYTHON) -m bench end_to_end --quick
-	-$(call share,12) $(PYTHON) -m bench kernels --quick --seconds $(call seconds,10)
-	-$(call share,2) $(PYTHON) -m bench plots
+	PYTHONPATH=. $(PYTHON) -m bench.on_gpu --minutes $(MINUTES) --workers $(GPU_WORKERS)
 
 format: $(VENV)/.installed-all ## rewrite the sources in the house format
 	$(RUN) -m ruff check --fix .
@@ -83,7 +90,7 @@ format: $(VENV)/.installed-all ## rewrite the sources in the house format
 install: $(VENV)/.installed-all ## make the environment and install everything, run nothing
 
 clean: ## remove the environment, runs and caches
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Says in one line what is wrong with the interpreter, before anything is downloaded.

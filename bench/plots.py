@@ -183,10 +183,11 @@ def host(rows: Rows, gpu: str, output: Path) -> Path | None:
     rows = [row for row in rows if row["case"] in ("linears", "encoder")]
     if not rows:
         return None
-    keys = list(dict.fromkeys((r["case"], r["precision"], r["dropout"]) for r in rows))
+    settings = [(row["case"], row["precision"], row["dropout"]) for row in rows]
+    keys = list(dict.fromkeys(settings))
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    cells = {(r["case"], r["precision"], r["dropout"], r["provider"]): r["median_us"] for r in rows}
-    series = {n: [cells[(*k, n)] / 1e3 if (*k, n) in cells else None for k in keys] for n in names}
+    cells = {(k, row["provider"]): row["median_us"] for k, row in zip(settings, rows, strict=True)}
+    series = {n: [cells[k, n] / 1e3 if (k, n) in cells else None for k in keys] for n in names}
     figure, (axis,) = _figure(9.0)
     _bars(axis, [f"{case}\n{how}, p = {p}" for case, how, p in keys], series, 0)
     axis.set_ylabel("ms, forward + backward")

@@ -113,9 +113,9 @@ def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = T
 
     `aligned` says that N and K are multiples of 16, so that loads can be wide.
     """
-    key = itemsize, not aligned or rank_block(R) > 32
+    wide = not aligned or rank_block(R) > 32
     kind = arch if aligned or arch == "cpu" else "any"
-    tiles = DEFAULT_TILES.get((kind, *key), DEFAULT_TILES[("any", *key)])
+    tiles = DEFAULT_TILES.get((kind, itemsize, wide), DEFAULT_TILES["any", itemsize, wide])
     return tiles._replace(precision="tf32" if tf32 else "ieee")
 
 

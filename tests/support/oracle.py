@@ -2,7 +2,7 @@
 yardstick.
 
 No tolerance is picked by hand. For y and every gradient, the RMS error may be 10 % larger than
-eager's and the largest error twice eager's plus one ulp (the contract of docs/decisions.md).
+eager's and the largest error twice eager's plus one ulp (docs/accuracy.md says why).
 Eager's error is itself a sample: with n elements two equal RMS errors differ by a factor of 1 + 3 /
 sqrt(n) at three sigma, and that is added for small outputs.
 """
