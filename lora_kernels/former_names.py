@@ -16,11 +16,15 @@ FORMER = {
     "dispatch": ("strategies.choose", "strategies.problem", "strategies.table"),
     "functional": ("autograd.functional", "algebra.operands"),
     "groups": ("layers.group", "injection.siblings"),
-    "held": ("layers.held_weight", "autograd.autocast"),
+    "held": ("autograd.autocast", "former_names"),
     "modules": ("layers.linear", "layers.config", "layers.base"),
     "peft": ("injection.peft",),
     "tuning": ("hardware.tiles", "hardware.tuned"),
 }
+
+
+class HeldCast:
+    """What layers kept of their weight under autocast until they kept nothing; old pickles do."""
 
 
 class _Former(ModuleType):

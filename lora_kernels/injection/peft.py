@@ -18,7 +18,6 @@ from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.functional import lora_layer
 from ..layers.base import is_conv1d
 from ..layers.group import Group, problem_of
-from ..layers.held_weight import HeldCast
 from ..strategies.choose import choose
 from ..strategies.problem import Problem
 from ..strategies.table import check_strategy
@@ -99,10 +98,9 @@ class FusedForward:
         self.layer = layer
         self.strategy = strategy
         self.group: Group | None = None
-        self._held = HeldCast()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = self.parts(x)
+        parts = self.parts()
         if parts is None or args or any(v is not None for v in kwargs.values()):
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
@@ -121,27 +119,22 @@ class FusedForward:
         plain = plain_lora(self.layer)
         return not isinstance(plain, str) and plain.dropout.training
 
-    def parts(self, x: Tensor) -> Parts | None:
-        """What a call on x needs besides x; None where PEFT's own forward runs."""
+    def parts(self) -> Parts | None:
+        """The tensors and settings of a call now; None where PEFT's own forward runs."""
+        return self._parts(in_training=False)
+
+    def own(self) -> Parts | None:
+        """The tensors, and the settings as in training; None where PEFT's own forward runs."""
+        return self._parts(in_training=True)
+
+    def _parts(self, *, in_training: bool) -> Parts | None:
         plain = plain_lora(self.layer)
         if isinstance(plain, str):
             return None
-        weight = plain.base.weight
-        if not torch.compiler.is_compiling():  # a graph could not see that the weight has moved
-            weight = self._held.of(weight, x)
-        return self._parts(plain, weight, plain.dropout.training)
-
-    def own(self) -> Parts | None:
-        """The layer's tensors as they are held; None where PEFT's own forward runs."""
-        plain = plain_lora(self.layer)
-        return None if isinstance(plain, str) else self._parts(plain, plain.base.weight, True)
-
-    def _parts(self, plain: PlainLoRA, weight: Tensor, training: bool) -> Parts:
         base, lora_A, lora_B, dropout, scale = plain
-        weights = Weights(
-            weight.T if is_conv1d(base) else weight, base.bias, lora_A.weight, lora_B.weight
-        )
-        probability = getattr(dropout, "p", 0.0) if training else 0.0
+        weight = base.weight.T if is_conv1d(base) else base.weight
+        probability = getattr(dropout, "p", 0.0) if in_training or dropout.training else 0.0
+        weights = Weights(weight, base.bias, lora_A.weight, lora_B.weight)
         return Parts(weights, Settings(scale, probability, self.strategy))
 
 

@@ -38,10 +38,10 @@ class LoRALayer(Protocol):
         """Whether dropout is on."""
 
     def own(self) -> Parts | None:
-        """Its tensors as held, its settings as in training; None if it runs unfused."""
+        """Its tensors, and its settings as in training; None if it runs unfused."""
 
-    def parts(self, x: Tensor) -> Parts | None:
-        """What a call on x needs, cast as autocast asks; None if it runs unfused (merged, say)."""
+    def parts(self) -> Parts | None:
+        """Its tensors and settings in a call now; None if it runs unfused (merged, say)."""
 
 
 def layout_of(layer: LoRALayer) -> tuple[Any, ...] | None:
@@ -132,7 +132,7 @@ class Group:
         self._fresh = False
         if not any(member is layer for member in self.members):
             return None  # a replica of nn.DataParallel, whose siblings are replicas unknown here
-        every = [own if member is layer else member.parts(x) for member in self.members]
+        every = [own if member is layer else member.parts() for member in self.members]
         parts = [p for p in every if p is not None]
         if len(parts) < len(every) or not _alike(parts, x):
             return None

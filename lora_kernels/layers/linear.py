@@ -15,7 +15,6 @@ from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d
 from .config import _check
-from .held_weight import HeldCast
 
 
 class FusedLoRALinear(nn.Module):
@@ -140,7 +139,6 @@ class FusedLoRALinear(nn.Module):
         self.train(layer.training)
         self.group: Any = None  # the siblings that read the same x (a `group.Group`)
         self._unmerged: nn.Parameter | None = None
-        self._held = HeldCast()
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
@@ -150,42 +148,33 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        parts = self.parts(x)
+        parts = self.parts()
         if parts is None:
-            weight = self._weight(x)
-            bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
-            return nn.functional.linear(x.to(weight.dtype), weight, bias)
+            return self._plain(x)
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts)
 
-    def parts(self, x: Tensor) -> Parts | None:
-        """What a call on x needs besides x; None if the layer is merged, a plain linear one."""
+    def _plain(self, x: Tensor) -> Tensor:
+        """y of a merged layer."""
+        weight = self.weight.T if self.conv1d else self.weight
+        bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
+        return nn.functional.linear(x.to(weight.dtype), weight, bias)
+
+    def parts(self) -> Parts | None:
+        """The tensors and settings of a call now; None if merged, which is a plain layer."""
         if self.merged:
             return None
-        weights = Weights(self._weight(x), self.bias, self.lora_A, self.lora_B)
-        return Parts(weights, self._settings(self.dropout if self.training else 0.0))
+        return self._parts(self.dropout if self.training else 0.0)
 
     def own(self) -> Parts:
-        """The layer's tensors as they are held, and its settings as in training."""
+        """The tensors, merged or not, and the settings as in training."""
+        return self._parts(self.dropout)
+
+    def _parts(self, dropout: float) -> Parts:
         weight = self.weight.T if self.conv1d else self.weight
         weights = Weights(weight, self.bias, self.lora_A, self.lora_B)
-        return Parts(weights, self._settings(self.dropout))
-
-    def _settings(self, dropout: float) -> Settings:
-        return Settings(self.scale, dropout, self.strategy, self.columns)
-
-    def _weight(self, x: Tensor) -> Tensor:
-        weight = self._held.of(self.weight, x)
-        return weight.T if self.conv1d else weight
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
-        self._held.forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._held.forget()
-        super()._load_from_state_dict(*arguments)
+        return Parts(weights, Settings(self.scale, dropout, self.strategy, self.columns))
 
     @property
     def merged(self) -> bool:

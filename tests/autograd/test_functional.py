@@ -7,6 +7,7 @@ import torch
 
 from lora_kernels import STRATEGIES, lora_linear
 from lora_kernels.algebra import reference
+from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.autograd import operators
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
@@ -247,8 +248,8 @@ def test_a_weight_that_is_not_frozen_gets_its_gradient(compiled):
 
     def layer(x, weight, lora_A, lora_B, bias):
         if compiled:
-            lists = [weight], [lora_A], [lora_B], [bias]
-            return operators.forward(x, *lists, None, [], 0.5, 0.0, "library")[2]
+            operands = Operands.of([Weights(weight, bias, lora_A, lora_B)])
+            return operators.call(x, operands, Settings(0.5, strategy="library"), None)[0]
         return lora_linear(x, weight, lora_A, lora_B, bias=bias, scale=0.5)
 
     for wanted in (leaves, (weight,)):

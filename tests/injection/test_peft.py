@@ -324,20 +324,23 @@ def test_a_result_that_waits_is_not_that_of_another_adapter():
     torch.testing.assert_close(ours.value(x), theirs.value(x))
 
 
-def test_a_frozen_fp32_weight_is_cast_once_under_autocast():
-    model = peft_model()
+def test_under_autocast_a_base_that_peft_merged_in_place_is_what_is_used():
+    """PEFT merges through `weight.data`, which no version counter shows."""
+    model, eager = peft_model(), peft_model()
+    eager.load_state_dict(model.state_dict())
     fuse_peft(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        zoo.logits(model)
-        layer = model.base_model.model.roberta.encoder.layer[0].attention.self.query
-        held = layer.forward._held.copy
-        zoo.logits(model)
-        assert held is not None and layer.forward._held.copy is held
-        with torch.no_grad():
-            layer.base_layer.weight.mul_(2)
-        zoo.logits(model)
-    assert torch.equal(layer.forward._held.copy, layer.base_layer.weight.bfloat16())
-    assert copy.deepcopy(layer).forward._held.copy is None
+    for change in (
+        lambda m: m.merge_adapter(),
+        lambda m: m.unmerge_adapter(),
+        lambda m: [p.data.add_(0.5) for n, p in m.named_parameters() if "query.base" in n],
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = zoo.logits(model)
+            for each in (model, eager):
+                change(each)
+            after, wanted = zoo.logits(model), zoo.logits(eager)
+        torch.testing.assert_close(after, wanted, rtol=0.02, atol=0.02)
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

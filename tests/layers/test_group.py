@@ -291,18 +291,6 @@ def test_layers_that_differ_are_left_alone():
     assert group_siblings(model) == ()
 
 
-def test_autocast_casts_each_weight_once(x):
-    model = Attention()
-    group_siblings(model)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        y = model(x)
-        held = model.key._held.copy
-        model(x)
-    assert y.dtype == torch.bfloat16
-    assert model.key._held.copy is held and held.dtype == torch.bfloat16
-    assert model.key.weight.dtype == torch.float32
-
-
 class Disentangled(nn.Module):
     """DeBERTa's attention: query and key project the hidden states, then the table of positions."""
 
