@@ -8,15 +8,12 @@ where it stopped: rows of the same code are not measured again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -24,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_kernels.durable import locked, replacing
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,8 +182,7 @@ class Results:
     def add(self, rows: Sequence[Row]) -> None:
         """Write rows, each in place of the old one of its key; other processes may do the same."""
         new = {self._key(row): self._complete(row) for row in rows}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path):
+        with locked(self.path):
             kept = [row for row in self.rows() if self._key(row) not in new]
             write(self.path, [*kept, *new.values()])
         if self._held is not None:
@@ -212,23 +210,11 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write a file in one step: a reader sees the old rows or the new, never half."""
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def every_row(suite: str, folder: Path = RESULTS) -> list[Row]:
     """The rows of a suite on every device that has a file."""
     paths = sorted(folder.glob(f"*-{suite.replace('_', '-')}.json"))
     return [row for path in paths for row in read(path)]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with the process that held it."""
-    lock = Path(tempfile.gettempdir()) / f"lora-kernels-bench-{slug(str(path))[-120:]}.lock"
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -8,36 +8,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lora_kernels.durable import replacing
 
 from . import show
 
 RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to, and rename it once the block has ended well.
-
-    Works for files and directories. A block that raises leaves ``path`` as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield aside
-        if aside.is_dir() and path.exists():
-            shutil.rmtree(path)
-        os.replace(aside, path)
-    finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
 
 
 def open_run(

@@ -7,67 +7,29 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..algebra.columns import check_columns, fold
+from ..algebra.columns import widths
 from ..injection.inject import fused_layers
 from ..injection.targets import near_misses, why_not
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter
+from .files import Adapter, LayerValues
 
 
 def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
-    """ValueError with all that does not fit between an adapter and a model."""
-    injected = fused_layers(model)
-    modules = dict(model.named_modules())
-    problems: list[str] = []
+    """Raise ValueError with all that does not fit between an adapter and a model.
+
+    `train` names the modules that the model trains in full, whose values the adapter must hold.
+    """
+    misnamed = _names(model, adapter)
+    problems = list(misnamed.values())
     for path, values in adapter.layers.items():
-        if path not in modules:
-            problems.append(f"{path} does not exist{near_misses(path, modules)}")
+        if path in misnamed:
             continue
-        if injected and path not in injected:
-            problems.append(f"{path} is no LoRA layer of this model")
-            continue
-        if not injected and (reason := why_not(model, path)):
-            problems.append(f"{path} cannot be replaced: {reason}")
-            continue
-        layer = modules[path]
-        K, N = features_of(layer)
-        fused = isinstance(layer, FusedLoRALinear)
-        rank = len(layer.lora_A if fused else values.lora_A)
-        for name, found, wanted in (
-            ("lora_A", list(values.lora_A.shape), [rank, K]),
-            ("lora_B", list(values.lora_B.shape), [N, rank]),
-        ):
-            if found != wanted:
-                problems.append(f"{path}.{name} is {found} in the file and {wanted} in the model")
-        columns = layer.columns if isinstance(layer, FusedLoRALinear) else values.columns
-        if columns and not problems:
-            try:
-                check_columns(columns, N)
-                fold(values.lora_B, columns)
-            except ValueError as error:
-                problems.append(f"{path}: {error}")
+        layer = model.get_submodule(path)
+        problems += _shapes(path, layer, values) or _columns(path, layer, values)
         if isinstance(layer, FusedLoRALinear):
-            if layer.merged:
-                problems.append(f"{path} is merged: unmerge it first")
-            problems += _alpha_problem(path, layer, values.alpha, adapter.rslora)
-    problems += [
-        f"{path} has no values in the file" for path in injected if path not in adapter.layers
-    ]
-    state = model.state_dict()
-    wanted_keys = [key for path in train for key in state if key.startswith(path + ".")]
-    problems += [
-        f"{key} has no value in the file" for key in wanted_keys if key not in adapter.others
-    ]
-    for key, value in adapter.others.items():
-        if key not in wanted_keys:
-            problems.append(
-                f"{key} is in the file, but the model does not train it (train={sorted(train)})"
-            )
-        elif value.shape != state[key].shape:
-            problems.append(
-                f"{key} is {list(value.shape)} in the file and {list(state[key].shape)} here"
-            )
+            problems += _state(path, layer, values, adapter.rslora)
+    problems += _others(model, adapter, sorted(train))
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
@@ -75,15 +37,74 @@ def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
         )
 
 
-def _alpha_problem(
-    path: str, layer: FusedLoRALinear, alpha: float | None, rslora: bool
-) -> list[str]:
-    """The file's scale must be the layer's: the same values would mean another update."""
-    if alpha is None:
+def _names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Path -> problem, where the file's layers are not the model's, or cannot get LoRA."""
+    injected = fused_layers(model)
+    modules = dict(model.named_modules())
+    problems = {}
+    for path in adapter.layers:
+        if path not in modules:
+            problems[path] = f"{path} does not exist{near_misses(path, modules)}"
+        elif injected and path not in injected:
+            problems[path] = f"{path} is no LoRA layer of this model"
+        elif not injected and (reason := why_not(model, path)):
+            problems[path] = f"{path} cannot be replaced: {reason}"
+    missing = [path for path in injected if path not in adapter.layers]
+    return problems | {path: f"{path} has no values in the file" for path in missing}
+
+
+def _shapes(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
+    """Where lora_A is not [G R, K], or lora_B not [N, R] or, on columns, [sum of N_g, R]."""
+    K, N = features_of(layer)
+    fused = layer if isinstance(layer, FusedLoRALinear) else None
+    ranks = values.blocks * values.rank if fused is None else len(fused.lora_A)
+    width = N if values.columns is None else sum(widths(values.columns))
+    return [
+        f"{path}.{name} is {list(found.shape)} in the file and {wanted} in the model"
+        for name, found, wanted in (
+            ("lora_A", values.lora_A, [ranks, K]),
+            ("lora_B", values.lora_B, [width, ranks // values.blocks]),
+        )
+        if list(found.shape) != wanted
+    ]
+
+
+def _columns(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
+    """Where LoRA is on other columns in the file than in the model."""
+    if not isinstance(layer, FusedLoRALinear) or values.columns == layer.columns:
         return []
-    rank = len(layer.lora_A)  # of the file, where columns are unfolded
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
-    if math.isclose(scale, layer.scale, rel_tol=1e-6):
-        return []
-    theirs, ours = f"alpha={alpha}, rslora={rslora}", f"alpha={layer.alpha}, rslora={layer.rslora}"
-    return [f"{path} has {theirs} in the file and {ours} in the model"]
+    if values.columns is None:  # a PEFT file, which `read_peft` could not fold to these columns
+        return [f"{path}: lora_B is not zero outside the blocks of columns {layer.columns}"]
+    here = layer.columns or "the whole layer"
+    return [f"{path} has LoRA on columns {values.columns} in the file and on {here} in the model"]
+
+
+def _state(path: str, layer: FusedLoRALinear, values: LayerValues, rslora: bool) -> list[str]:
+    """Where values cannot be loaded into a layer, or would mean another update at its scale."""
+    problems = [f"{path} is merged: unmerge it first"] if layer.merged else []
+    if values.alpha is not None:
+        rank = len(layer.lora_A) // values.blocks
+        scale = values.alpha / (math.sqrt(rank) if rslora else rank)
+        if not math.isclose(scale, layer.scale, rel_tol=1e-6):
+            problems.append(
+                f"{path} has alpha={values.alpha}, rslora={rslora} in the file and "
+                f"alpha={layer.alpha}, rslora={layer.rslora} in the model"
+            )
+    return problems
+
+
+def _others(model: nn.Module, adapter: Adapter, train: list[str]) -> list[str]:
+    """Where the values of modules trained in full are not those of the model's `train`."""
+    state = model.state_dict()
+    wanted = [key for path in train for key in state if key.startswith(path + ".")]
+    problems = [f"{key} has no value in the file" for key in wanted if key not in adapter.others]
+    for key, value in adapter.others.items():
+        if key not in wanted:
+            problems.append(
+                f"{key} is in the file, but the model does not train it (train={train})"
+            )
+        elif value.shape != state[key].shape:
+            problems.append(
+                f"{key} is {list(value.shape)} in the file and {list(state[key].shape)} here"
+            )
+    return problems

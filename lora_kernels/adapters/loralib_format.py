@@ -1,4 +1,8 @@
-"""loralib checkpoints: a state dict with `<path>.lora_A` and `<path>.lora_B`."""
+"""loralib checkpoints, read: a state dict with `<path>.lora_A` and `<path>.lora_B`.
+
+A `MergedLinear` (query, key and value in one weight, say) holds its LoRAs stacked, as a
+`FusedLoRALinear` with columns does. The file says neither which columns they are on nor `alpha`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..algebra.columns import Ranges, equal_columns, unfold
+from ..algebra.columns import Ranges, equal_columns
 from ..injection.targets import is_layer
 from ..layers.base import features_of
 from .files import Adapter, LayerValues, read_tensors, split_lora
@@ -20,18 +24,13 @@ def read_loralib(
     linear = {name: module for name, module in model.named_modules() if is_layer(module)}
     layers: dict[str, LayerValues] = {}
     for name, (lora_A, lora_B) in pairs.items():
-        columns, blocks = None, 1
-        layer = linear.get(name)  # a path that the model lacks is reported with all else
-        N = features_of(layer)[1] if layer is not None else len(lora_B)
-        if layer is not None and lora_B.shape != (N, len(lora_A)):
+        columns = None
+        layer = linear.get(name)  # `check_fit` reports a path that the model lacks
+        if layer is not None and lora_B.shape != (N := features_of(layer)[1], len(lora_A)):
             columns = getattr(layer, "columns", None)
             if enable_lora is not None or columns is None:
                 columns = _columns(f"{path}: {name}", lora_A, lora_B, N, enable_lora)
-            blocks, lora_B = len(columns), unfold(lora_B, columns, N)
-        # loralib scales by alpha / r, and the rank of the whole is blocks * r.
-        layers[name] = LayerValues(
-            lora_A, lora_B, None if alpha is None else alpha * blocks, columns
-        )
+        layers[name] = LayerValues(lora_A, lora_B, alpha, columns)
     modules = {key.rpartition(".")[0] for key in others}
     state = model.state_dict().keys()
     for name in modules:
@@ -49,21 +48,21 @@ def _columns(
 ) -> Ranges:
     """The columns that a `MergedLinear` adapts.
 
-    The layer's N outputs are equal segments, and `enable_lora` says which of them have LoRA.
+    The layer's N outputs are equal segments, and `enable_lora` says which of them have LoRA; None
+    means all. Raises ValueError where the tensors do not have the shapes of that.
     """
-    blocks, rest = divmod(lora_A.shape[0], lora_B.shape[1])
-    r = lora_B.shape[1]
+    R = lora_B.shape[1]
     shapes = f"lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)}, {N} outputs"
     if enable_lora is None:
-        if lora_B.shape[0] != N or rest:
+        if len(lora_B) != N or len(lora_A) % R:
             raise ValueError(
                 f"{name} ({shapes}) does not fit; "
                 "if it is a MergedLinear pass enable_lora=, such as (True, False, True)"
             )
-        enable_lora = (True,) * blocks
-    segment = N // max(len(enable_lora), 1)
+        enable_lora = (True,) * (len(lora_A) // R)
     enabled = [i for i, on in enumerate(enable_lora) if on]
-    fits = lora_A.shape[0] == len(enabled) * r and lora_B.shape[0] == len(enabled) * segment
-    if not fits or segment * len(enable_lora) != N:
+    width = N // max(len(enable_lora), 1)
+    fits = len(lora_A) == len(enabled) * R and len(lora_B) == len(enabled) * width
+    if not fits or width * len(enable_lora) != N:
         raise ValueError(f"{name} ({shapes}) does not fit enable_lora={tuple(enable_lora)}")
     return tuple(equal_columns(N, len(enable_lora))[i] for i in enabled)

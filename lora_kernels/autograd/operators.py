@@ -66,8 +66,8 @@ def forward(
     """[h, mask, *y] of a layer or a group, a pure function of its inputs."""
     given = _operands(operands, present)
     settings = _settings(scale, dropout, strategy, columns)
-    row, tiles = decide(x, given, settings)
-    y, h, mask = row.forward(x, given, settings, seed, tiles)
+    chosen, tiles = decide(x, given, settings)
+    y, h, mask = chosen.forward(x, given, settings, seed, tiles)
     return [h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, *y]
 
 
@@ -90,8 +90,8 @@ def backward(
     """[dx, *dlora_A, *dlora_B] of a layer or a group."""
     given = _operands(operands, present)
     settings = _settings(scale, dropout, strategy, columns)
-    row, tiles = decide(dy[0], given, settings)
-    dx, dlora_A, dlora_B = row.backward(
+    chosen, tiles = decide(dy[0], given, settings)
+    dx, dlora_A, dlora_B = chosen.backward(
         tuple(dy), x, given, h, mask if dropout else None, settings,
         Wanted(want_dx, want_dlora_A, want_dlora_B), tiles,
     )  # fmt: skip

@@ -1,32 +1,38 @@
-"""The tuned table: what `lora-kernels tune` measured on this machine's card, one JSON file a GPU.
+"""The tuned tables: what `lora-kernels tune` measured on this machine, one JSON file for each GPU.
 
-The file is named after the card, the Triton release and a digest of the kernels' sources, so that a
-table is never applied to other kernels.
+A file is named after the card, the Triton release and a digest of the kernels' sources, so that a
+table is never applied to kernels other than those it was measured on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .tiles import KERNELS, Tile
+from ..durable import locked, replacing
+from .tiles import DEFAULT_TILES, KERNELS, Tile
 
 FORMAT = 1
 KERNEL_SOURCES = Path(__file__).parent.parent / "kernels"
 
+# What taking JSON of another form for a table or a row raises.
+_WRONG_CONTENT = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+
 
 class Tuned(NamedTuple):
-    """A measured row: the fastest strategy of a problem, its tiles, and its time."""
+    """A measured row: the fastest strategy of a problem, the tiles of its kernels, and its time.
+
+    `median_us` is the time of forward + backward, in microseconds.
+    """
 
     strategy: str
     tiles: Mapping[str, Tile]
@@ -34,9 +40,9 @@ class Tuned(NamedTuple):
 
 
 def kernel_hash(sources: Path = KERNEL_SOURCES) -> str:
-    """A digest of the kernels' sources: a table that was measured on other kernels is not applied.
+    """A digest of the kernels' sources: 12 hexadecimal digits.
 
-    RuntimeError where no kernel file is found: a digest of nothing would fit every kernel.
+    Raises RuntimeError where no kernel file is found: a digest of nothing would fit every kernel.
     """
     files = sorted(sources.glob("*.py"))
     if not files:
@@ -48,7 +54,7 @@ def kernel_hash(sources: Path = KERNEL_SOURCES) -> str:
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU lies: under $LORA_KERNELS_CACHE, else the user's cache folder."""
+    """The file of a GPU's table: in $LORA_KERNELS_CACHE, else in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = os.environ.get("LORA_KERNELS_CACHE") or Path(cache, "lora_kernels")
     try:
@@ -61,58 +67,69 @@ def table_path(gpu: str) -> Path:
 
 @lru_cache(maxsize=8)
 def load_table(path: Path) -> Mapping[str, Tuned]:
-    """Problem key -> measured row; empty without a table. A corrupt one is ignored, warned once."""
-    try:
-        return _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"the tuning table {path} is ignored: {error!r}", stacklevel=2)
-        return {}
+    """Problem key -> measured row, read once a process; empty where there is no table.
 
-
-def _parse(text: str) -> dict[str, Tuned]:
-    content = json.loads(text)
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}, not {FORMAT}")
-    rows = {}
-    for key, row in content["rows"].items():
-        tiles = {kernel: Tile(*(int(v) for v in tile)) for kernel, tile in row["tiles"].items()}
-        if unknown := set(tiles) - set(KERNELS):
-            raise ValueError(f"unknown kernels {sorted(unknown)}")
-        rows[key] = Tuned(str(row["strategy"]), tiles, float(row["median_us"]))
+    What cannot have been measured, a row or the whole table, is ignored with one warning.
+    """
+    rows, ignored = _read(path)
+    if ignored:
+        warnings.warn("; ".join(ignored), stacklevel=2)
     return rows
 
 
 def store_rows(path: Path, gpu: str, rows: Mapping[str, Tuned]) -> None:
-    """Add rows to a table: written aside and renamed, one writer at a time, nobody's rows lost."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        try:
-            merged = {**_parse(path.read_text(encoding="utf-8")), **rows}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            merged = dict(rows)
+    """Add rows to a table, each in place of the old one of its key.
+
+    Processes that store at the same time take turns, so no row is lost. What `load_table` ignores
+    is dropped.
+    """
+    with locked(path):
+        merged = {**_read(path)[0], **rows}
         content: dict[str, Any] = {"format": FORMAT, "gpu": gpu, "kernels": kernel_hash()}
         content["rows"] = {
             key: {"strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
             for key, r in sorted(merged.items())
         }
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     load_table.cache_clear()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _read(path: Path) -> tuple[dict[str, Tuned], list[str]]:
+    """The rows of a table, and what of it is ignored, with the reason."""
+    rows: dict[str, Tuned] = {}
+    ignored: list[str] = []
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows, where Triton has no wheels either
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, not {FORMAT}")
+        for key, row in content["rows"].items():
+            try:
+                rows[key] = _row(row)
+            except _WRONG_CONTENT as error:
+                ignored.append(f"row {key} of the tuning table {path} is ignored: {error!r}")
+    except FileNotFoundError:
+        pass
+    except (OSError, *_WRONG_CONTENT) as error:
+        ignored.append(f"the tuning table {path} is ignored: {error!r}")
+    return rows, ignored
+
+
+def _row(row: Mapping[str, Any]) -> Tuned:
+    if unknown := set(row["tiles"]) - set(KERNELS):
+        raise ValueError(f"unknown kernels {sorted(unknown)}")
+    tiles = {kernel: Tile(*sizes) for kernel, sizes in row["tiles"].items()}
+    for kernel, tile in tiles.items():
+        if not _is_possible(tile, shipped=getattr(DEFAULT_TILES["any", 2, False], kernel)):
+            raise ValueError(f"{kernel} has {tile}")
+    median_us = float(row["median_us"])
+    if not 0 < median_us < math.inf:
+        raise ValueError(f"a time of {median_us} us")
+    return Tuned(str(row["strategy"]), tiles, median_us)
+
+
+def _is_possible(tile: Tile, shipped: Tile) -> bool:
+    """Whether sizes and warps are powers of two; a size that the kernel does not use may be 0."""
+    used = [value for value, default in zip(tile[:4], shipped[:4], strict=True) if value or default]
+    integers = all(type(value) is int for value in tile)
+    return integers and tile.stages > 0 and all(v > 0 and v & (v - 1) == 0 for v in used)

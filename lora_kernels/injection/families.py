@@ -12,7 +12,7 @@ from torch import nn
 class Family:
     """One row: the `model_type`s it covers, its usual LoRA targets, the names of its task heads.
 
-    `parts` names the equal ranges of the columns of a layer that computes several projections in
+    `columns` names the equal ranges of the columns of a layer that computes several projections in
     one: `c_attn.q` is a target like any other.
     """
 
@@ -20,15 +20,15 @@ class Family:
     model_types: tuple[str, ...]
     targets: tuple[str, ...]
     head: tuple[str, ...]
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl")
 _LLAMA = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"),
-    *("olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere"),
-    *("opt", "gptj", "gpt_neo"),
-)
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
+    "olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere", "opt", "gptj",
+    "gpt_neo",
+)  # fmt: skip
 _HEAD = ("classifier", "qa_outputs")
 
 

@@ -23,8 +23,11 @@ from .report import SkippedRow
 def find_targets(
     model: nn.Module, targets: tuple[str, ...] | None, train: Mapping[str, str]
 ) -> tuple[dict[str, Ranges | None], list[SkippedRow]]:
-    """The paths to fuse, each with the columns that get LoRA (None: all, as one), and the matched
-    modules that are left alone with the reason."""
+    """The layers to fuse, and the matched ones that are left alone, with the reason.
+
+    The first is path -> the columns that get LoRA; None means all of them, as one. Raises
+    ValueError if nothing can be fused, or a target asks for what `train` trains in full.
+    """
     if targets is None:
         targets = _default_targets(model)
     if targets == ("all-linear",):
@@ -32,7 +35,7 @@ def find_targets(
         excluded = _outputs(model)
     else:
         matched, excluded = _match(model, targets), {}
-    matched, columns = _whole_layers(matched, _parts(model))
+    matched, columns = _whole_layers(matched, _named_columns(model))
     trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
     fused: dict[str, Ranges | None] = {}
     skipped: list[SkippedRow] = []
@@ -143,10 +146,10 @@ def _default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _match(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
-    """Path -> the target that names it, for modules and parts of any kind; each must match."""
-    parts = list(_parts(model))
-    paths = [name for name, _ in model.named_modules() if name] + parts
-    linear = [name for name, module in model.named_modules() if is_layer(module)] + parts
+    """Path -> the target that names it, for modules and named columns; each target must match."""
+    named = list(_named_columns(model))
+    paths = [name for name, _ in model.named_modules() if name] + named
+    linear = [name for name, module in model.named_modules() if is_layer(module)] + named
     matched: dict[str, str] = {}
     for target in targets:
         found = [path for path in paths if name_matches(target, path)]
@@ -156,39 +159,39 @@ def _match(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
     return {path: matched[path] for path in paths if path in matched}
 
 
-def _parts(model: nn.Module) -> dict[str, tuple[str, Range]]:
-    """Path of each named part -> (path of its layer, its columns), by the rows of `FAMILIES`."""
+def _named_columns(model: nn.Module) -> dict[str, tuple[str, Range]]:
+    """Path of a projection inside a layer (`h.0.attn.c_attn.q`) -> (the layer's path, its columns).
+
+    `Family.columns` has the names. A cross-attention is left out: its query is a layer of its own,
+    and this weight holds key and value alone.
+    """
     family = family_of(model)
     found: dict[str, tuple[str, Range]] = {}
-    for path, module in model.named_modules() if family and family.parts else ():
+    if family is None or not family.columns:
+        return found
+    for path, module in model.named_modules():
         owner, _, name = path.rpartition(".")
-        names = family.parts.get(name, ()) if family else ()
-        # Cross-attention has a query layer of its own, and key and value alone in this one.
-        if (
-            names
-            and is_layer(module)
-            and not vars(model.get_submodule(owner)).get("is_cross_attention")
-        ):
-            columns = equal_columns(features_of(module)[1], len(names))
-            for part, segment in zip(names, columns, strict=True):
-                found[f"{path}.{part}"] = path, segment
+        names = family.columns.get(name, ())
+        crossed = vars(model.get_submodule(owner)).get("is_cross_attention")
+        if names and is_layer(module) and not crossed:
+            ranges = equal_columns(features_of(module)[1], len(names))
+            found |= {f"{path}.{each}": (path, r) for each, r in zip(names, ranges, strict=True)}
     return found
 
 
 def _whole_layers(
-    matched: Mapping[str, str], parts: Mapping[str, tuple[str, Range]]
+    matched: Mapping[str, str], named: Mapping[str, tuple[str, Range]]
 ) -> tuple[dict[str, str], dict[str, Ranges]]:
-    """The matches with parts replaced by their layers, and the columns of those layers."""
+    """The matches with layers in the place of named columns, and the columns of those layers."""
     layers: dict[str, str] = {}
     columns: dict[str, Ranges] = {}
     for path, target in matched.items():
-        if path not in parts:
+        owner, found = named.get(path, (path, None))
+        if found is None:
             layers[path] = target
-            continue
-        owner, columns_of_part = parts[path]
-        if owner not in matched:
+        elif owner not in matched:
             layers.setdefault(owner, target)
-            columns[owner] = (*columns.get(owner, ()), columns_of_part)
+            columns[owner] = (*columns.get(owner, ()), found)
         elif matched[owner] != target:
             raise ValueError(
                 f"targets {matched[owner]!r} and {target!r} ask for {owner} as a whole and for a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -11,10 +12,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels import LoRAConfig, add_lora, load_adapter, save_adapter
+from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, load_adapter, save_adapter
 from lora_kernels.injection.families import heads_of
 from lora_kernels.injection.inject import fused_layers
 from tests.support import zoo
@@ -268,6 +269,46 @@ def test_other_mismatches_are_named(tmp_path):
         load_adapter(zoo.build("roberta"), tmp_path)
     with pytest.raises(ValueError, match="no LoRA layer to save"):
         save_adapter(zoo.build("roberta"), tmp_path)
+
+
+def on_columns(N: int = 36, **options) -> nn.Module:
+    """One layer of N outputs with LoRA on the first and the last twelve of 36."""
+    layer = FusedLoRALinear.from_linear(
+        nn.Linear(8, N), rank=3, columns=((0, 12), (24, 36)), **options
+    )
+    nn.init.normal_(layer.lora_B)
+    return nn.ModuleDict({"first": layer, "second": copy.deepcopy(layer)})
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+    save_adapter(on_columns(alpha=5), tmp_path)
+    values = load_file(tmp_path / WEIGHTS)
+    for name in ("first", "second"):
+        values[f"base_model.model.{name}.lora_B.weight"][20, 0] = 1.0  # no block has this row
+    save_file(values, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError) as caught:
+        load_adapter(on_columns(alpha=6), tmp_path)
+    problems = str(caught.value).partition(" does not fit ModuleDict: ")[2].split("; ")
+    assert [problem[:40] for problem in problems] == [
+        "first: lora_B is not zero outside the bl",
+        "first has alpha=10, rslora=False in the ",
+        "second: lora_B is not zero outside the b",
+        "second has alpha=10, rslora=False in the",
+    ]
+
+
+def test_columns_in_the_metadata_are_held_against_the_values(tmp_path):
+    save_adapter(on_columns(), tmp_path)
+    plain = nn.ModuleDict({"first": nn.Linear(8, 36), "second": nn.Linear(8, 40)})
+    with pytest.raises(ValueError, match=r"second.lora_B is \[36, 6\] in the file and \[40, 6\]"):
+        load_adapter(plain, tmp_path)
+    for columns, what in (([(0, 12), (24, 37)], "ascending"), ([(0, 12), (25, 36)], "not zero")):
+        metadata = {"format": "pt", "lora_kernels.columns": json.dumps({"first": columns})}
+        save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata)
+        plain = nn.ModuleDict({"first": nn.Linear(8, 36), "second": nn.Linear(8, 36)})
+        with pytest.raises(ValueError, match=f"first: .*{what}"):
+            load_adapter(plain, tmp_path)
+        assert not fused_layers(plain)
 
 
 class Malice:

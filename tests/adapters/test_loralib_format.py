@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_kernels.adapters.load_save import load_adapter
+from lora_kernels import FusedLoRALinear, load_adapter
 from tests.adapters.test_load_save import injected
 from tests.support import zoo
 
@@ -95,6 +96,16 @@ def test_a_loralib_file_may_hold_whole_heads_but_no_loose_bias(tmp_path):
 def test_a_loralib_merged_linear_of_another_model_is_reported(tmp_path):
     with pytest.raises(ValueError, match="c_attn does not exist"):
         load_adapter(nn.ModuleDict({"other": nn.Linear(8, 36)}), _merged_file(tmp_path), alpha=5)
+
+
+@pytest.mark.parametrize("rank, columns", [(3, ((0, 12), (24, 36))), (6, None)])
+def test_a_merged_linear_does_not_fit_a_layer_with_other_columns(rank, columns, tmp_path):
+    """The file has LoRA on the first two thirds."""
+    layer = FusedLoRALinear.from_linear(nn.Linear(8, 36), rank=rank, columns=columns)
+    here = columns or "the whole layer"
+    message = f"c_attn has LoRA on columns ((0, 12), (12, 24)) in the file and on {here} in the"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_adapter(GPT2Attention(layer), _merged_file(tmp_path), enable_lora=(True, True, False))
 
 
 def _merged_file(tmp_path: Path) -> Path:

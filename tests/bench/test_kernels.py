@@ -151,7 +151,7 @@ def test_a_failed_measurement_is_tried_again(results):
 def test_a_file_is_written_whole_or_not_at_all(results, monkeypatch):
     results.add(rows_of(("floor",)))
     before = results.path.read_text()
-    monkeypatch.setattr(records.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         results.add(rows_of(("auto",)))
     assert results.path.read_text() == before

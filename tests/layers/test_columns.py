@@ -243,10 +243,10 @@ def test_query_key_and_value_are_what_they_are_called(name):
     """A token that is alone attends to itself, whatever its query and its key are."""
     alone = {key: value[:, :1] for key, value in zoo.batch().items()}
     plain = zoo.build(name)
-    ((layer, parts),) = family_of(plain).parts.items()
-    assert parts == ("q", "k", "v")
+    ((layer, names),) = family_of(plain).columns.items()
+    assert names == ("q", "k", "v")
     expected = plain(**alone).logits
-    for part in parts:
+    for part in names:
         model = zoo.build(name)
         add_lora(model, LoRAConfig(rank=3, targets=(f"{layer}.{part}",)))
         zoo.randomise(model, "lora_")

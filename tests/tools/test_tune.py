@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,55 @@ def test_a_corrupt_table_is_ignored_with_one_warning_and_then_replaced(text):
         choose(PROBLEM)
     store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
     assert choose(PROBLEM).strategy == "split"
+
+
+IMPOSSIBLE = {
+    "infinite": {"median_us": float("inf")},
+    "no-number": {"median_us": float("nan")},
+    "no-time": {"median_us": 0},
+    "negative": {"median_us": -1.0},
+    "endless": {"median_us": 10**400},
+    "no-power-of-two": {"tiles": {"project": [48, 0, 64, 4, 4]}},
+    "negative-size": {"tiles": {"project": [-32, 0, 64, 4, 4]}},
+    "no-depth": {"tiles": {"low_rank_gemm": [64, 64, 0, 4, 4]}},
+    "no-rows": {"tiles": {"low_rank_gemm": MEASURED, "project": [0, 0, 64, 4, 4]}},
+    "three-warps": {"tiles": {"low_rank_gemm": [64, 64, 64, 3, 4]}},
+    "no-stages": {"tiles": {"low_rank_gemm": [64, 64, 64, 4, 0]}},
+    "half-a-stage": {"tiles": {"low_rank_gemm": [64, 64, 64, 4, 2.5]}},
+    "four-sizes": {"tiles": {"low_rank_gemm": [64, 64, 64, 4]}},
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_row_that_cannot_have_been_measured_is_ignored_alone(change):
+    """The row of another length of the same layer stays, also when rows are added."""
+    path, other = tuned.table_path(PROBLEM.gpu), replace(PROBLEM, M=4096)
+    good = {"strategy": "split", "tiles": {"low_rank_gemm": MEASURED}, "median_us": 9.0}
+    rows = {PROBLEM.key: good | change, other.key: good}
+    path.write_text(json.dumps({"format": 1, "rows": rows}))
+    with pytest.warns(UserWarning, match="is ignored") as caught:
+        assert "cost model" in choose(PROBLEM).reason
+        assert "measured on this card: 9 us" in choose(other).reason
+    assert len(caught) == 1 and PROBLEM.key in str(caught[0].message)
+    store_rows(path, PROBLEM.gpu, {"another": row()})
+    assert set(load_table(path)) == {other.key, "another"}
+
+
+def test_shipped_tiles_and_candidates_are_possible_rows():
+    path = tuned.table_path("card")
+    named = {
+        f"{key} {kernel}": {kernel: getattr(shipped, kernel)}
+        for key, shipped in DEFAULT_TILES.items()
+        for kernel in KERNELS
+    }
+    named |= {
+        f"{kernel} {tile}": {kernel: tile}
+        for kernel, tiles_ in tune.CANDIDATES.items()
+        for tile in tiles_
+    }
+    rows = {key: Tuned("split", tiles_, 1.0) for key, tiles_ in named.items()}
+    store_rows(path, "card", rows)
+    assert load_table(path) == rows
 
 
 def test_writers_at_the_same_time_lose_nothing(cache):
