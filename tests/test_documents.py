@@ -13,14 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import lora_kernels
 from bench.__main__ import SUITES
-from lora_kernels import cli, explain
-from lora_kernels.strategies.choose import choose
-from lora_kernels.strategies.problem import Problem
-from lora_kernels.strategies.table import STRATEGIES
+from lora_kernels import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -174,7 +170,7 @@ def test_every_variable_that_is_set_is_listed(document):
             assert name in variables_listed() | of_make | {"PYTHONPATH"}, name
 
 
-# ---------------------------------------------------------------- public names, strategies
+# ---------------------------------------------------------------- public names
 
 
 @pytest.mark.parametrize("name", lora_kernels.__all__)
@@ -184,37 +180,3 @@ def test_a_public_name_has_a_docstring_and_a_place_in_the_documents(name):
         assert value.__doc__ and value.__doc__.strip(), f"{name} has no docstring"
     spans = [span for document in DOCUMENTS for span in code(document)]
     assert any(re.search(rf"\b{name}\b", span) for span in spans), f"no document names {name}"
-
-
-PROBLEM = re.compile(r"M=(\d+) N=(\d+) K=(\d+) R=(\d+) (\w+) (cpu|\w+_\d+)(, dropout)?")
-
-
-def problem_of(text: str) -> Problem:
-    """The problem that prints as `text`."""
-    found = PROBLEM.fullmatch(text)
-    assert found, text
-    sizes = map(int, found.groups()[:4])
-    problem = Problem(*sizes, getattr(torch, found[5]), found[6], dropout=bool(found[7]))
-    assert str(problem) == text
-    return problem
-
-
-def test_the_table_of_strategies_says_what_choose_picks():
-    pytest.importorskip("triton")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*M=[^|]*) \|$", text, re.MULTILINE)
-    assert {name for name, _ in rows} == set(STRATEGIES)
-    for name, where in rows:
-        problems = [problem_of(span) for span in re.findall(r"`(M=[^`]+)`", where)]
-        assert problems, f"{name} has no example"
-        for problem in problems:
-            assert choose(problem).strategy == name, f"{problem}: {choose(problem)}"
-
-
-def test_the_explanation_in_the_readme_is_what_explain_prints():
-    pytest.importorskip("triton")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```\n(M=.*?)\n  \.\.\.\n```$", text, re.MULTILINE | re.DOTALL)
-    shown = block.splitlines()
-    printed = str(explain(problem_of(shown[0]))).splitlines()[1:]
-    assert [line.strip() for line in printed[: len(shown)]] == [line.strip() for line in shown]
