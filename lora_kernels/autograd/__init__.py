@@ -2,3 +2,7 @@
 
 Rule: this wing gives strategies their tensors and autograd its gradients; it computes nothing.
 """
+
+from .functional import lora_linear
+
+__all__ = ["lora_linear"]

@@ -2,3 +2,7 @@
 
 Rule: this wing launches nothing and chooses nothing; it imports the algebra at most.
 """
+
+from .tiles import Tile, Tiles
+
+__all__ = ["Tile", "Tiles"]

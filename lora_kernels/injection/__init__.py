@@ -2,3 +2,9 @@
 
 Rule: this wing knows modules and their names, and no file.
 """
+
+from .inject import add_lora, merge
+from .peft import fuse_peft, unfuse_peft
+from .report import Report
+
+__all__ = ["Report", "add_lora", "fuse_peft", "merge", "unfuse_peft"]

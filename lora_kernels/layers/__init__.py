@@ -2,3 +2,8 @@
 
 Rule: a layer knows its own tensors and settings, and no model around it.
 """
+
+from .config import LoRAConfig
+from .linear import FusedLoRALinear
+
+__all__ = ["FusedLoRALinear", "LoRAConfig"]
