@@ -73,18 +73,14 @@ _FLOAT_WIDE = _FLOAT._replace(
 _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
 
 # WGMMA, on sm_90, takes deeper tiles than MMA.
-_HOPPER = _HALF._replace(
-    low_rank_gemm=Tile(128, 128, 64, 8, 3), fused_gemm=Tile(128, 128, 64, 8, 3)
-)
+_DEEP = Tile(128, 128, 64, 8, 3)
+_HOPPER = _HALF._replace(low_rank_gemm=_DEEP, fused_gemm=_DEEP)
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
 # nothing AMD has run.
 _AMD = Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"])
 # (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
 DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
-    ("cpu", 2, False): _INTERPRETER,
-    ("cpu", 2, True): _INTERPRETER,
-    ("cpu", 4, False): _INTERPRETER,
-    ("cpu", 4, True): _INTERPRETER,
+    **{("cpu", size, wide): _INTERPRETER for size in (2, 4) for wide in (False, True)},
     ("any", 2, False): _HALF,
     ("any", 2, True): _HALF_WIDE,
     ("any", 4, False): _FLOAT,
