@@ -42,7 +42,7 @@ def _compile_report_arguments(parser: argparse.ArgumentParser) -> None:
 def _compile_report(arguments: argparse.Namespace) -> int:
     rows = compile_report.compile_report(arguments.arch, arguments.dtype, arguments.keep)
     if arguments.json:
-        print(json.dumps(compile_report.as_json(rows), indent=1))
+        print(json.dumps([row._asdict() for row in rows], indent=1))
     else:
         print(compile_report.render(rows))
     return 1 if any(row.refusal for row in rows) else 0
