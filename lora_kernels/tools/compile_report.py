@@ -24,37 +24,20 @@ from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
 from .absent_card import absent_card
 from .probe import Probe, without_memory
+from .shapes import LAYERS, Layer
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Specimen(NamedTuple):
-    """A problem whose training step is compiled: `segments` layers [N, K] that read one x.
-
-    With `columns` the segments are ranges of one weight, N / 3 columns each, as in GPT-2's c_attn.
-    """
-
-    M: int
-    N: int
-    K: int
-    R: int
-    dropout: bool
-    bias: bool
-    conv1d: bool = False
-    segments: int = 1
-    columns: bool = False
-
-
-# Ragged sizes, ranks up to 64 and every flag occur in some row.
-SPECIMENS = (
-    Specimen(4096, 768, 768, 16, dropout=True, bias=True),
-    Specimen(4096, 3072, 768, 8, dropout=False, bias=True, conv1d=True),
-    Specimen(4096, 768, 3072, 64, dropout=True, bias=False),
-    Specimen(1000, 771, 773, 3, dropout=True, bias=True),
-    Specimen(4096, 768, 768, 8, dropout=True, bias=True, segments=3),
-    Specimen(4096, 768, 768, 8, dropout=False, bias=True, segments=3),
-    Specimen(4096, 2304, 768, 8, dropout=True, bias=True, conv1d=True, segments=2, columns=True),
+# (layer, M, R, dropout). Ragged sizes, ranks up to 64 and every flag occur in some row.
+Specimen = tuple[Layer, int, int, bool]
+SPECIMENS: tuple[Specimen, ...] = (
+    (LAYERS["roberta-base.query"], 4096, 16, True),
+    (LAYERS["gpt2.c_fc"], 4096, 8, False),
+    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True),
+    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True),
+    (LAYERS["roberta-base.qkv"], 4096, 8, True),
+    (LAYERS["roberta-base.qkv"], 4096, 8, False),
+    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True),
 )
 
 
@@ -88,9 +71,11 @@ class Row(NamedTuple):
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on tensors without memory: every launch of a step on the card."""
-    M, N, K, R, dropout, bias, conv1d, G, columns = specimen
-    tf32 = dtype is torch.float32
-    problem = Problem(M, N, K, R, dtype, arch, dropout, tf32, G, columns=columns)
+    layer, M, R, dropout = specimen
+    K, G, tf32 = layer.K, len(layer.children), dtype is torch.float32
+    problem = Problem(
+        M, max(layer.N), K, R, dtype, arch, dropout, tf32, segments=G, columns=layer.columns
+    )
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
         return  # refused: `fused` for columns, all but `library` for sm_75
@@ -105,7 +90,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
         return
     # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
     adapter = torch.float32 if dropout else dtype
-    probe = Probe(problem, choice, without_memory, bias=bias, conv1d=conv1d, adapter=adapter)
+    probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
     x, dy = probe.inputs()
     probe.backward(x, dy, probe.forward(x))
 
@@ -130,7 +115,8 @@ def compile_report(
                 for strategy in STRATEGIES:
                     training_step(specimen, DTYPES[dtype], arch, strategy)
                 for source, metadata, binary in card.compiled:
-                    rows.setdefault(_row(source, metadata, binary, specimen, dtype, arch), binary)
+                    row = _row(source, metadata, binary, specimen[0], dtype, arch)
+                    rows.setdefault(row, binary)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         for row, binary in rows.items():
@@ -140,15 +126,13 @@ def compile_report(
     return list(rows)
 
 
-def _row(
-    source: Any, metadata: Any, binary: bytes, specimen: Specimen, dtype: str, arch: str
-) -> Row:
+def _row(source: Any, metadata: Any, binary: bytes, layer: Layer, dtype: str, arch: str) -> Row:
     names, limits, shared = source.fn.arg_names, ARCHITECTURES[arch], metadata.shared
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
     flags = [n.lower() for n, v in constants.items() if v is True]
-    layout = "conv1d" if specimen.conv1d else "linear"
-    count = f"{'of' if specimen.columns else 'x'}{specimen.segments}"
+    layout = "conv1d" if layer.conv1d else "linear"
+    count = f"{'of' if layer.columns else 'x'}{len(layer.children)}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
     tile = "-".join([*blocks, *depth, *flags, layout, count])
     registers = spills = matrix = occupancy = None
