@@ -39,36 +39,26 @@ KERNELS = Tiles._fields[:-1]
 # On sm_86 128 x 128 with 8 warps is the largest output tile whose accumulator stays in registers
 # beside the rank-R product (`lora-kernels compile-report`).
 _HALF = Tiles(
-    project=Tile(32, 0, 64, 4, 3),
-    low_rank_gemm=Tile(128, 128, 32, 8, 3),
-    fused_gemm=Tile(128, 128, 32, 8, 3),
-    low_rank=Tile(64, 128, 32, 4, 1),
-    output_gradients=Tile(64, 128, 0, 4, 2),
-    parameter_gradients=Tile(32, 128, 0, 4, 2),
-)
+    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(64, 128, 32, 4, 1),
+    low_rank_gemm=Tile(128, 128, 32, 8, 3), fused_gemm=Tile(128, 128, 32, 8, 3),
+    output_gradients=Tile(64, 128, 0, 4, 2), parameter_gradients=Tile(32, 128, 0, 4, 2),
+)  # fmt: skip
 # Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
 # as large as the others, and rows that are not aligned take an address for each element.
 _HALF_WIDE = _HALF._replace(
-    fused_gemm=Tile(64, 128, 32, 8, 3),
-    low_rank=Tile(64, 64, 32, 4, 1),
-    output_gradients=Tile(32, 64, 0, 4, 2),
-    parameter_gradients=Tile(32, 64, 0, 4, 2),
-)
+    fused_gemm=Tile(64, 128, 32, 8, 3), low_rank=Tile(64, 64, 32, 4, 1),
+    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+)  # fmt: skip
 # Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
 _FLOAT = Tiles(
-    project=Tile(32, 0, 32, 4, 2),
-    low_rank_gemm=Tile(64, 64, 32, 4, 2),
-    fused_gemm=Tile(64, 64, 32, 4, 2),
-    low_rank=Tile(64, 64, 32, 4, 1),
-    output_gradients=Tile(32, 64, 0, 4, 2),
-    parameter_gradients=Tile(32, 64, 0, 4, 2),
-)
+    project=Tile(32, 0, 32, 4, 2), low_rank=Tile(64, 64, 32, 4, 1),
+    low_rank_gemm=Tile(64, 64, 32, 4, 2), fused_gemm=Tile(64, 64, 32, 4, 2),
+    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+)  # fmt: skip
 _FLOAT_WIDE = _FLOAT._replace(
-    fused_gemm=Tile(32, 64, 32, 4, 2),
-    low_rank=Tile(32, 64, 32, 4, 1),
-    output_gradients=Tile(16, 64, 0, 4, 2),
-    parameter_gradients=Tile(16, 64, 0, 4, 2),
-)
+    fused_gemm=Tile(32, 64, 32, 4, 2), low_rank=Tile(32, 64, 32, 4, 1),
+    output_gradients=Tile(16, 64, 0, 4, 2), parameter_gradients=Tile(16, 64, 0, 4, 2),
+)  # fmt: skip
 # The interpreter runs small tests: with small tiles their shapes still have ragged edges.
 _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
 
