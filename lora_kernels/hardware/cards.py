@@ -19,9 +19,8 @@ class Card:
     """A product: multiprocessors, GHz, GB/s of memory, TFLOP/s, MiB of the last cache.
 
     `half`, `tf32` (None: no such unit) and `single` are the rates of dense matrix products summed
-    in float32; on GeForce cards `half` is half of what float16 sums allow. `boost` is the clock of
-    the reference or Founders board under that load, so that multiprocessors x FLOPs a clock x
-    `boost` gives `half` again, which is a test. bf16 runs at fp16's rate where it exists.
+    in float32; on GeForce cards `half` is half of what float16 sums allow. bf16 runs at fp16's rate
+    where it exists. `boost` is the clock of the reference or Founders board at the rate `half`.
     """
 
     name: str

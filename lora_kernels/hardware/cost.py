@@ -190,10 +190,9 @@ def microseconds(
     memory: float = MEMORY_SHARE, vendor: float = VENDOR_SHARE,
 ) -> float:  # fmt: skip
     """The time on a card whose copies and vendor's GEMMs attain these shares of the datasheet."""
+    triton = TRITON_OVER_VENDOR.get(card.arch, TRITON_OVER_VENDOR_MMA)
     if dtype is torch.float32:
         triton = TRITON_OVER_VENDOR_MMA if tf32 and card.tf32 else TRITON_OVER_VENDOR_EXACT
-    else:
-        triton = TRITON_OVER_VENDOR.get(card.arch, TRITON_OVER_VENDOR_MMA)
     total = 0.0
     for kernel in kernels:
         rate = card.single if kernel.exact else card.rate(dtype, tf32)

@@ -143,8 +143,7 @@ def try_strategy(strategy: str, device: Device) -> str | None:
     """Run a strategy forward and backward on a tiny ragged layer; None, or what went wrong."""
     dtype = torch.float32 if device.arch == "cpu" else torch.float16
     M, N, K, R = 33, 40, 48, 3
-    refusal = STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch))
-    if refusal is not None:
+    if refusal := STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch)):
         return refusal
     draw = torch.Generator().manual_seed(0)
     shapes = ((M, K), (N, K), (R, K), (N, R), (M, N))
@@ -157,13 +156,12 @@ def try_strategy(strategy: str, device: Device) -> str | None:
         trained = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
         y = lora_linear(x, weight, lora_A, lora_B, scale=2.0, strategy=strategy)
         found = (y, *torch.autograd.grad(y, trained, dy))
-    except Exception as error:  # compilers and drivers raise classes of their own
-        return _first_line(error)
+    except Exception as raised:  # compilers and drivers raise classes of their own
+        return _first_line(raised)
     for name, got, want in zip(("y", "dx", "dlora_A", "dlora_B"), found, true, strict=True):
-        # This looks for broken code generation; the tests judge rounding.
-        error_rate = (got.detach().cpu().double() - want).norm() / want.norm()
-        if not error_rate < 0.02:
-            return f"computes a wrong {name}: relative error {float(error_rate):.2g}"
+        error = float((got.detach().cpu().double() - want).norm() / want.norm())
+        if not error < 0.02:  # this looks for broken code generation; the tests judge rounding
+            return f"computes a wrong {name}: relative error {error:.2g}"
     return None
 
 

@@ -64,11 +64,10 @@ class Probe:
         return self.make("x", p.M, p.K, dtype=p.dtype), dy
 
     def forward(self, x: Tensor) -> Forward:
-        """The launches of a forward."""
         return self.strategy.forward(x, self.operands, self.settings, self.seed, self.tiles)
 
     def backward(self, x: Tensor, dy: Tensors, done: Forward) -> Backward:
-        """The launches of the backward of a forward that is `done`, every gradient wanted."""
+        """Every gradient is wanted."""
         given = (dy, x, self.operands, done.h, done.mask, self.settings)
         return self.strategy.backward(*given, Wanted(True, True, True), self.tiles)
 

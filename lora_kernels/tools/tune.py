@@ -50,12 +50,9 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
 
 
 def tune(
-    problems: Iterable[Problem],
-    device: torch.device,
-    *,
-    measure: Callable[[Step], float] = graph_time,
-    report: Callable[[str], None] = print,
-) -> dict[str, Tuned]:
+    problems: Iterable[Problem], device: torch.device, *,
+    measure: Callable[[Step], float] = graph_time, report: Callable[[str], None] = print,
+) -> dict[str, Tuned]:  # fmt: skip
     """The fastest strategy and tiles of each problem, measured on `device` and stored in its table.
 
     `measure` gives the microseconds of a step. Each row is stored at once, so that an interrupted
