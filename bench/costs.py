@@ -29,22 +29,18 @@ def minimum(case: Case, direction: str) -> Launch:
     return Launch("minimum", passes * (s.x + s.weight + s.y), passes * s.gemm, vendor=True)
 
 
-def _each(s: Size) -> list[Size]:
-    return [s.alone(g) for g in range(len(s.N))]
-
-
 def _gemm(s: Size, name: str = "gemm") -> Launch:
     return Launch(name, s.x + s.weight + s.y, s.gemm, vendor=True)
 
 
 def floor_forward(s: Size) -> list[Launch]:
     """y of each projection."""
-    return [_gemm(t) for t in _each(s)]
+    return [_gemm(t) for t in s.layers()]
 
 
 def floor_backward(s: Size) -> list[Launch]:
     """dx of each projection, added up by autograd."""
-    return [_gemm(t, "dx") for t in _each(s)] + [Launch("add dx", 3 * s.x)] * (len(s.N) - 1)
+    return [_gemm(t, "dx") for t in s.layers()] + [Launch("add dx", 3 * s.x)] * (len(s.N) - 1)
 
 
 def _thin(s: Size, columns: int, name: str) -> Launch:
@@ -66,7 +62,7 @@ def _dropout(s: Size) -> Launch:
 def peft_forward(s: Size) -> list[Launch]:
     """A kernel for each operation; with float32 adapters on half weights x and y are cast, too."""
     found, cast = [], s.adapter > s.element
-    for t in _each(s):
+    for t in s.layers():
         (N,) = t.N
         found.append(_gemm(t))
         found += [_passes(t, t.K, "cast x", 1, 1)] * cast
@@ -80,7 +76,7 @@ def peft_forward(s: Size) -> list[Launch]:
 def peft_backward(s: Size) -> list[Launch]:
     """The kernels of autograd, in its order."""
     found, cast = [], s.adapter > s.element
-    for g, t in enumerate(_each(s)):
+    for g, t in enumerate(s.layers()):
         (N,) = t.N
         found += [_passes(t, N, "cast dy", 1, 1)] * (2 * cast)
         found.append(_passes(t, N, "scale dy", 0, 2))

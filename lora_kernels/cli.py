@@ -7,23 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__
 from .tools import compile_report, doctor, shapes, tune
-
-
-@dataclass(frozen=True)
-class Command:
-    """A row of COMMANDS: `run` prints and returns the exit code; every command takes --json."""
-
-    name: str
-    summary: str
-    run: Callable[[argparse.Namespace], int]
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+from .tools.compile_report import DTYPES
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -32,66 +23,56 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if findings["usable"] else 1
 
 
-def _compile_report_arguments(parser: argparse.ArgumentParser) -> None:
-    archs, dtypes = list(compile_report.ARCHITECTURES), list(compile_report.DTYPES)
-    parser.add_argument("--arch", nargs="+", choices=archs, default=list(compile_report.GATED))
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write each cubin into DIR")
-
-
 def _compile_report(arguments: argparse.Namespace) -> int:
     rows = compile_report.compile_report(arguments.arch, arguments.dtype, arguments.keep)
-    if arguments.json:
-        print(json.dumps(compile_report.as_json(rows), indent=1))
-    else:
-        print(compile_report.render(rows))
+    data = [row._asdict() for row in rows]
+    print(json.dumps(data, indent=1) if arguments.json else compile_report.render(rows))
     return 1 if any(row.refusal for row in rows) else 0
-
-
-def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    models = ", ".join(shapes.MODELS)
-    parser.add_argument(
-        "--model", default="roberta-base", help=f"{models}, or a directory with config.json"
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument(
-        "--dtype", nargs="+", choices=list(compile_report.DTYPES), default=["bfloat16"]
-    )
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = arguments.batch * arguments.length
-    dtypes = [compile_report.DTYPES[name] for name in arguments.dtype]
+    dtypes = [DTYPES[name] for name in arguments.dtype]
     problems = shapes.problems_of(arguments.model, tokens, arguments.rank, dtypes, device)
     quiet = (lambda line: None) if arguments.json else print
     rows = tune.tune(problems, device, report=quiet)
     if arguments.json:
-        print(json.dumps(tune.as_json(rows), indent=1))
+        data = [{"problem": key, **row._asdict()} for key, row in rows.items()]
+        print(json.dumps(data, indent=1))
     return 0
 
 
-COMMANDS = (
-    Command(
-        "doctor",
-        "say what this machine has, which strategies run on it, and why not the others",
+_MODELS = f"{', '.join(shapes.MODELS)}, or a directory with config.json"
+_ARCHS, _DTYPES = list(compile_report.ARCHITECTURES), list(DTYPES)
+# Name -> what prints and returns the exit code, a summary, and the flags beside --json.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, dict[str, dict[str, Any]]]] = {
+    "doctor": (
         _doctor,
+        "say what this machine has, which strategies run on it, and why not the others",
+        {},
     ),
-    Command(
-        "compile-report",
-        "compile every kernel for cards that need not be here: registers, spills, shared memory",
+    "compile-report": (
         _compile_report,
-        _compile_report_arguments,
+        "compile every kernel for cards that need not be here: registers, spills, shared memory",
+        {
+            "--arch": {"nargs": "+", "choices": _ARCHS, "default": list(compile_report.GATED)},
+            "--dtype": {"nargs": "+", "choices": _DTYPES, "default": _DTYPES},
+            "--keep": {"type": Path, "metavar": "DIR", "help": "write each cubin into DIR"},
+        },
     ),
-    Command(
-        "tune",
-        "measure strategies and tiles for a model's layers on this GPU, and remember the fastest",
+    "tune": (
         _tune,
-        _tune_arguments,
+        "measure strategies and tiles for a model's layers on this GPU, and remember the fastest",
+        {
+            "--model": {"default": "roberta-base", "help": _MODELS},
+            "--batch": {"type": int, "default": 16},
+            "--length": {"type": int, "default": 128},
+            "--rank": {"type": int, "default": 8},
+            "--dtype": {"nargs": "+", "choices": _DTYPES, "default": ["bfloat16"]},
+        },
     ),
-)
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,11 +80,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lora-kernels", description="Fused LoRA layers: tools.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for row in COMMANDS:
-        command = commands.add_parser(row.name, help=row.summary, description=row.summary)
+    for name, (run, summary, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--json", action="store_true", help="print JSON")
-        row.add_arguments(command)
-        command.set_defaults(run=row.run)
+        for flag, options in flags.items():
+            command.add_argument(flag, **options)
+        command.set_defaults(run=run)
     return top
 
 

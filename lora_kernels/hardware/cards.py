@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
@@ -20,9 +19,8 @@ class Card:
     """A product: multiprocessors, GHz, GB/s of memory, TFLOP/s, MiB of the last cache.
 
     `half`, `tf32` (None: no such unit) and `single` are the rates of dense matrix products summed
-    in float32; on GeForce cards `half` is half of what float16 sums allow. `boost` is the clock of
-    the reference or Founders board under that load, so that multiprocessors x FLOPs a clock x
-    `boost` gives `half` again, which is a test. bf16 runs at fp16's rate where it exists.
+    in float32; on GeForce cards `half` is half of what float16 sums allow. bf16 runs at fp16's rate
+    where it exists. `boost` is the clock of the reference or Founders board at the rate `half`.
     """
 
     name: str
@@ -67,7 +65,7 @@ _ROWS = (
     Card("B200", "sm_100", 148, 1.860, 8000, 2250, 1125, 75, 126, _B200),
     Card("MI300X", "gfx942", 304, 2.100, 5300, 1307.4, 653.7, 163.4, 256, _MI300X),
 )
-CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _ROWS})
+CARDS: Mapping[str, Card] = {card.name: card for card in _ROWS}
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,17 @@ class Architecture:
 
 
 # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "sm_75": Architecture(64, 64, 32, 16, "RTX 2080 Ti"),  # draws and applies masks, no more
-        "sm_80": Architecture(163, 164, 64, 32, "A100"),
-        "sm_86": Architecture(99, 100, 48, 16, "RTX 3090"),
-        "sm_89": Architecture(99, 100, 48, 24, "RTX 4090"),
-        "sm_90": Architecture(227, 228, 64, 32, "H100"),
-        "sm_100": Architecture(227, 228, 64, 32, "B200"),
-        "sm_120": Architecture(99, 100, 48, 24, "RTX 5090"),
-        "gfx942": Architecture(64, 64, 32, 16, "MI300X"),
-        "gfx1100": Architecture(64, 128, 64, 32, "RTX 3090"),
-    }
-)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "sm_75": Architecture(64, 64, 32, 16, "RTX 2080 Ti"),  # draws and applies masks, no more
+    "sm_80": Architecture(163, 164, 64, 32, "A100"),
+    "sm_86": Architecture(99, 100, 48, 16, "RTX 3090"),
+    "sm_89": Architecture(99, 100, 48, 24, "RTX 4090"),
+    "sm_90": Architecture(227, 228, 64, 32, "H100"),
+    "sm_100": Architecture(227, 228, 64, 32, "B200"),
+    "sm_120": Architecture(99, 100, 48, 24, "RTX 5090"),
+    "gfx942": Architecture(64, 64, 32, 16, "MI300X"),
+    "gfx1100": Architecture(64, 128, 64, 32, "RTX 3090"),
+}
 
 
 def card_of(gpu: str) -> Card | None:

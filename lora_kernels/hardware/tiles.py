@@ -39,52 +39,38 @@ KERNELS = Tiles._fields[:-1]
 # On sm_86 128 x 128 with 8 warps is the largest output tile whose accumulator stays in registers
 # beside the rank-R product (`lora-kernels compile-report`).
 _HALF = Tiles(
-    project=Tile(32, 0, 64, 4, 3),
-    low_rank_gemm=Tile(128, 128, 32, 8, 3),
-    fused_gemm=Tile(128, 128, 32, 8, 3),
-    low_rank=Tile(64, 128, 32, 4, 1),
-    output_gradients=Tile(64, 128, 0, 4, 2),
-    parameter_gradients=Tile(32, 128, 0, 4, 2),
-)
+    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(64, 128, 32, 4, 1),
+    low_rank_gemm=Tile(128, 128, 32, 8, 3), fused_gemm=Tile(128, 128, 32, 8, 3),
+    output_gradients=Tile(64, 128, 0, 4, 2), parameter_gradients=Tile(32, 128, 0, 4, 2),
+)  # fmt: skip
 # Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
 # as large as the others, and rows that are not aligned take an address for each element.
 _HALF_WIDE = _HALF._replace(
-    fused_gemm=Tile(64, 128, 32, 8, 3),
-    low_rank=Tile(64, 64, 32, 4, 1),
-    output_gradients=Tile(32, 64, 0, 4, 2),
-    parameter_gradients=Tile(32, 64, 0, 4, 2),
-)
+    fused_gemm=Tile(64, 128, 32, 8, 3), low_rank=Tile(64, 64, 32, 4, 1),
+    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+)  # fmt: skip
 # Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
 _FLOAT = Tiles(
-    project=Tile(32, 0, 32, 4, 2),
-    low_rank_gemm=Tile(64, 64, 32, 4, 2),
-    fused_gemm=Tile(64, 64, 32, 4, 2),
-    low_rank=Tile(64, 64, 32, 4, 1),
-    output_gradients=Tile(32, 64, 0, 4, 2),
-    parameter_gradients=Tile(32, 64, 0, 4, 2),
-)
+    project=Tile(32, 0, 32, 4, 2), low_rank=Tile(64, 64, 32, 4, 1),
+    low_rank_gemm=Tile(64, 64, 32, 4, 2), fused_gemm=Tile(64, 64, 32, 4, 2),
+    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+)  # fmt: skip
 _FLOAT_WIDE = _FLOAT._replace(
-    fused_gemm=Tile(32, 64, 32, 4, 2),
-    low_rank=Tile(32, 64, 32, 4, 1),
-    output_gradients=Tile(16, 64, 0, 4, 2),
-    parameter_gradients=Tile(16, 64, 0, 4, 2),
-)
+    fused_gemm=Tile(32, 64, 32, 4, 2), low_rank=Tile(32, 64, 32, 4, 1),
+    output_gradients=Tile(16, 64, 0, 4, 2), parameter_gradients=Tile(16, 64, 0, 4, 2),
+)  # fmt: skip
 # The interpreter runs small tests: with small tiles their shapes still have ragged edges.
 _INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
 
 # WGMMA, on sm_90, takes deeper tiles than MMA.
-_HOPPER = _HALF._replace(
-    low_rank_gemm=Tile(128, 128, 64, 8, 3), fused_gemm=Tile(128, 128, 64, 8, 3)
-)
+_DEEP = Tile(128, 128, 64, 8, 3)
+_HOPPER = _HALF._replace(low_rank_gemm=_DEEP, fused_gemm=_DEEP)
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
 # nothing AMD has run.
 _AMD = Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"])
 # (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
 DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
-    ("cpu", 2, False): _INTERPRETER,
-    ("cpu", 2, True): _INTERPRETER,
-    ("cpu", 4, False): _INTERPRETER,
-    ("cpu", 4, True): _INTERPRETER,
+    **{("cpu", size, wide): _INTERPRETER for size in (2, 4) for wide in (False, True)},
     ("any", 2, False): _HALF,
     ("any", 2, True): _HALF_WIDE,
     ("any", 4, False): _FLOAT,

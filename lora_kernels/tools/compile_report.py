@@ -11,11 +11,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,15 +22,26 @@ from ..hardware.cards import ARCHITECTURES, Architecture
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
-from .absent_card import SPECIMENS, Specimen, _Compiled, absent_card
+from .absent_card import absent_card
 from .probe import Probe, without_memory
+from .shapes import LAYERS, Layer
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# (layer, M, R, dropout). Ragged sizes, ranks up to 64 and every flag occur in some row.
+Specimen = tuple[Layer, int, int, bool]
+SPECIMENS: tuple[Specimen, ...] = (
+    (LAYERS["roberta-base.query"], 4096, 16, True),
+    (LAYERS["gpt2.c_fc"], 4096, 8, False),
+    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True),
+    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True),
+    (LAYERS["roberta-base.qkv"], 4096, 8, True),
+    (LAYERS["roberta-base.qkv"], 4096, 8, False),
+    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True),
+)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One compiled kernel; AMD kernels have no counts.
 
     `registers` are those of a thread, `spills` the 4-byte registers that it keeps in local memory,
@@ -61,59 +71,52 @@ class Row:
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on tensors without memory: every launch of a step on the card."""
-    M, N, K, R, dropout, bias, conv1d, G, columns = specimen
-    tf32 = dtype is torch.float32
-    problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, columns=columns)
+    layer, M, R, dropout = specimen
+    K, G, tf32 = layer.K, len(layer.children), dtype is torch.float32
+    problem = Problem(
+        M, max(layer.N), K, R, dtype, arch, dropout, tf32, segments=G, columns=layer.columns
+    )
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
         return  # refused: `fused` for columns, all but `library` for sm_75
     if choice.tiles is None:  # `library`, which launches our kernels for masks alone
         if dropout:
-            _library_masks(M, K, G, dtype)
+            from .. import kernels
+
+            seed = torch.empty(1, dtype=torch.int64, device="meta")
+            mask = kernels.draw_masks(seed, G, M, K, 0.1)[0]
+            x = torch.empty(M, K, dtype=dtype, device="meta")
+            kernels.apply_mask(kernels.apply_mask(x, mask), mask, onto=x)
         return
     # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
     adapter = torch.float32 if dropout else dtype
-    probe = Probe(problem, choice, without_memory, bias=bias, conv1d=conv1d, adapter=adapter)
+    probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
     x, dy = probe.inputs()
     probe.backward(x, dy, probe.forward(x))
 
 
-def _library_masks(M: int, K: int, G: int, dtype: torch.dtype) -> None:
-    from .. import kernels
-
-    x, seed = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty(1, device="meta").long()
-    mask = kernels.draw_masks(seed, G, M, K, 0.1)
-    kernels.apply_mask(kernels.apply_mask(x, mask[0]), mask[0], onto=x)
-
-
 def compile_report(
-    archs: Iterable[str],
-    dtypes: Iterable[str] = tuple(DTYPES),
-    keep: Path | None = None,
-    specimens: Iterable[Specimen] = SPECIMENS,
+    archs: Sequence[str], dtypes: Sequence[str] = tuple(DTYPES), keep: Path | None = None
 ) -> list[Row]:
     """A row for every kernel x shipped tile x dtype x architecture; cubins go into folder `keep`.
 
     Raises ValueError for an unknown architecture, RuntimeError under TRITON_INTERPRET.
     """
-    archs, dtypes, specimens = list(archs), list(dtypes), list(specimens)
     for arch in archs:
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
     if interpreting():
-        raise RuntimeError(
-            "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it"
-        )
+        raise RuntimeError("TRITON_INTERPRET is set: nothing compiles in the interpreter: unset it")
     rows: dict[Row, bytes] = {}
     for arch in archs:
         with absent_card(arch) as card:
-            for dtype in dtypes:
+            for dtype, specimen in product(dtypes, SPECIMENS):
                 card.compiled.clear()
-                for specimen, strategy in product(specimens, STRATEGIES):
-                    card.specimen = specimen
+                for strategy in STRATEGIES:
                     training_step(specimen, DTYPES[dtype], arch, strategy)
-                for compiled in card.compiled:
-                    rows.setdefault(_row(compiled, arch, dtype), compiled.binary)
+                for source, metadata, binary in card.compiled:
+                    row = _row(source, metadata, binary, specimen[0], dtype, arch)
+                    rows.setdefault(row, binary)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         for row, binary in rows.items():
@@ -123,24 +126,21 @@ def compile_report(
     return list(rows)
 
 
-def _row(compiled: _Compiled, arch: str, dtype: str) -> Row:
-    limits, metadata = ARCHITECTURES[arch], compiled.metadata
-    constants = {
-        compiled.source.fn.arg_names[path[0]]: value
-        for path, value in compiled.source.constants.items()
-    }
+def _row(source: Any, metadata: Any, binary: bytes, layer: Layer, dtype: str, arch: str) -> Row:
+    names, limits, shared = source.fn.arg_names, ARCHITECTURES[arch], metadata.shared
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
     blocks = [f"{n[6:].lower()}{v}" for n, v in constants.items() if n.startswith("BLOCK")]
     flags = [n.lower() for n, v in constants.items() if v is True]
-    layout = "conv1d" if compiled.specimen.conv1d else "linear"
-    count = f"{'of' if compiled.specimen.columns else 'x'}{compiled.specimen.segments}"
+    layout = "conv1d" if layer.conv1d else "linear"
+    count = f"{'of' if layer.columns else 'x'}{len(layer.children)}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
     tile = "-".join([*blocks, *depth, *flags, layout, count])
     registers = spills = matrix = occupancy = None
     if arch.startswith("sm_"):
-        registers, spills, matrix = _inspect(compiled.binary)
-        occupancy = _occupancy(limits, registers, metadata.shared, metadata.num_warps)
+        registers, spills, matrix = _inspect(binary)
+        occupancy = _occupancy(limits, registers, shared, metadata.num_warps)
     return Row(
-        metadata.name.strip("_"), tile, dtype, arch, registers, spills, metadata.shared,
+        metadata.name.strip("_"), tile, dtype, arch, registers, spills, shared,
         limits.program_shared * 1024, occupancy, matrix,
     )  # fmt: skip
 
@@ -149,23 +149,19 @@ def _inspect(cubin: bytes) -> tuple[int, int, int]:
     """(registers a thread, spilled registers, matrix instructions) of a cubin."""
     from triton import knobs
 
+    def output(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        assembly = _run(knobs.nvidia.nvdisasm.path, "-c", str(path))
-    registers = re.search(r"REG:(\d+)", usage)
-    local = re.search(r"LOCAL:(\d+)", usage)
-    stack = re.search(r"STACK:(\d+)", usage)
-    if not (registers and local and stack):
+        usage = output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        assembly = output(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    counts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    if len(counts) < 3:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[-300:]}")
-    spilled = max(int(local[1]), int(stack[1])) // 4
-    matrix = len(re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", assembly))
-    return int(registers[1]), spilled, matrix
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    matrix = re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", assembly)
+    return int(counts["REG"]), max(int(counts["STACK"]), int(counts["LOCAL"])) // 4, len(matrix)
 
 
 def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
@@ -180,29 +176,15 @@ def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) ->
     return round(programs * warps / limits.warps, 3)
 
 
-def render(rows: Iterable[Row]) -> str:
+def render(rows: Sequence[Row]) -> str:
     """The rows as a table, then what the gate refuses and why."""
-    rows = list(rows)
-    lines = [
-        f"{'kernel':<16} {'dtype':<9} {'arch':<7} {'regs':>4} {'spills':>6} {'shared':>7} "
-        f"{'occup':>5} {'mma':>4}  tile"
-    ]
+    line = "{:<16} {:<9} {:<7} {:>4} {:>6} {:>7} {:>5} {:>4}  {}".format
+    titles = ("kernel", "dtype", "arch", "regs", "spills", "shared", "occup", "mma", "tile")
+    lines = [line(*titles)]
     for row in rows:
-        lines.append(
-            f"{row.kernel:<16} {row.dtype:<9} {row.arch:<7} {_or_dash(row.registers):>4} "
-            f"{_or_dash(row.spills):>6} {row.shared_bytes:>7} {_or_dash(row.occupancy):>5} "
-            f"{_or_dash(row.matrix_instructions):>4}  {row.tile}"
-        )
+        counts = (row.registers, row.spills, row.shared_bytes, row.occupancy)
+        cells = ["-" if n is None else str(n) for n in (*counts, row.matrix_instructions)]
+        lines.append(line(row.kernel, row.dtype, row.arch, *cells, row.tile))
     refused = [row for row in rows if row.refusal]
     lines += [f"REFUSED {row.arch} {row.kernel} {row.tile}: {row.refusal}" for row in refused]
-    lines.append(f"{len(rows)} kernels, {len(refused)} refused")
-    return "\n".join(lines)
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else str(value)
-
-
-def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data."""
-    return [asdict(row) for row in rows]
+    return "\n".join([*lines, f"{len(rows)} kernels, {len(refused)} refused"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +23,7 @@ from ..autograd.functional import lora_linear
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, architecture, interpreting
 from ..strategies.table import STRATEGIES
-from .shapes import LAYERS, Layer
+from .shapes import LAYERS
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "lora-kernels")
 
@@ -59,74 +60,46 @@ class Facts:
     interpreting: bool
 
     @property
-    def gpus(self) -> tuple[Device, ...]:
-        """The devices that are not the CPU."""
-        return tuple(device for device in self.devices if device.arch != "cpu")
+    def gpus(self) -> list[str]:
+        """The architectures of the devices that are not the CPU."""
+        return [device.arch for device in self.devices if device.arch != "cpu"]
 
     def older(self, package: str, *limit: int) -> bool:
         """Whether a package is installed in a version before `limit`."""
-        version = self.versions[package]
-        if version is None:
-            return False
-        return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3])) < limit
+        numbers = re.findall(r"\d+", (self.versions[package] or "").split("+")[0])[:3]
+        return numbers != [] and tuple(map(int, numbers)) < limit
 
 
-@dataclass(frozen=True)
-class Pitfall:
+class Pitfall(NamedTuple):
     """A known trap: when the facts show it, and what to say; a fatal one leaves nothing usable."""
 
     name: str
-    found: Callable[[Facts], bool]
+    found: Callable[[Facts], object]
     text: str
     fatal: bool = False
 
 
 PITFALLS = (
-    Pitfall(
-        "cpu-build",
-        lambda facts: facts.driver is not None and facts.gpu_build is None,
-        "there is a GPU driver, but this build of torch knows no GPU: install a GPU build of torch",
-    ),
-    Pitfall(
-        "gpu-unreachable",
-        lambda facts: bool(facts.driver and facts.gpu_build and not facts.gpus),
-        "there is a GPU driver and a GPU build of torch, but no GPU answers: the driver may be "
-        "older than that build needs, or CUDA_VISIBLE_DEVICES hides it",
-    ),
-    Pitfall(
-        "no-triton",
-        lambda facts: bool(facts.gpus) and facts.versions["triton"] is None,
-        "Triton is not installed: the GPU gets the library strategy alone",
-    ),
-    Pitfall(
-        "turing",
-        lambda facts: any(_before_ampere(device.arch) for device in facts.gpus),
-        "Triton (3.3 and later) has no matrix instructions for cards before sm_80: they get the "
-        "library strategy; they have no fast bfloat16 either, so train in float16",
-    ),
-    Pitfall(
-        "interpreter-numpy",
-        lambda facts: (
-            facts.interpreting and facts.older("triton", 3, 7) and not facts.older("numpy", 2, 4)
-        ),
-        "Triton 3.6's interpreter fails with NumPy 2.4 and later: take Triton 3.7, or numpy<2.4",
-        fatal=True,
-    ),
-    Pitfall(
-        "interpreter-gpu",
-        lambda facts: facts.interpreting and bool(facts.gpus),
-        "TRITON_INTERPRET is set: kernels run in Python, not on the GPU, far slower: unset it",
-    ),
-    Pitfall(
-        "old-torch",
-        lambda facts: facts.older("torch", 2, 11) or facts.older("triton", 3, 6),
-        "torch before 2.11 or Triton before 3.6: not tested, upgrade both",
-    ),
-)
-
-
-def _before_ampere(arch: str) -> bool:
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80
+    Pitfall("cpu-build", lambda f: f.driver and not f.gpu_build,
+            "there is a GPU driver, but this build of torch knows no GPU: "
+            "install a GPU build of torch"),
+    Pitfall("gpu-unreachable", lambda f: f.driver and f.gpu_build and not f.gpus,
+            "there is a GPU driver and a GPU build of torch, but no GPU answers: the driver may be "
+            "older than that build needs, or CUDA_VISIBLE_DEVICES hides it"),
+    Pitfall("no-triton", lambda f: f.gpus and not f.versions["triton"],
+            "Triton is not installed: the GPU gets the library strategy alone"),
+    Pitfall("turing", lambda f: any(re.fullmatch(r"sm_[1-7]\d", arch) for arch in f.gpus),
+            "Triton (3.3 and later) has no matrix instructions for cards before sm_80: they get "
+            "the library strategy; they have no fast bfloat16 either, so train in float16"),
+    Pitfall("interpreter-numpy",
+            lambda f: f.interpreting and f.older("triton", 3, 7) and not f.older("numpy", 2, 4),
+            "Triton 3.6's interpreter fails with NumPy 2.4 and later: "
+            "take Triton 3.7, or numpy<2.4", fatal=True),
+    Pitfall("interpreter-gpu", lambda f: f.interpreting and f.gpus,
+            "TRITON_INTERPRET is set: kernels run in Python, not on the GPU, far slower: unset it"),
+    Pitfall("old-torch", lambda f: f.older("torch", 2, 11) or f.older("triton", 3, 6),
+            "torch before 2.11 or Triton before 3.6: not tested, upgrade both"),
+)  # fmt: skip
 
 
 def gather() -> Facts:
@@ -141,73 +114,54 @@ def gather() -> Facts:
             devices.append(Device(str(device), properties.name, architecture(device), gib))
     except RuntimeError as error:
         gpu_error = _first_line(error)
-    hip = torch.version.hip
-    versions = {name: _version(name) for name in PACKAGES}
-    return Facts(
-        versions={"python": platform.python_version(), **versions},
-        gpu_build=f"ROCm {hip}" if hip else torch.version.cuda and f"CUDA {torch.version.cuda}",
-        devices=tuple(devices),
-        driver=_driver(),
-        gpu_error=gpu_error,
-        interpreting=interpreting(),
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        versions[name] = None
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hip, cuda = torch.version.hip, torch.version.cuda
+    build = f"ROCm {hip}" if hip else cuda and f"CUDA {cuda}"
+    return Facts(versions, build, tuple(devices), _driver(), gpu_error, interpreting())
 
 
 def _driver() -> str | None:
     """The GPU driver's version, found without torch, whose CPU build sees no driver."""
-    smi = shutil.which("nvidia-smi")
-    if smi:
-        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-            return f"NVIDIA {answer.stdout.split()[0]}"
-        except (OSError, subprocess.SubprocessError, IndexError):
-            pass
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError, IndexError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return f"NVIDIA {answer.stdout.split()[0]}"
     if os.path.exists("/proc/driver/nvidia/version"):
         return "NVIDIA, version unknown"
     return "AMD" if os.path.exists("/dev/kfd") else None
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def try_strategy(strategy: str, device: Device) -> str | None:
     """Run a strategy forward and backward on a tiny ragged layer; None, or what went wrong."""
     dtype = torch.float32 if device.arch == "cpu" else torch.float16
     M, N, K, R = 33, 40, 48, 3
-    refusal = STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch))
-    if refusal is not None:
+    if refusal := STRATEGIES[strategy].supports(Problem(M, N, K, R, dtype, device.arch)):
         return refusal
-    generator = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     shapes = ((M, K), (N, K), (R, K), (N, R), (M, N))
-    exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    x, weight, lora_A, lora_B, dy = [tensor.to(dtype).double() for tensor in exact]
-    y = reference.forward(x, weight, lora_A, lora_B, scale=2.0)
-    gradients = reference.backward(dy, x, weight, lora_A, lora_B, scale=2.0)
+    made = [torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for s in shapes]
+    *exact, exact_dy = (tensor.double() for tensor in made)
+    true = [reference.forward(*exact, scale=2.0)]
+    true += reference.backward(exact_dy, *exact, scale=2.0)[:3]
     try:
-        x, weight, lora_A, lora_B, dy = (
-            tensor.to(device.name, dtype) for tensor in (x, weight, lora_A, lora_B, dy)
-        )
+        x, weight, lora_A, lora_B, dy = (tensor.to(device.name) for tensor in made)
         trained = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
-        out = lora_linear(x, weight, lora_A, lora_B, scale=2.0, strategy=strategy)
-        found = (out, *torch.autograd.grad(out, trained, dy))
-    except Exception as error:  # compilers and drivers raise classes of their own
-        return _first_line(error)
-    names = ("y", "dx", "dlora_A", "dlora_B")
-    for name, got, true in zip(names, found, (y, *gradients[:3]), strict=True):
-        # This looks for broken code generation; the tests judge rounding.
-        error_rate = (got.detach().cpu().double() - true).norm() / true.norm()
-        if not error_rate < 0.02:
-            return f"computes a wrong {name}: relative error {float(error_rate):.2g}"
+        y = lora_linear(x, weight, lora_A, lora_B, scale=2.0, strategy=strategy)
+        found = (y, *torch.autograd.grad(y, trained, dy))
+    except Exception as raised:  # compilers and drivers raise classes of their own
+        return _first_line(raised)
+    for name, got, want in zip(("y", "dx", "dlora_A", "dlora_B"), found, true, strict=True):
+        error = float((got.detach().cpu().double() - want).norm() / want.norm())
+        if not error < 0.02:  # this looks for broken code generation; the tests judge rounding
+            return f"computes a wrong {name}: relative error {error:.2g}"
     return None
 
 
@@ -216,45 +170,27 @@ def examine() -> dict[str, Any]:
     facts = gather()
     trials = [
         {"device": device.name, "strategy": strategy, "problem": try_strategy(strategy, device)}
-        for device in facts.devices
-        for strategy in STRATEGIES
+        for device, strategy in product(facts.devices, STRATEGIES)
     ]
-    picks = [
-        _pick(device, title, layer, dtype)
-        for device in facts.devices
-        for title, layer in EXAMPLES.items()
-        for dtype in EXAMPLE_DTYPES
-    ]
-    pitfalls = [pitfall for pitfall in PITFALLS if pitfall.found(facts)]
+    picks = []
+    for device, (title, layer), dtype in product(facts.devices, EXAMPLES.items(), EXAMPLE_DTYPES):
+        M, (N,), K, R = EXAMPLE_TOKENS, layer.N, layer.K, EXAMPLE_RANK
+        problem = Problem(M, N, K, R, dtype, device.arch, dropout=True)
+        choice = choose(problem)
+        pick = {"device": device.name, "layer": title, "dtype": str(dtype).removeprefix("torch.")}
+        pick |= {"problem": str(problem), "strategy": choice.strategy, "reason": choice.reason}
+        picks.append(pick)
     needed = {(pick["device"], pick["strategy"]) for pick in picks}
     broken = [
         f"{trial['device']}: auto picks {trial['strategy']}, which does not run there"
         for trial in trials
         if trial["problem"] is not None and (trial["device"], trial["strategy"]) in needed
     ]
+    pitfalls = [pitfall for pitfall in PITFALLS if pitfall.found(facts)]
     broken += [pitfall.text for pitfall in pitfalls if pitfall.fatal]
-    return {
-        "usable": not broken,
-        "broken": broken,
-        "pitfalls": [{"name": pitfall.name, "text": pitfall.text} for pitfall in pitfalls],
-        **asdict(facts),
-        "strategies": trials,
-        "auto": picks,
-    }
-
-
-def _pick(device: Device, title: str, layer: Layer, dtype: torch.dtype) -> dict[str, str]:
-    M, (N,), K, R = EXAMPLE_TOKENS, layer.N, layer.K, EXAMPLE_RANK
-    problem = Problem(M, N, K, R, dtype, device.arch, dropout=True)
-    choice = choose(problem)
-    return {
-        "device": device.name,
-        "layer": title,
-        "dtype": str(dtype).removeprefix("torch."),
-        "problem": str(problem),
-        "strategy": choice.strategy,
-        "reason": choice.reason,
-    }
+    named = [{"name": pitfall.name, "text": pitfall.text} for pitfall in pitfalls]
+    findings = {"usable": not broken, "broken": broken, "pitfalls": named, **asdict(facts)}
+    return {**findings, "strategies": trials, "auto": picks}
 
 
 def render(findings: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ without memory, and get every launch of a step all the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import cycle
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
 from .timing import STEPS, Step
 
-
-class Make(Protocol):
-    """Makes the tensor `name`: "x", "dy", "seed" or a field of `Weights`."""
-
-    def __call__(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor: ...
+# Makes the tensor `name` ("x", "dy", "seed" or a field of `Weights`) from (name, *shape, dtype=).
+Make = Callable[..., Tensor]
 
 
 class Probe:
@@ -34,8 +31,8 @@ class Probe:
     """
 
     def __init__(
-        self, problem: Problem, choice: Choice, make: Make, *, bias: bool = True,
-        conv1d: bool = False, adapter: torch.dtype | None = None,
+        self, problem: Problem, choice: Choice, make: Make,
+        bias: bool = True, conv1d: bool = False, adapter: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.problem, self.make = problem, make
         self.strategy, self.tiles = STRATEGIES[choice.strategy], choice.tiles
@@ -45,37 +42,34 @@ class Probe:
         if problem.columns:
             columns = equal_columns(N, max(3, G))[-G:]
             layers, rows, width = 1, G * R, sum(widths(columns))
-
-        def layer() -> Weights:
-            weight = (K, N) if conv1d else (N, K)
-            made = make("weight", *weight, dtype=dtype)
-            return Weights(
-                made.T if conv1d else made,
+        made = []
+        for _ in range(layers):
+            shape = (K, N) if conv1d else (N, K)
+            weight = make("weight", *shape, dtype=dtype)
+            weights = Weights(
+                weight.T if conv1d else weight,
                 make("bias", N, dtype=dtype) if bias else None,
                 make("lora_A", rows, K, dtype=adapter),
                 make("lora_B", width, R, dtype=adapter),
             )
-
-        self.operands = Operands.of([layer() for _ in range(layers)])
+            made.append(weights)
+        self.operands = Operands.of(made)
         self.settings = Settings(2.0, 0.1 if problem.dropout else 0.0, choice.strategy, columns)
         self.seed = make("seed", 1, dtype=torch.int64) if problem.dropout else None
 
     def inputs(self) -> tuple[Tensor, Tensors]:
         """x [M, K], and dy [M, N] of each layer."""
-        M, N, K, dtype = self.problem.M, self.problem.N, self.problem.K, self.problem.dtype
-        dy = tuple(self.make("dy", M, N, dtype=dtype) for _ in self.operands.weight)
-        return self.make("x", M, K, dtype=dtype), dy
+        p = self.problem
+        dy = tuple(self.make("dy", p.M, p.N, dtype=p.dtype) for _ in self.operands.weight)
+        return self.make("x", p.M, p.K, dtype=p.dtype), dy
 
     def forward(self, x: Tensor) -> Forward:
-        """The launches of a forward."""
         return self.strategy.forward(x, self.operands, self.settings, self.seed, self.tiles)
 
     def backward(self, x: Tensor, dy: Tensors, done: Forward) -> Backward:
-        """The launches of the backward of a forward that is `done`, every gradient wanted."""
-        wanted = Wanted(True, True, True)
-        return self.strategy.backward(
-            dy, x, self.operands, done.h, done.mask, self.settings, wanted, self.tiles
-        )
+        """Every gradient is wanted."""
+        given = (dy, x, self.operands, done.h, done.mask, self.settings)
+        return self.strategy.backward(*given, Wanted(True, True, True), self.tiles)
 
 
 def training_step(problem: Problem, choice: Choice, device: torch.device) -> Step:
@@ -92,11 +86,11 @@ def training_step(problem: Problem, choice: Choice, device: torch.device) -> Ste
         tensor = torch.randn(*shape, generator=draw, device=device) * shape[-1] ** -0.5
         return tensor.to(dtype)
 
-    probe = Probe(problem, choice, normal)
-    layers = len(probe.operands.weight)
-    count, each = 1, problem.M * (problem.K + problem.N * layers) * problem.dtype.itemsize
+    probe, count = Probe(problem, choice, normal), 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
+        width = problem.K + problem.N * len(probe.operands.weight)
+        each = problem.M * width * problem.dtype.itemsize
         count = max(1, min(STEPS, -(-2 * cache // max(1, each))))
     turn = cycle([probe.inputs() for _ in range(count)])
 

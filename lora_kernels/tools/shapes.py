@@ -1,6 +1,6 @@
 """The linear layers of known models, by size: what `tune`, `doctor` and the benchmarks measure.
 
-A new model is a row of MODELS; a new kind of block is a function in KINDS, which gives its layers.
+A new model is a row of MODELS; a new kind of block is a function that gives its layers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..strategies.problem import Problem
 
 
 class Model(NamedTuple):
-    """The widths of a model's blocks; `key` is that of keys and values where heads share them."""
+    """A model's kind of block and its widths; `key` is that of keys where heads share them."""
 
-    kind: str
+    block: Callable[[Model], tuple[Layer, ...]]
     hidden: int
     intermediate: int
     key: int = 0
@@ -91,28 +91,24 @@ def _llama(model: Model) -> tuple[Layer, ...]:
     )
 
 
-KINDS: Mapping[str, Callable[[Model], tuple[Layer, ...]]] = {
-    "encoder": _encoder,
-    "deberta": partial(_encoder, suffix="_proj"),
-    "gpt2": _gpt2,
-    "llama": _llama,
-}
+_deberta = partial(_encoder, suffix="_proj")
+
 MODELS: Mapping[str, Model] = {
-    "roberta-base": Model("encoder", 768, 3072),
-    "roberta-large": Model("encoder", 1024, 4096),
-    "gpt2": Model("gpt2", 768, 3072),
-    "gpt2-medium": Model("gpt2", 1024, 4096),
-    "gpt2-large": Model("gpt2", 1280, 5120),
-    "gpt2-xl": Model("gpt2", 1600, 6400),
-    "deberta-v3-base": Model("deberta", 768, 3072),
-    "deberta-v2-xlarge": Model("deberta", 1536, 6144),
-    "llama-8b": Model("llama", 4096, 14336, key=1024),
+    "roberta-base": Model(_encoder, 768, 3072),
+    "roberta-large": Model(_encoder, 1024, 4096),
+    "gpt2": Model(_gpt2, 768, 3072),
+    "gpt2-medium": Model(_gpt2, 1024, 4096),
+    "gpt2-large": Model(_gpt2, 1280, 5120),
+    "gpt2-xl": Model(_gpt2, 1600, 6400),
+    "deberta-v3-base": Model(_deberta, 768, 3072),
+    "deberta-v2-xlarge": Model(_deberta, 1536, 6144),
+    "llama-8b": Model(_llama, 4096, 14336, key=1024),
 }
 # Every layer by its full name, "roberta-base.query" for one.
 LAYERS: Mapping[str, Layer] = {
     f"{name}.{layer.name}": layer._replace(name=f"{name}.{layer.name}")
     for name, model in MODELS.items()
-    for layer in KINDS[model.kind](model)
+    for layer in model.block(model)
 }
 
 
@@ -128,7 +124,7 @@ def problems_of(
         layer.problem(device, M, R, dtype, dropout=dropout)
         for dropout in (True, False)  # as most train first: a run may be cut
         for dtype in dtypes
-        for layer in KINDS[row.kind](row)
+        for layer in row.block(row)
     ]
 
 
@@ -141,5 +137,5 @@ def _model_of_config(model: str) -> Model:
     if not hidden:
         raise ValueError(f"{path} has neither hidden_size nor n_embd")
     if config.get("model_type") == "gpt2":
-        return Model("gpt2", hidden, 4 * hidden)
-    return Model("encoder", hidden, config.get("intermediate_size") or 4 * hidden)
+        return Model(_gpt2, hidden, 4 * hidden)
+    return Model(_encoder, hidden, config.get("intermediate_size") or 4 * hidden)

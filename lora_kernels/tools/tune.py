@@ -50,12 +50,9 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
 
 
 def tune(
-    problems: Iterable[Problem],
-    device: torch.device,
-    *,
-    measure: Callable[[Step], float] = graph_time,
-    report: Callable[[str], None] = print,
-) -> dict[str, Tuned]:
+    problems: Iterable[Problem], device: torch.device, *,
+    measure: Callable[[Step], float] = graph_time, report: Callable[[str], None] = print,
+) -> dict[str, Tuned]:  # fmt: skip
     """The fastest strategy and tiles of each problem, measured on `device` and stored in its table.
 
     `measure` gives the microseconds of a step. Each row is stored at once, so that an interrupted
@@ -74,54 +71,37 @@ def tune(
 
 def _fastest(problem: Problem, device: torch.device, measure: Callable[[Step], float]) -> Tuned:
     problem = replace(problem, gpu="")  # or `choose` would begin with the tiles of an older table
-    shipped: dict[str, float] = {}
-    for name in STRATEGIES:
-        choice = choose(problem, name)
-        if choice.strategy == name:
-            shipped[name] = _measured(problem, choice, device, measure)
-    if min(shipped.values()) == math.inf:  # after an illegal access nothing runs in this process
+
+    def time(choice: Choice) -> float:
+        """Microseconds of a choice; infinite if it does not compile or changes the numbers."""
+        try:
+            step = training_step(problem, choice, device)
+            outputs = step()
+            expected = training_step(problem, choose(problem, choice.strategy), device)()
+            if all(_same(a, b, problem) for a, b in zip(outputs, expected, strict=True)):
+                return measure(step)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # each compiler stage raises classes of its own
+            warnings.warn(f"{problem.key} {choice}: {error}", stacklevel=2)
+        return math.inf
+
+    shipped = [choice for name in STRATEGIES if (choice := choose(problem, name)).strategy == name]
+    ranked = sorted([(time(choice), choice) for choice in shipped], key=lambda pair: pair[0])
+    if ranked[0][0] == math.inf:  # after an illegal access nothing runs in this process
         raise RuntimeError(f"no strategy runs {problem}: see the warnings; nothing is stored")
-    best: Tuned | None = None
-    for name in sorted(shipped, key=shipped.__getitem__)[:2]:
-        tuned = _search(problem, choose(problem, name), shipped[name], device, measure)
-        if best is None or tuned.median_us < best.median_us:
-            best = tuned
-    assert best is not None  # the library takes every problem
-    return best
-
-
-def _search(
-    problem: Problem, choice: Choice, time: float, device: torch.device,
-    measure: Callable[[Step], float],
-) -> Tuned:  # fmt: skip
-    """The best tiles of a strategy, found by varying one kernel's tile at a time."""
-    tiles: Any = choice.tiles
-    kernels = STRATEGIES[choice.strategy].kernels(problem)
-    if tiles is not None:
+    found = []
+    for least, choice in ranked[:2]:
+        kernels = STRATEGIES[choice.strategy].kernels(problem)
+        tiles: Any = choice.tiles
         for kernel in kernels:
             for tile in CANDIDATES[kernel]:
                 trial = Choice(choice.strategy, tiles._replace(**{kernel: tile}), "")
-                faster = _measured(problem, trial, device, measure)
-                if faster < time:
-                    time, tiles = faster, trial.tiles
-    return Tuned(choice.strategy, {name: getattr(tiles, name) for name in kernels}, time)
-
-
-def _measured(
-    problem: Problem, choice: Choice, device: torch.device, measure: Callable[[Step], float]
-) -> float:
-    """Microseconds of a choice; infinite if it does not compile or changes the numbers."""
-    try:
-        step = training_step(problem, choice, device)
-        outputs = step()
-        expected = training_step(problem, choose(problem, choice.strategy), device)()
-        if all(_same(a, b, problem) for a, b in zip(outputs, expected, strict=True)):
-            return measure(step)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # each compiler stage raises classes of its own
-        warnings.warn(f"{problem.key} {choice}: {error}", stacklevel=2)
-    return math.inf
+                if (taken := time(trial)) < least:
+                    least, tiles = taken, trial.tiles
+        best = {kernel: getattr(tiles, kernel) for kernel in kernels}
+        found.append(Tuned(choice.strategy, best, least))
+    return min(found, key=lambda row: row.median_us)
 
 
 def _same(actual: Tensor, expected: Tensor, problem: Problem) -> bool:
@@ -132,11 +112,3 @@ def _same(actual: Tensor, expected: Tensor, problem: Problem) -> bool:
     ulp = 2**-10 if problem.tf32 else torch.finfo(problem.dtype).eps
     difference = (actual.float() - expected.float()).square().mean().sqrt()
     return bool(difference <= ulp * expected.abs().max())
-
-
-def as_json(rows: Mapping[str, Tuned]) -> list[dict[str, Any]]:
-    """The rows as plain data."""
-    return [
-        {"problem": key, "strategy": r.strategy, "tiles": dict(r.tiles), "median_us": r.median_us}
-        for key, r in rows.items()
-    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lora_kernels import STRATEGIES
@@ -37,12 +39,12 @@ def test_bytes_and_flops_by_hand():
 
 
 def test_a_group_reads_x_once_whatever_its_widths():
-    group = SIZE._replace(N=(768, 256, 256))
+    group = replace(SIZE, N=(768, 256, 256))
     project, gemm = cost.launches("split", group, SHIPPED, processors=82, backward=False)
     assert project.bytes == X + 3 * (H + 16 * 768 * 4 + MASK)
     widths = 768 + 256 + 256
     assert gemm.bytes == X + 3 * H + widths * (768 * 2 + 4096 * 2 + 16 * 4)
-    alone = cost.launches("library", group.alone(1), SHIPPED, 82)
+    alone = cost.launches("library", group.layers()[1], SHIPPED, 82)
     draw, *each = cost.launches("library", group, SHIPPED, 82)  # masks are drawn in one launch
     assert draw.bytes == 3 * MASK and len(each) == 3 * (len(alone) - 1)
 
