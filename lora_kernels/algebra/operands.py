@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .columns import Ranges, widths
@@ -51,6 +52,18 @@ class Parts(NamedTuple):
 
     weights: Weights
     settings: Settings
+
+
+def rank_dtype(x: torch.dtype, adapter: torch.dtype) -> torch.dtype:
+    """The dtype of h or dh [G, M, R], of an x and a lora_A or lora_B in these dtypes.
+
+    It is that of x, but float32 where x is float16 and the adapter is not. Early in training dh is
+    far below the smallest float16, and sums over many tokens are above the largest. bfloat16 has
+    the range of float32, so there is no range to lose.
+    """
+    if x is torch.float16 and adapter is not torch.float16:
+        return torch.float32
+    return x
 
 
 class Operands(NamedTuple):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import masks
-from ..algebra.operands import Operands, Settings, Wanted
+from ..algebra.operands import Operands, Settings, Wanted, rank_dtype
 from ..strategies.choose import decide
 from ..strategies.library import frozen_gradients
 
@@ -73,10 +73,10 @@ def forward(
 
 @forward.register_fake
 def _(x, operands, present, seed, scale, dropout, strategy, columns):  # type: ignore[no-untyped-def]
-    weight, _, _, lora_B = _operands(operands, present)
+    weight, _, lora_A, lora_B = _operands(operands, present)
     M, K, G = x.shape[0], x.shape[1], len(columns) // 2 if columns else len(weight)
     shape = (G, M, masks.packed_width(K)) if dropout else (0,)
-    h = x.new_empty(G, M, lora_B[0].shape[1])
+    h = x.new_empty(G, M, lora_B[0].shape[1], dtype=rank_dtype(x.dtype, lora_A[0].dtype))
     mask = x.new_empty(shape, dtype=torch.uint8)
     return [h, mask, *(x.new_empty(M, each.shape[0]) for each in weight)]
 

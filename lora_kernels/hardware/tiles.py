@@ -102,6 +102,7 @@ def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = T
     wide = not aligned or rank_block(R) > 32
     kind = arch if aligned or arch == "cpu" else "any"
     tiles = DEFAULT_TILES.get((kind, itemsize, wide), DEFAULT_TILES["any", itemsize, wide])
+    tf32 = tf32 or (itemsize == 2 and arch.startswith("sm_"))
     return tiles._replace(precision="tf32" if tf32 else "ieee")
 
 

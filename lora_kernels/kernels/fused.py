@@ -18,10 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
 from .plan import Out, Plan, planned
-from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
+from .tiles import (
+    cast,
+    divisor,
+    dot,
+    index_type,
+    load_keep,
+    locate,
+    multiple,
+    of_term,
+    pick,
+    rank_dot,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -52,7 +64,8 @@ def _fused_gemm(
     # Many outs of one term each (forward), or one out that sums all terms (dx).
     TERMS: tl.constexpr = len(Ks)
     # As in `low_rank_gemm`: in exact float32 each GEMM starts from zero.
-    EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
+    dtype: tl.constexpr = x_ptrs[0].dtype.element_ty
+    EXACT: tl.constexpr = (PRECISION == "ieee") and (dtype == tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(TERMS):
         at = segment if TERMS == 1 else term  # the place in h and mask, both [G, M, ...]
@@ -81,7 +94,7 @@ def _fused_gemm(
             w = tl.load(w_tile_ptrs, mask=w_inside, other=0.0)
             a = tl.load(a_tile_ptrs, mask=a_inside, other=0.0)
             acc = dot(x, w, acc, PRECISION)
-            h = dot(x, cast(a, x.dtype), h, PRECISION)
+            h = rank_dot(x, a, h, dtype, PRECISION)
             x_tile_ptrs += step * stride_xk
             w_tile_ptrs += step * stride_wk
             a_tile_ptrs += step * stride_ak
@@ -98,7 +111,7 @@ def _fused_gemm(
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        product = dot(u, cast(v, u.dtype), product, PRECISION) * scale
+        product = rank_dot(u, v, product, dtype, PRECISION) * scale
         if HAS_MASK:
             term_mask_ptr = mask_ptr + at * M.to(tl.int64) * stride_mask
             keep = load_keep(
@@ -126,8 +139,8 @@ def fused_gemm(
 ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
     """(outs, h [G, M, R]): `low_rank_gemm` with u = h, computed from x and a on the way.
 
-    a may have another dtype than x, as v may. `transposed=True` takes w as [K, N], a as [K, R] and
-    v as [R, N].
+    a may have another dtype than x, as v may; h has its `rank_dtype`.
+    `transposed=True` takes w as [K, N], a as [K, R] and v as [R, N].
     """
     outs, h = launch(_plan, (x, w, bias, a, v, mask), h_scale, scale, tile, precision, transposed)
     return outs, h
@@ -145,7 +158,7 @@ def _plan(
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
     outs = tuple(Out((M, N), x[0].dtype) for N in Ns)
-    h = Out((len(w), M, R), x[0].dtype)
+    h = Out((len(w), M, R), rank_dtype(x[0].dtype, a[0].dtype))
     blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
     return planned(
         _fused_gemm, (blocks, 1, 1), (outs, h),

@@ -25,10 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import has_asynchronous_products, launch
 from .plan import Out, Plan, planned
-from .tiles import cast, divisor, dot, index_type, load_keep, multiple, pick
+from .tiles import cast, divisor, index_type, load_keep, multiple, pick, rank_dot
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -76,8 +77,7 @@ def _column_gradients(
     last = min(first + rows_per_split, M)
     if WANT_D:  # b [BLOCK_P, BLOCK_R] is the same for all rows: it is loaded once
         b_tile_ptrs = pick(b_ptrs, segment) + columns[:, None] * stride_bp
-        b_tile = tl.load(b_tile_ptrs + ranks[None, :] * stride_br, mask=gradient_inside, other=0.0)
-        b = cast(b_tile, t_ptrs[0].dtype.element_ty)
+        b = tl.load(b_tile_ptrs + ranks[None, :] * stride_br, mask=gradient_inside, other=0.0)
     else:
         last = tl.where(block_p * BLOCK_P < P, last, first)
     # g is kept transposed, [BLOCK_R, BLOCK_P] = s^T t. As t^T s, the tile t would have to pass
@@ -98,7 +98,7 @@ def _column_gradients(
             # d [BLOCK_M, BLOCK_R], stored in fp32 as [blocks of columns, G, M, R]. All segments
             # read dy here, so the grid's first axis is G.
             d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            d = dot(t, b, d, PRECISION)
+            d = rank_dot(t, b, d, t.dtype, PRECISION)
             d_rows = block_p.to(INDEX) * tl.num_programs(0) * M + layer_rows
             tl.store(d_ptr + d_rows * R + ranks[None, :], d, mask=rank_tile_inside)
         if WANT_G:
@@ -113,7 +113,7 @@ def _column_gradients(
                     BLOCK_M, BLOCK_P,
                 )  # fmt: skip
                 t = tl.where(keep, t, 0.0)
-            g = dot(tl.trans(s), t, g, PRECISION)
+            g = rank_dot(tl.trans(s), t, g, t.dtype, PRECISION)
     if WANT_G:
         # A split's partial sums of dlora_A hold all segments that read x, one after another, and
         # those of dlora_B all that read dy: [splits, columns_total, R] each, where columns_total
@@ -164,9 +164,9 @@ def output_gradients(
     dy: tuple[Tensor, ...], h: Tensor | None, lora_B: tuple[Tensor, ...], *, scale: float,
     tile: Tile, precision: str, splits: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """From one read of dy: dh [G, M, R] in dy's dtype, and with `h` also dlora_B [sum N_g, R].
+    """From one read of dy: dh [G, M, R], and with `h` also dlora_B [sum N_g, R].
 
-    dlora_B has lora_B's dtype; it is None without `h`.
+    dh has its `rank_dtype`, dlora_B lora_B's dtype; dlora_B is None without `h`.
     """
     dlora_B = Gradient(lora_B[0].dtype, scale)
     given = _alike(dy), None, h, lora_B, None
@@ -218,7 +218,8 @@ def _plan(
     if b is not None:
         R = b[0].shape[1]
         d = Out((blocks_p, len(t), M, R), torch.float32)
-        sums.append((d, Out((len(t), M, R), t[0].dtype), dlora_B.scale))
+        dh_dtype = rank_dtype(t[0].dtype, b[0].dtype)
+        sums.append((d, Out((len(t), M, R), dh_dtype), dlora_B.scale))
     if dh is not None:
         R = dh.shape[2]
         partials_A = Out((splits, sum(Ps[:inputs]), R), torch.float32)

@@ -24,7 +24,18 @@ from torch import Tensor
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
 from .plan import Out, Plan, planned
-from .tiles import cast, divisor, dot, index_type, load_keep, locate, multiple, of_term, pick
+from .tiles import (
+    cast,
+    divisor,
+    dot,
+    index_type,
+    load_keep,
+    locate,
+    multiple,
+    of_term,
+    pick,
+    rank_dot,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,6 +70,7 @@ def _low_rank_gemm(
 
     # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N], R padded by zeros to
     # BLOCK_R. u lies as [G, M, R] and belongs to a segment or, where one out sums them, to a term.
+    dtype: tl.constexpr = x_ptrs[0].dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(LOW_RANK_TERMS):
         at = segment if LOW_RANK_TERMS == 1 else term
@@ -74,15 +86,15 @@ def _low_rank_gemm(
                 term_mask_ptr, rows, block_n * BLOCK_N, M, N, stride_mask, BLOCK_M, BLOCK_N
             )
             product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            acc += tl.where(keep, dot(u, cast(v, u.dtype), product, PRECISION), 0.0)
+            acc += tl.where(keep, rank_dot(u, v, product, dtype, PRECISION), 0.0)
         else:
-            acc = dot(u, cast(v, u.dtype), acc, PRECISION)
+            acc = rank_dot(u, v, acc, dtype, PRECISION)
     acc *= scale
 
     # Exact float32 products are summed by FMAs, each of which rounds: the larger the sum they are
     # added to, the more. So each GEMM starts from zero, as the vendor's does, and `before` is added
     # at its end. Elsewhere the operands' own rounding outweighs that: the GEMM goes on from `acc`.
-    EXACT: tl.constexpr = (PRECISION == "ieee") and (x_ptrs[0].dtype.element_ty == tl.float32)
+    EXACT: tl.constexpr = (PRECISION == "ieee") and (dtype == tl.float32)
     # The GEMM: tiles x [BLOCK_M, BLOCK_K] and w^T [BLOCK_K, BLOCK_N] for each step along K. `step`
     # is of type INDEX, since step times a stride may not fit in 32 bits.
     if GEMM:
@@ -130,8 +142,8 @@ def low_rank_gemm(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """With one x an out [M, N_g] for each w; with several, the single out that sums all terms.
 
-    u is [G, M, R] and mask [G, M, ceil(N / 8)], where G = len(v). x, w, u and outs have one dtype;
-    bias and v may have others. w and v may have any strides, the same for all w and for all v.
+    u is [G, M, R] and mask [G, M, ceil(N / 8)], where G = len(v). x, w and outs have one dtype;
+    bias, u and v may have others. w and v may have any strides, the same for all w and for all v.
 
     `outs`, if given, are written (their columns lie side by side); else outs are allocated.
     `gemm=False` leaves the products x w^T out. `transposed=True` takes w as [K, N] and v as [R, N]:

@@ -18,10 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..algebra import masks
+from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
 from .plan import Out, Plan, planned
-from .tiles import cast, divisor, dot, draw_keep_bytes, index_type, multiple, pick, spread_bits
+from .tiles import (
+    cast,
+    divisor,
+    draw_keep_bytes,
+    index_type,
+    multiple,
+    pick,
+    rank_dot,
+    spread_bits,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -70,7 +80,7 @@ def _project(
         # A^T [BLOCK_K, BLOCK_R]: A lies as [R, K] and is read with its strides swapped.
         A_tile_ptrs = A_ptr + ks[:, None] * stride_ak + ranks[None, :] * stride_ar
         A = tl.load(A_tile_ptrs, mask=A_inside, other=0.0)
-        acc = dot(x, cast(A, x.dtype), acc, PRECISION)
+        acc = rank_dot(x, A, acc, x.dtype, PRECISION)
     # `scale` is dropout's 1 / (1 - p): applied to h [BLOCK_M, R] once, not to every tile of x.
     tl.store(
         h_ptr + (segment.to(INDEX) * M + rows)[:, None] * R + ranks[None, :],
@@ -83,9 +93,9 @@ def project(
     x: Tensor, lora_A: tuple[Tensor, ...], *, tile: Tile, precision: str,
     dropout: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """h [G, M, R] in x's dtype; with a `seed` (int64 [1]), also the packed masks [G, M, K / 8].
+    """h [G, M, R]; with a `seed` (int64 [1]), also the packed masks [G, M, K / 8].
 
-    Without a seed nothing is dropped, and the mask returned is None.
+    h has its `rank_dtype`. Without a seed nothing is dropped, and the mask returned is None.
     """
     h, mask = launch(_plan, (x, lora_A, seed), dropout, tile, precision)
     return h, mask
@@ -97,7 +107,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     M, K = x.shape
     G, R = len(lora_A), lora_A[0].shape[0]
-    h = Out((G, M, R), x.dtype)
+    h = Out((G, M, R), rank_dtype(x.dtype, lora_A[0].dtype))
     mask, scale, stride_mask = None, 1.0, 0
     if seed is not None:
         stride_mask = masks.packed_width(K)

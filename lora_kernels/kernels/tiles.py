@@ -120,8 +120,39 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rank_dot(a, b, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b in fp32, for a product in which R is one of the sides; `dtype` is that of x and dy.
+
+    The operands are multiplied in `dtype`. But where that is fp16 and one of them has more range
+    (an adapter, h or dh), both are multiplied in fp32, by tensor cores as TF32: it holds fp16
+    numbers exactly, and fp32 ones with their range and the eleven significant bits of fp16.
+    """
+    if dtype == tl.float16 and (a.dtype != tl.float16 or b.dtype != tl.float16):
+        return dot(_wide(a, PRECISION), _wide(b, PRECISION), acc, PRECISION)
+    else:
+        return dot(cast(a, dtype), cast(b, dtype), acc, PRECISION)
+
+
+@triton.jit
+def _wide(x, PRECISION: tl.constexpr):
+    """x in fp32, rounded to what TF32 holds if PRECISION is "tf32".
+
+    Tensor cores cut the lower 13 bits off, which makes every number smaller, by up to 0.1 %. So
+    half of the last bit kept is added first; not to NaN, some of which would become 0.
+    """
+    if x.dtype == tl.float16 or PRECISION != "tf32":
+        return cast(x, tl.float32)
+    else:
+        wide = cast(x, tl.float32)
+        bits = (wide.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest even."""
+    """x in `dtype`, rounded to nearest even; an fp64 x is rounded to fp32 first."""
+    if x.dtype == tl.float64 and dtype != tl.float64:
+        x = x.to(tl.float32)
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         # The interpreter's own cast truncates: add just under half of the last kept bit, and that
         # bit itself, which sends ties to even.

@@ -8,12 +8,15 @@ an EPYC with one thread, 512 x 768 x 768 in bf16, the sum takes 0.1 ms of 3.0, a
 way round. dh is made as its transpose [R, M]: in float32 MKL takes 0.18 ms for it instead of 0.47,
 and rounds less. h is not: there the transpose rounds more than eager code at ranks below 8.
 
+float16 x under float32 adapters is made float32 for every rank-sized product and for the gradients
+of the parameters, a block of rows at a time: what is copied is never all of x, y, dx or dy.
+
 Masks are drawn and applied by Triton where a GPU has it, else by plain torch (`algebra.masks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -27,6 +30,7 @@ from ..algebra.operands import (
     Settings,
     Tensors,
     Wanted,
+    rank_dtype,
     segments_of,
 )
 from ..hardware.tiles import Tiles
@@ -38,12 +42,61 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha * a b, rounded once."""
-    if alpha == 1:
-        return a @ b
+# How many rows of a float16 tensor are made float32 at a time.
+_BLOCK = 2048
+
+
+def _product(
+    a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """bias + alpha * a b in `dtype`, computed in the dtype of b and rounded once."""
+    if a.dtype is b.dtype is dtype:
+        return a @ b if alpha == 1 and bias is None else _sum(a, b, alpha, bias)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    for rows, out_rows in _blocks(a, out):
+        out_rows.copy_(_sum(_as(rows, b.dtype), b, alpha, bias))
+    return out
+
+
+def _sum(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
+    """bias + alpha * a b. With an `out`, the product is left alone by autocast, even in float32."""
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)  # beta = 0: `out` is never read
+    start, beta = (out, 0) if bias is None else (_as(bias, a.dtype), 1)  # at beta = 0 not read
+    return torch.addmm(start, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def _row_sum(s: Tensor, t: Tensor, alpha: float) -> Tensor:
+    """alpha * s^T t, a sum over the rows of both, in the dtype of s."""
+    if s.dtype is t.dtype:
+        return _product(s.T, t, alpha, s.dtype)
+    out = s.new_zeros(s.shape[1], t.shape[1])
+    for s_rows, t_rows in _blocks(s, t):
+        out.addmm_(s_rows.T, _as(t_rows, s.dtype), alpha=alpha)
+    return out
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """out + alpha * a b, in place; the product is computed in the dtype of b."""
+    if out.dtype is b.dtype:
+        return out.addmm_(a, b, alpha=alpha)
+    for out_rows, rows in _blocks(out, a):
+        out_rows.add_(_sum(_as(rows, b.dtype), b, alpha, None))
+    return out
+
+
+def add_frozen(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out + a b, in place; b is a frozen weight, or its transpose, in the dtype of out."""
+    if b.shape[1] < 16 and out.dtype is torch.float32:
+        # For so few columns MKL adds product after product to `out`, and rounds twice as much as
+        # eager code, whose sum starts at zero.
+        out.add_(a @ b)
+    else:
+        out.addmm_(a, b)
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors, _BLOCK rows at a time."""
+    return zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
 
 
 @cache
@@ -76,24 +129,18 @@ def _drop(t: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _add_dropped(
-    dx: Tensor | None, dh: Tensor, lora_A: Tensor, scale: float, keep: Tensor | None
-) -> Tensor:
-    """dx (None: zero) + scale * D(dh lora_A)."""
+    dx: Tensor | None, dh: Tensor, lora_A: Tensor, scale: float, keep: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dx [M, K] of `dtype` (None: zero) + scale * D(dh lora_A)."""
     if keep is None and dx is not None:
-        return dx.addmm_(dh, lora_A, alpha=scale)
-    product = _product(dh, lora_A, scale)
+        return _add_product(dx, dh, lora_A, scale)
+    product = _product(dh, lora_A, scale, dtype)
     if keep is not None and keep.dtype is torch.uint8:
         return triton_kernels().apply_mask(product, keep, onto=dx)
     if keep is not None:
         product.view(keep.dtype).bitwise_and_(keep)
     return product if dx is None else dx.add_(product)
-
-
-def _low_rank(h: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """bias + scale * h lora_B^T."""
-    if bias is None:
-        return _product(h, lora_B.T, scale)
-    return torch.addmm(bias, h, lora_B.T, alpha=scale)
 
 
 def library_forward(
@@ -103,21 +150,22 @@ def library_forward(
     (M, K), dtype = x.shape, x.dtype
     scale, dropout, _, columns = settings
     lora_A, lora_B = operands.adapters(columns)
+    wide_A, wide_B = (rank_dtype(dtype, each[0].dtype) for each in (lora_A, lora_B))
     mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
     h = []
     for g, each in enumerate(lora_A):
         dropped_x = _drop(x, _keep(mask, g, K, dtype))
-        h.append(_product(dropped_x, _as(each, dtype).T, 1 / (1 - dropout)))
+        h.append(_product(dropped_x, _as(each, wide_A).T, 1 / (1 - dropout), wide_A))
     y = []
     for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
-        bias = None if bias is None else _as(bias, dtype)
         if columns is None:
-            y.append(_low_rank(h[g], _as(lora_B[g], dtype), bias, scale))
+            y.append(_product(h[g], _as(lora_B[g], wide_B).T, scale, dtype, bias))
         else:
-            y.append(x.new_zeros(M, len(weight)) if bias is None else bias.repeat(M, 1))
+            start = x.new_zeros(1, len(weight)) if bias is None else _as(bias, dtype)
+            y.append(start.repeat(M, 1))
             for y_g, h_g, B_g in zip(segments_of(tuple(y), columns), h, lora_B, strict=True):
-                y_g.addmm_(h_g, _as(B_g, dtype).T, alpha=scale)
-        y[g].addmm_(x, weight.T)
+                _add_product(y_g, h_g, _as(B_g, wide_B).T, scale)
+        add_frozen(y[g], x, weight.T)
     return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
 
 
@@ -127,27 +175,33 @@ def library_backward(
 ) -> Backward:  # fmt: skip
     """The same products by hand: rank-R products are dx at first, and dy W is added in place."""
     scale, dropout, _, columns = settings
-    dtype, kept_scale = dy[0].dtype, scale / (1 - dropout)
+    dtype, kept_scale = dy[0].dtype, 1 / (1 - dropout)
     dx: Tensor | None = None
     dlora_A, dlora_B = [], []
     for g, (dy_g, lora_A, lora_B) in enumerate(
         zip(segments_of(dy, columns), *operands.adapters(columns), strict=True)
     ):
+        wide_A, wide_B = rank_dtype(dtype, lora_A.dtype), rank_dtype(dtype, lora_B.dtype)
         if wanted.dx or wanted.dlora_A:
-            dh_T = _as(lora_B, dtype).T @ dy_g.T  # scaled where it is used, at no cost
+            if wide_B is dtype:
+                dh = _product(_as(lora_B, dtype).T, dy_g.T, scale, dtype).T
+            else:
+                dh = _product(dy_g, _as(lora_B, wide_B), scale, wide_B)
+            dh = _as(dh, wide_A)
             keep = _keep(mask, g, lora_A.shape[1], dtype)
             if wanted.dx:
-                dx = _add_dropped(dx, dh_T.T, _as(lora_A, dtype), kept_scale, keep)
+                dx = _add_dropped(dx, dh, _as(lora_A, wide_A), kept_scale, keep, dtype)
             if wanted.dlora_A:
                 assert x is not None
-                dlora_A.append(_as(_product(dh_T, _drop(x, keep), kept_scale), lora_A.dtype))
+                dlora_A.append(_as(_row_sum(dh, _drop(x, keep), kept_scale), lora_A.dtype))
         if wanted.dlora_B:
             assert h is not None
             # Transposed: oneDNN's dy^T h takes 7.6 ms, h^T dy 0.44 (EPYC, N = 3072, fp32).
-            dlora_B.append(_as(_product(h[g].T, dy_g, scale).T, lora_B.dtype).contiguous())
+            gradient = _row_sum(_as(h[g], wide_B), dy_g, scale).T
+            dlora_B.append(_as(gradient, lora_B.dtype).contiguous())
     if dx is not None:
         for dy_g, weight in zip(dy, operands.weight, strict=True):
-            dx.addmm_(dy_g, weight)
+            add_frozen(dx, dy_g, weight)
     if columns is not None:
         dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)

@@ -32,6 +32,7 @@ from ..algebra.operands import (
     segments_of,
 )
 from ..hardware.tiles import Tile, Tiles, splits_for
+from .library import add_frozen
 from .problem import triton_kernels
 
 
@@ -108,7 +109,7 @@ def hybrid_forward(
     h, mask = _project(x, operands, settings, seed, tiles)
     y = _seeded_gemm(x, h, operands, settings, tiles.low_rank, tiles.precision, gemm=False)
     for y_g, weight in zip(y, operands.weight, strict=True):
-        y_g.addmm_(x, weight.T)
+        add_frozen(y_g, x, weight.T)
     return Forward(y, h, mask)
 
 
@@ -143,7 +144,7 @@ def _hybrid_dx(
     low_rank, precision = tiles.low_rank, tiles.precision
     dx = _seeded_dx(dy, operands, dh, mask, settings, low_rank, precision, gemm=False)
     for dy_g, weight in zip(dy, operands.weight, strict=True):
-        dx.addmm_(dy_g, weight)
+        add_frozen(dx, dy_g, weight)
     return dx
 
 

@@ -9,6 +9,7 @@ from lora_kernels import STRATEGIES, lora_linear
 from lora_kernels.algebra import reference
 from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.autograd import operators
+from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 from tests.support.oracle import DEVICE, Case, inputs, judge, judge_layer, run
@@ -24,6 +25,25 @@ CASES = [
     Case(M=65, N=40, K=72, R=16, x="transposed", weight="conv1d"),
     Case(M=48, N=56, K=64, R=3, adapter=torch.float32, dropout=0.1),
     Case(M=1, N=19, K=23, R=3, dropout=0.3),
+    Case(M=300, N=5, K=300, R=4, weight="conv1d"),  # few columns of y, then of dx
+    Case(M=300, N=300, K=5, R=4),
+]
+# float16 x and dy, float32 adapters: what is small or large in float16 is neither in float32.
+RANGE = [
+    Case(M=65, N=96, K=80, R=8, adapter=torch.float32, **sizes)
+    for sizes in (
+        {},
+        {"B": 0.0},
+        {"B": 1e-4, "dy": 1e-4},
+        {"B": 1e-6, "dropout": 0.1},
+        {"B": 1e-4, "dy": 2e-6, "dropout": 0.1},
+        {"B": 1e4, "scale": 1e-4},
+        {"B": 1e-4, "scale": 1e4, "weight": "conv1d"},
+    )
+] + [
+    Case(M=1024, N=40, K=48, R=8, adapter=torch.float32, B=0.5, dy=40.0, agree=True),
+    Case(M=65, N=40, K=48, R=8, adapter=torch.bfloat16, B=1e-6, dy=1e-4),
+    Case(M=65, N=40, K=48, R=8, adapter=torch.float64, B=1e-6, dy=1e-4),
 ]
 
 
@@ -43,6 +63,47 @@ def call(case: Case, strategy: str):
 def test_y_and_every_gradient(case, dtype, strategy):
     problem = Problem.on(DEVICE, case.M, case.N, case.K, case.R, dtype, dropout=case.dropout > 0)
     assert choose(problem, strategy).strategy == strategy, choose(problem, strategy).reason
+    judge_layer(call(case, strategy), case, dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", RANGE, ids=str)
+def test_float16_loses_no_range_of_wider_adapters(case, strategy):
+    judge_layer(call(case, strategy), case, torch.float16)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("columns", [None, ((0, 32), (40, 72))], ids=["group", "columns"])
+def test_a_group_loses_no_range_of_wider_adapters(columns, strategy):
+    """Siblings, and ranges of one weight's columns, give what each gives as a layer of its own."""
+    parts = [
+        inputs(Case(M=65, N=32, K=48, R=8, adapter=torch.float32, B=1e-4), torch.float16, seed)
+        for seed in (0, 1)
+    ]
+    x, dy = parts[0].x, [part.dy * 1e-4 for part in parts]
+    expected = []
+    for part, each in zip(parts, dy, strict=True):
+        y = lora_linear(x, part.weight, part.lora_A, part.lora_B, scale=2.0, strategy=strategy)
+        expected += torch.autograd.grad(y, (part.lora_A, part.lora_B), each)
+    if columns is None:
+        layers = tuple(Weights(part.weight, None, part.lora_A, part.lora_B) for part in parts)
+        y = lora_linears(x, layers, Settings(2.0, 0.0, strategy))
+    else:
+        (a, b), gap = parts, parts[0].weight[:8]
+        weight = torch.cat((a.weight, gap, b.weight, gap))
+        lora_A, lora_B = torch.cat((a.lora_A, b.lora_A)), torch.cat((a.lora_B, b.lora_B))
+        layers = (Weights(weight, None, lora_A, lora_B),)
+        (whole,) = lora_linears(x, layers, Settings(2.0, 0.0, strategy, columns))
+        y = tuple(whole[:, start:stop] for start, stop in columns)
+    leaves = [leaf for part in parts for leaf in (part.lora_A, part.lora_B)]
+    for actual, alone in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        assert (actual - alone).norm() <= 1e-3 * alone.norm()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_float64_adapters(dtype, strategy):
+    case = Case(M=40, N=24, K=32, R=3, adapter=torch.float64, dropout=0.1)
     judge_layer(call(case, strategy), case, dtype)
 
 

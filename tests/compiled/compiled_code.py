@@ -117,6 +117,36 @@ def test_y_and_every_gradient(on, case, strategy):
     assert ("_fused_gemm" in card.launched) == (strategy == "fused")
 
 
+RANGE = [
+    Case(130, 144, 160, 8, dropout=0.1, adapter=FULL, B=1e-4, dy=1e-4),
+    Case(270, 45, 77, 40, adapter=FULL, B=0.5, dy=150.0, agree=True),
+]
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+@pytest.mark.parametrize("case", RANGE, ids=str)
+def test_float16_loses_no_range_of_wider_adapters(on, case, strategy):
+    on(ARCH, strategy, HALF, case.R)
+
+    def layer(x, weight, lora_A, lora_B, bias):
+        return lora_linear(
+            x, weight, lora_A, lora_B, bias=bias, scale=case.scale, dropout=case.dropout
+        )
+
+    judge_layer(layer, case, HALF)
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800000], ids=["nan", "inf"])
+def test_rounding_to_tf32_hides_no_nan_and_no_infinity(on, bits, strategy):
+    on(ARCH, strategy, HALF, 8)
+    x, weight = torch.ones(32, 32, dtype=HALF), torch.zeros(32, 32, dtype=HALF)
+    lora_A, lora_B = torch.ones(8, 32), torch.ones(32, 8)
+    lora_A.view(torch.int32)[0, 0] = bits
+    y = lora_linear(x, weight, lora_A, lora_B)
+    assert (y.isnan() if bits > 0x7F800000 else y.isposinf()).all()
+
+
 @pytest.mark.parametrize("strategy", TRITON)
 def test_exact_float32_rounds_no_more_than_eager(on, strategy, monkeypatch):
     """A chain of FMAs that started from the low-rank product would."""

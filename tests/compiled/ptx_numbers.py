@@ -46,7 +46,7 @@ ARITHMETIC: dict[str, Callable[..., Array]] = {
 }  # fmt: skip
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal,
+    "ge": np.greater_equal, "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
 
 

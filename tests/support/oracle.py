@@ -5,12 +5,18 @@ No tolerance is picked by hand. For y and every gradient, the RMS error may be 1
 eager's and the largest error twice eager's plus one ulp (docs/accuracy.md says why).
 Eager's error is itself a sample: with n elements two equal RMS errors differ by a factor of 1 + 3 /
 sqrt(n) at three sigma, and that is added for small outputs.
+
+Eager code multiplies in the dtype of x. But float16 loses small and large numbers, so float32
+adapters (and all others that are not float16) on a float16 x are judged against what PEFT does
+there: all of LoRA in float32.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +45,9 @@ class Case:
     x: str = "plain"
     adapter: torch.dtype | None = None  # lora_A, lora_B; None: as x
     scale: float = 0.75
+    B: float = 1.0  # how large lora_B is; at 1 the low-rank term is as large as the frozen one
+    dy: float = 1.0  # how large dy is
+    agree: bool = False  # the mean of x is 1 and that of dy as large as dy: sums over tokens grow
 
     def __str__(self) -> str:
         name = f"M{self.M}-N{self.N}-K{self.K}-R{self.R}"
@@ -46,9 +55,12 @@ class Case:
         name += "" if self.bias else "-nobias"
         name += "" if self.weight == "linear" else f"-{self.weight}"
         name += "" if self.x == "plain" else f"-{self.x}"
-        return name + (
-            "" if self.adapter is None else f"-{str(self.adapter).removeprefix('torch.')}-adapter"
-        )
+        if self.adapter is not None:
+            name += f"-{str(self.adapter).removeprefix('torch.')}-adapter"
+        name += "" if self.scale == 0.75 else f"-scale{self.scale:g}"
+        name += "" if self.B == 1 else f"-B{self.B:g}"
+        name += "" if self.dy == 1 else f"-dy{self.dy:g}"
+        return name + ("-agree" if self.agree else "")
 
 
 @dataclass
@@ -62,28 +74,30 @@ class Inputs:
 
 
 def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random tensors; the low-rank term is as large as the frozen one (lora_B is not zero)."""
+    """Random tensors; by default the low-rank term is as large as the frozen one."""
     draw = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*shape, generator=draw) * std).to(dtype).to(DEVICE)
+    def normal(
+        *shape: int, std: float = 1.0, dtype: torch.dtype = dtype, mean: float = 0.0
+    ) -> Tensor:
+        return ((torch.randn(*shape, generator=draw) + mean) * std).to(dtype).to(DEVICE)
 
-    M, N, K, R = case.M, case.N, case.K, case.R
+    M, N, K, R, mean = case.M, case.N, case.K, case.R, float(case.agree)
     adapter = case.adapter or dtype
     weight = normal(K, N, std=K**-0.5).T if case.weight == "conv1d" else normal(N, K, std=K**-0.5)
     if case.x == "strided":
-        x = normal(M, 2 * K)[:, ::2]
+        x = normal(M, 2 * K, mean=mean)[:, ::2]
     elif case.x == "transposed":
-        x = normal(K, M).T
+        x = normal(K, M, mean=mean).T
     else:
-        x = normal(M, K)
+        x = normal(M, K, mean=mean)
     return Inputs(
         x=x.detach().requires_grad_(),
         weight=weight,
         bias=normal(N).requires_grad_() if case.bias else None,
         lora_A=normal(R, K, std=K**-0.5, dtype=adapter).requires_grad_(),
-        lora_B=normal(N, R, std=R**-0.5, dtype=adapter).requires_grad_(),
-        dy=normal(M, N),
+        lora_B=normal(N, R, std=case.B * R**-0.5, dtype=adapter).requires_grad_(),
+        dy=normal(M, N, std=case.dy, mean=mean),
     )
 
 
@@ -106,7 +120,7 @@ def run(given: Inputs, function, dtype: torch.dtype | None = None) -> dict[str, 
 
 
 def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict]:
-    """(float64, eager in x's dtype) results of the reference under the mask that was drawn."""
+    """(float64, eager) results of the reference under the mask that was drawn."""
     keep = None if mask is None else masks.unpack(mask, case.K)
 
     def reference_layer(x, weight, lora_A, lora_B, bias):
@@ -115,6 +129,12 @@ def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict
         )
 
     exact = run(given, reference_layer, torch.float64)
+    if given.x.dtype is torch.float16 is not given.lora_A.dtype:
+        eager = run(given, partial(peft_layer, case=case, keep=keep))
+        if MATRIX_INSTRUCTIONS:
+            tf32 = in_tf32(given, case, keep)
+            eager |= {name: coarser(eager[name], t, exact[name]) for name, t in tf32.items()}
+        return exact, eager
     eager = run(given, reference_layer, given.x.dtype)
     if YARDSTICKS > 1:
         keep = None if keep is None else keep.cpu()
@@ -122,6 +142,37 @@ def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict
         other = run(here, reference_layer, given.x.dtype)
         eager = {name: coarser(eager[name], other[name], exact[name]) for name in exact}
     return exact, eager
+
+
+# Whether the kernels are compiled: then tensor cores multiply float32 adapters as TF32.
+MATRIX_INSTRUCTIONS = os.environ.get("TRITON_INTERPRET", "0") == "0"
+
+
+def peft_layer(x, weight, lora_A, lora_B, bias, *, case: Case, keep: Tensor | None) -> Tensor:
+    """What PEFT computes of a float16 x and float32 adapters; y is float16."""
+    h = reference.dropped(x.float(), keep, case.dropout) @ lora_A.float().T
+    y = torch.nn.functional.linear(x, weight, bias)
+    return (y + (h @ lora_B.float().T) * case.scale).to(x.dtype)
+
+
+def in_tf32(given: Inputs, case: Case, keep: Tensor | None) -> dict[str, Tensor]:
+    """The same with the operands of every product of rank R rounded to TF32."""
+
+    def rounded(t: Tensor) -> Tensor:
+        bits = t.detach().float().contiguous().view(torch.int32)
+        return ((bits + 0x1000) & -0x2000).view(torch.float32)
+
+    x, dy, A, B = map(rounded, (given.x, given.dy, given.lora_A, given.lora_B))  # x, dy exact
+    dropped_x = reference.dropped(x, keep, case.dropout)
+    h, dh = rounded(dropped_x @ A.T), rounded(case.scale * (dy @ B))
+    frozen_y = torch.nn.functional.linear(given.x, given.weight, given.bias).detach()
+    low_rank_dx = reference.dropped(dh @ A, keep, case.dropout)
+    return {
+        "y": (frozen_y + case.scale * (h @ B.T)).to(given.x.dtype),
+        "dx": (given.dy @ given.weight + low_rank_dx).to(given.x.dtype),
+        "dlora_A": dh.T @ dropped_x,
+        "dlora_B": case.scale * (dy.T @ h),
+    }
 
 
 # Eager PyTorch's error is that of the vendor's kernel for a shape: a GPU's may cut K in slices and
