@@ -84,7 +84,12 @@ def find_run(
         raise ValueError(
             f"{directory} holds a run already: --overwrite it, or leave out --no-resume"
         )
-    return read_json(directory / RESULT) if finished else None
+    if not finished:
+        return None
+    result = read_json(directory / RESULT)
+    if "metrics" not in result:
+        raise ValueError(f"{directory / RESULT} is no result of a run: --overwrite it")
+    return result
 
 
 @contextmanager
