@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import tokenizers
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -133,12 +134,24 @@ def _read_json(path: Path) -> None:
     json.loads(path.read_text(encoding="utf-8"))
 
 
+def _read_object(path: Path) -> None:
+    if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        raise ValueError("it holds no JSON object")
+
+
+def _read_tokenizer(path: Path) -> None:
+    tokenizers.Tokenizer.from_file(str(path))
+
+
 def _read_pickle(path: Path) -> None:
-    torch.load(path, weights_only=True, mmap=True, map_location="meta")
+    torch.load(path, weights_only=True, map_location="meta")
 
 
-# Pattern of a model's files -> reads one, and raises if it is damaged.
+# Name or pattern of a model's files -> reads one, and raises if it is damaged.
 READERS: dict[str, Callable[[Path], None]] = {
+    "config.json": _read_object,
+    "tokenizer_config.json": _read_object,
+    "tokenizer.json": _read_tokenizer,
     "*.json": _read_json,
     "*.safetensors": _read_safetensors,
     "*.bin": _read_pickle,

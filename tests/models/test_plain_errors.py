@@ -58,12 +58,12 @@ def test_several_processes_are_refused(arguments, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("size", [0, 100], ids=["empty", "truncated"])
-def test_damaged_files_of_a_model_are_named(arguments, bert, tmp_path, name, size):
+@pytest.mark.parametrize("damage", ["empty", "truncated", "null"])
+def test_damaged_files_of_a_model_are_named(arguments, bert, tmp_path, name, damage):
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
     path = folder / name
-    path.write_bytes(path.read_bytes()[:size])
+    path.write_bytes({"empty": b"", "truncated": path.read_bytes()[:100], "null": b"null"}[damage])
     made = arguments(model=str(folder))
     with pytest.raises(ValueError, match=rf"--model: \S*{name} is damaged, fetch it again: "):
         train(made)
