@@ -56,40 +56,12 @@ def find_run(
     `resume` is False; it would be overwritten and is not a run's; what the run writes lies there
     and is not a run's; it is a part of another run.
     """
-    _refuse_place(directory, overwrite)
-    if overwrite or not _holds_run(directory):
-        return None
-    before, finished = read_json(directory / ARGUMENTS), (directory / RESULT).is_file()
-    noted = all(name in before for name in DIGESTS)
-    if not finished:
-        if not noted and any((directory / CHECKPOINTS).glob("checkpoint-*")):
-            raise ValueError(
-                f"{directory} was begun by a version that did not note which rows and model it "
-                "read, so it cannot be continued: --overwrite it"
-            )
-        if last_checkpoint(directory / CHECKPOINTS)[0] is None:
-            return None  # it ended before there was anything to continue from
-    now = identity if noted else {k: v for k, v in identity.items() if k not in DIGESTS}
-    changed = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in dict.fromkeys((*before, *now))
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
+    try:
+        return _find(directory, identity, resume, overwrite)
+    except FileNotFoundError as error:  # it was there a moment ago
         raise ValueError(
-            f"{directory} holds a run with other arguments ({'; '.join(changed)}): "
-            "choose another --output-dir, or --overwrite it"
-        )
-    if not resume:
-        raise ValueError(
-            f"{directory} holds a run already: --overwrite it, or leave out --no-resume"
-        )
-    if not finished:
-        return None
-    result = read_json(directory / RESULT)
-    if "metrics" not in result:
-        raise ValueError(f"{directory / RESULT} is no result of a run: --overwrite it")
-    return result
+            f"another process is changing the run in {directory} ({error}): wait until it ends"
+        ) from error
 
 
 @contextmanager
@@ -125,6 +97,45 @@ def opened(
             with writing(directory):
                 write_json(directory / ARGUMENTS, identity)
         yield checkpoint
+
+
+def _find(
+    directory: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    _refuse_place(directory, overwrite)
+    if overwrite or not _holds_run(directory):
+        return None
+    before, finished = read_json(directory / ARGUMENTS), (directory / RESULT).is_file()
+    noted = all(name in before for name in DIGESTS)
+    if not finished:
+        if not noted and any((directory / CHECKPOINTS).glob("checkpoint-*")):
+            raise ValueError(
+                f"{directory} was begun by a version that did not note which rows and model it "
+                "read, so it cannot be continued: --overwrite it"
+            )
+        if last_checkpoint(directory / CHECKPOINTS)[0] is None:
+            return None  # it ended before there was anything to continue from
+    now = identity if noted else {k: v for k, v in identity.items() if k not in DIGESTS}
+    changed = [
+        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in dict.fromkeys((*before, *now))
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{directory} holds a run with other arguments ({'; '.join(changed)}): "
+            "choose another --output-dir, or --overwrite it"
+        )
+    if not resume:
+        raise ValueError(
+            f"{directory} holds a run already: --overwrite it, or leave out --no-resume"
+        )
+    if not finished:
+        return None
+    result = read_json(directory / RESULT)
+    if "metrics" not in result:
+        raise ValueError(f"{directory / RESULT} is no result of a run: --overwrite it")
+    return result
 
 
 @contextmanager

@@ -70,6 +70,18 @@ def test_a_run_on_other_rows_or_another_model_does_not_continue(
         train(made)
 
 
+def test_a_file_that_vanishes_while_it_is_looked_at_is_another_process_s(arguments, monkeypatch):
+    made = arguments(save_steps=2)
+    cut_off(made)
+
+    def vanished(path):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr("models.checkpoints.file_digest", vanished)
+    with pytest.raises(ValueError, match=r"another process is changing the run in \S+run "):
+        train(made)
+
+
 def test_a_start_that_failed_does_not_block_the_mended_command(arguments):
     class OutOfMemory(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
