@@ -73,28 +73,32 @@ def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Let one writer of `path` at a time into the block, among all threads and processes.
 
     The lock is on a file beside `path`, which is removed when the block ends. A killed process
-    leaves the file, but not the lock.
+    leaves the file, but not the lock. Raises BlockingIOError if another has it and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
-    with _open_locked(lock):
+    with _open_locked(lock, wait):
         try:
             yield
         finally:
             lock.unlink()
 
 
-def _open_locked(lock: Path) -> TextIO:
+def _open_locked(lock: Path, wait: bool) -> TextIO:
     while True:
         file = lock.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
         with suppress(FileNotFoundError):  # its last holder removed it: others lock a new file
             if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import shlex
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +19,15 @@ from lora_kernels import LoRAConfig
 
 from .data.tasks import task_of
 from .methods import METHODS
+
+# Of transformers.SchedulerType, those that need no arguments of their own.
+SCHEDULERS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
+# How launchers tell a process that it is one of several.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def flag(default: Any, text: str, **options: Any) -> Any:
@@ -65,7 +75,7 @@ class Arguments:
     precision: Literal["fp32", "fp16", "bf16"] = flag("fp32", "fp16 and bf16 are torch.autocast")
     weight_decay: float = flag(0.0, "AdamW's")
     warmup_ratio: float = flag(0.06, "share of the steps over which the learning rate rises")
-    scheduler: str = flag("linear", "a name of transformers.SchedulerType")
+    scheduler: str = flag("linear", "one of " + ", ".join(SCHEDULERS))
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     seed: int = flag(0, "of the head, LoRA, dropout and the order of the examples")
     max_train_samples: int | None = flag(
@@ -145,12 +155,20 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--warmup-ratio {arguments.warmup_ratio} is not within 0 and 1")
     if arguments.save_steps < 0:
         raise ValueError(f"--save-steps {arguments.save_steps} is negative")
-    schedulers = [kind.value for kind in transformers.SchedulerType]
-    if arguments.scheduler not in schedulers:
-        close = difflib.get_close_matches(arguments.scheduler, schedulers) or schedulers
+    if arguments.scheduler not in SCHEDULERS:
+        close = difflib.get_close_matches(arguments.scheduler, SCHEDULERS) or SCHEDULERS
+        whole = [kind.value for kind in transformers.SchedulerType]
+        kind = "needs arguments of its own" if arguments.scheduler in whole else "is unknown"
+        raise ValueError(f"--scheduler {arguments.scheduler} {kind}; choose {', '.join(close)}")
+    if arguments.scheduler == "polynomial" and arguments.rate() <= POLYNOMIAL_END:
         raise ValueError(
-            f"unknown scheduler {arguments.scheduler!r}; did you mean {', '.join(close)}?"
+            f"--scheduler polynomial ends at {POLYNOMIAL_END}, above --learning-rate "
+            f"{arguments.rate()}"
         )
+    processes = {name: os.environ[name] for name in WORLD_SIZES if name in os.environ}
+    if any(size.isdigit() and int(size) > 1 for size in processes.values()):
+        told = ", ".join(f"{name}={size}" for name, size in processes.items())
+        raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task_of(arguments.task)

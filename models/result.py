@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -62,6 +63,7 @@ def describe_model(attached: Attached) -> dict[str, Any]:
         "parameters": parameter_counts(attached.model),
         "fused": [dataclasses.asdict(row) for row in attached.fused],
         "skipped": [dataclasses.asdict(row) for row in attached.skipped],
+        "new": list(attached.new),
     }
 
 
@@ -85,6 +87,40 @@ def describe_training(trainer: ExactTrainer) -> dict[str, Any]:
         "samples_per_second": epochs * len(trainer.train_dataset) / (trainer.seconds - scoring),
         "peak_memory": _peak_memory(),
     }
+
+
+def describe_numbers(result: Mapping[str, Any], losses: Sequence[float]) -> dict[str, Any]:
+    """The scores and history with None for what is not a number, `diverged`, and notes on both.
+
+    JSON knows neither NaN nor infinity. A run diverged if its last loss or that of a split is no
+    finite number.
+    """
+    wrong = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+    metrics = {split: _finite(scores) for split, scores in result["metrics"].items()}
+    notes = list(result["notes"])
+    if wrong:
+        notes.append(
+            f"the training loss is not a finite number at {len(wrong)} of {len(losses)} steps, "
+            f"first at step {wrong[0]}: try a lower --learning-rate or --precision fp32"
+        )
+    for split, scores in metrics.items():
+        undefined = [name for name, score in scores.items() if score is None]
+        if undefined:
+            notes.append(
+                f"{split}: {', '.join(undefined)} is not defined: the predictions or labels are "
+                "constant, or not finite"
+            )
+    return {
+        "metrics": metrics,
+        "history": [_finite(row) for row in result["history"]],
+        "diverged": not math.isfinite(losses[-1])
+        or any(scores["loss"] is None for scores in metrics.values()),
+        "notes": notes,
+    }
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _peak_memory() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from rich.table import Table
 
 def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
     """On the left the loss of every step and epoch; on the right the task's first metric."""
-    history = result["history"]
+    history = [
+        {k: math.nan if v is None else v for k, v in row.items()} for row in result["history"]
+    ]
     metric = result["primary_metric"]
     epochs = [row["epoch"] for row in history]
     per_epoch = len(losses) / max(len(history), 1)
@@ -30,7 +33,8 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
         right.plot(epochs, values, "s-", label="validation")
     if "test" in result["metrics"]:
         test = result["metrics"]["test"][metric]
-        right.plot(epochs[-1:], [test], "*", markersize=12, label=f"test {test:.3f}")
+        if test is not None:
+            right.plot(epochs[-1:], [test], "*", markersize=12, label=f"test {test:.3f}")
     if metric == "accuracy":
         baseline = next(reversed(result["baseline"]["splits"].values()))
         right.axhline(baseline, color="0.5", linestyle="--", label=f"majority class {baseline:.3f}")
@@ -61,6 +65,8 @@ def print_parameters(result: Mapping[str, Any]) -> None:
         console.print(f"{len(result['fused'])} layers with LoRA, strategy {', '.join(strategies)}")
     for row in result["skipped"]:
         console.print(f"left alone: {row['name']} ({row['reason']})")
+    for note in result["notes"]:
+        console.print(f"note: {note}")
 
 
 def print_result(result: Mapping[str, Any], directory: Path) -> None:
@@ -73,7 +79,7 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
     for name in (*names, result["baseline"]["name"]):
         table.add_column(name, justify="right")
     for split, metrics in result["metrics"].items():
-        numbers = [f"{metrics[name]:.4f}" for name in names]
+        numbers = ["-" if metrics[n] is None else f"{metrics[n]:.4f}" for n in names]
         baseline = f"{result['baseline']['splits'][split]:.4f}"
         table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
     console = Console(highlight=False)
@@ -88,5 +94,7 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
     for split, count in result["repeated_texts"].items():
         if count:
             console.print(f"note: {count} {split} rows have a text that is in train too")
+    for note in result.get("notes", ()):  # earlier versions wrote none
+        console.print(f"note: {note}")
     names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in directory.iterdir())
     console.print(f"{directory}/: {', '.join(names)}")

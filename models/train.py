@@ -17,12 +17,20 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from . import run_directory, show
 from .arguments import Arguments, check
+from .checkpoints import KEPT
 from .data import tokens
 from .data.tasks import Task, load, metrics_of, task_of
-from .loading import checkpoint_activations, load_model, load_tokenizer, model_source
+from .digests import digests
+from .loading import Loaded, checkpoint_activations, load_model, load_tokenizer, model_source
 from .methods import METHODS, Attached, attach
-from .result import describe_data, describe_model, describe_run, describe_training
-from .trainer import ExactTrainer, SaveEvery, last_checkpoint
+from .result import (
+    describe_data,
+    describe_model,
+    describe_numbers,
+    describe_run,
+    describe_training,
+)
+from .trainer import ExactTrainer, SaveEvery
 
 
 def train(
@@ -39,46 +47,50 @@ def train(
     check(arguments)
     task = task_of(arguments.task)
     directory, identity = arguments.directory(), arguments.identity()
-    finished = run_directory.open_run(
-        directory, identity, resume=arguments.resume, overwrite=arguments.overwrite
-    )
-    if finished is not None:
-        print(f"{directory} holds this run, finished; --overwrite runs it again")
-        return finished
-
     data = load(task, arguments.data_dir)
     source = model_source(arguments.model)
     tokenizer = load_tokenizer(source)
     used = tokens.sample(data.splits, arguments.max_train_samples, arguments.max_eval_samples)
-    rows, scored = tokens.encode(used, tokenizer, arguments.max_length)
+    identity |= digests(used, source)
+    choice = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    finished = run_directory.find_run(directory, identity, **choice)
+    if finished is not None:
+        print(f"{directory} holds this run, finished; --overwrite runs it again")
+        return finished
 
-    attached = _attach(task, source, tokenizer, arguments)
+    rows, scored = tokens.encode(used, tokenizer, arguments.max_length)
+    loaded, attached = _attach(task, source, tokenizer, arguments)
+    tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
     result = {
         **describe_run(arguments, task, source),
         **describe_data(task, data, used, scored),
         **describe_model(attached),
+        "notes": [*data.notes, *loaded.notes],
     }
     show.print_parameters(result)
-    run_directory.begin(directory, identity)
-
-    trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks)
-    checkpoint = last_checkpoint(directory / run_directory.CHECKPOINTS)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    result["metrics"] = trainer.score(scored)
-    result |= describe_training(trainer)
-    run_directory.finish(
-        directory,
-        result,
-        trainer.step_losses,
-        lambda path: METHODS[arguments.method].save(trainer.model, path),
-    )
+    with run_directory.opened(directory, identity, **choice) as checkpoint:
+        trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result["metrics"] = trainer.score(scored)
+        result |= describe_training(trainer)
+        result |= describe_numbers(result, trainer.step_losses)
+        run_directory.finish(
+            directory,
+            result,
+            trainer.step_losses,
+            lambda path: METHODS[arguments.method].save(trainer.model, path),
+        )
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, train, print the tables; the exit status is 2 for bad arguments."""
+    """Parse the command line, train, print the tables.
+
+    The exit status is 2 for arguments, files or a place that cannot work, and 1 for a run that
+    ended without a finite loss.
+    """
     parser = HfArgumentParser(Arguments, prog="python -m models.train", description=__doc__)  # type: ignore[arg-type]
     arguments, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest[-1]:
@@ -89,21 +101,29 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = train(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     show.print_result(result, arguments.directory())
-    return 0
+    return 1 if result.get("diverged") else 0
 
 
-def _attach(task: Task, source: str, tokenizer: Any, arguments: Arguments) -> Attached:
-    """The pretrained model with a fresh head, made ready to train by the method."""
+def _attach(
+    task: Task, source: str, tokenizer: Any, arguments: Arguments
+) -> tuple[Loaded, Attached]:
+    """The pretrained model with a head for the task, and the same made ready to train."""
     set_seed(arguments.seed)
-    model = load_model(source, task, tokenizer.pad_token_id, arguments.max_length)
+    loaded = load_model(source, task, tokenizer.pad_token_id, arguments.max_length)
     if arguments.gradient_checkpointing:
-        checkpoint_activations(model)
-    return attach(
-        arguments.method, model, arguments.lora_config(), arguments.train_head, arguments.seed
+        checkpoint_activations(loaded.model)
+    attached = attach(
+        arguments.method,
+        loaded.model,
+        arguments.lora_config(),
+        arguments.train_head,
+        arguments.seed,
+        loaded.new,
     )
+    return loaded, attached
 
 
 def _trainer(
@@ -129,6 +149,7 @@ def _trainer(
         data_collator=tokens.collator(tokenizer, arguments.max_length, arguments.pad_to_max),
         compute_metrics=metrics,
         lengths=rows["length"],
+        new=attached.new,
         callbacks=[SaveEvery(arguments.save_steps), *callbacks],
     )
 
@@ -151,7 +172,7 @@ def _training_arguments(arguments: Arguments, rows: int, validate: bool) -> Trai
         seed=arguments.seed,
         eval_strategy="epoch" if validate else "no",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=KEPT,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         remove_unused_columns=False,  # ours are exactly the model's

@@ -23,8 +23,9 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-_TRAINED = "trained.safetensors"
-_PROGRESS = "progress.json"
+from .checkpoints import PROGRESS, TRAINED, seal
+from .run_directory import writing
+
 _POOL = 50  # batches among which examples are sorted by length
 
 
@@ -66,13 +67,17 @@ class LengthGroupedSampler(Sampler[int]):
 class ExactTrainer(Trainer):
     """Trainer with the three changes that this module's docstring lists.
 
-    `lengths` are the tokens of each training row. `step_losses` and `seconds` survive a resume.
+    `lengths` are the tokens of each training row. `new` are modules that no pretrained file holds:
+    checkpoints hold them though they may not train. `step_losses` and `seconds` survive a resume.
     Progress shows as one bar and a line for each epoch, instead of Trainer's own callbacks.
     """
 
-    def __init__(self, *args: Any, lengths: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lengths: Sequence[int], new: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._lengths = lengths
+        self._new = tuple(f"{path}." for path in new)
         self._losses: list[torch.Tensor] = []
         self._started = time.perf_counter()
         self._ended: float | None = None
@@ -96,6 +101,7 @@ class ExactTrainer(Trainer):
         """Train, by the clock."""
         self._started = time.perf_counter()
         output = super().train(*args, **kwargs)
+        self._check_steps()
         self._ended = time.perf_counter()
         return output
 
@@ -112,6 +118,7 @@ class ExactTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one step and keep its loss on the device: to read it here would wait for the GPU."""
+        self._check_steps()
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.detach().clone())
         return loss
@@ -121,22 +128,41 @@ class ExactTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self._trained().items()}
-        save_file(trained, directory / _TRAINED)
+        save_file(trained, directory / TRAINED)
         progress = {"losses": self.step_losses, "seconds": self.seconds}
-        (directory / _PROGRESS).write_text(json.dumps(progress))
+        (directory / PROGRESS).write_text(json.dumps(progress))
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """What a checkpoint holds: the parameters that train, and those that are new."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or any(path in name for path in self._new)
+        }
+
+    def _check_steps(self) -> None:
+        """Raise RuntimeError unless every step done has its loss: two runs have been mixed."""
+        if self.state.global_step != len(self._losses):
+            raise RuntimeError(
+                f"step {self.state.global_step} comes with {len(self._losses)} losses: "
+                f"{self.args.output_dir} was changed during the run"
+            )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        directory = Path(self.args.output_dir)
+        with writing(directory.parent):
+            super()._save_checkpoint(*args, **kwargs)
+            seal(directory / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
-        saved, trained = load_file(directory / _TRAINED), self._trained()
+        saved, trained = load_file(directory / TRAINED), self._trained()
         if saved.keys() != trained.keys():
             raise ValueError(f"{directory} holds other parameters than this run trains")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
-        progress = json.loads((directory / _PROGRESS).read_text())
+        progress = json.loads((directory / PROGRESS).read_text())
         device = self.args.device
         self._losses = [torch.tensor(loss, device=device) for loss in progress["losses"]]
         self._seconds_before = progress["seconds"]
@@ -222,15 +248,3 @@ def clean(logged: Mapping[str, Any], prefix: str) -> dict[str, float]:
         )
         if name.startswith(f"{prefix}_") and not noise.fullmatch(name)
     }
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint: one whose state, the last file to be written, is JSON."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None

@@ -11,6 +11,8 @@ import csv
 import difflib
 import gzip
 import math
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,10 +58,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits of a task, and where they came from, for `result.json`."""
+    """The splits of a task, where they came from, and what of the source they lack, in `notes`."""
 
     splits: dict[str, datasets.Dataset]
     origin: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -125,7 +128,7 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
     if data_dir is not None:
         raw = _read_directory(Path(data_dir))
         origin = {"from": "directory", "files": {name: path for name, (path, _) in raw.items()}}
-        splits = {name: _examples(task, *found) for name, found in raw.items()}
+        found = {name: _examples(task, *rows) for name, rows in raw.items()}
     else:
         try:
             loaded = datasets.load_dataset(*task.hub)
@@ -135,18 +138,28 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
                 "--data-dir reads it from local files"
             ) from error
         origin = {"from": "hub", "path": list(task.hub)}
-        splits = {
+        found = {
             name: _examples(task, f"{task.hub[0]} [{split}]", loaded[split])
             for name, split in task.hub_splits.items()
             if split in loaded
         }
-    splits = {name: split for name, split in splits.items() if len(split)}
+    notes = [
+        f"{name}: {drop} rows without a label are dropped"
+        for name, (_, drop) in found.items()
+        if drop
+    ]
+    splits = {name: split for name, (split, _) in found.items() if len(split)}
     if "train" not in splits:
         raise ValueError(f"task {task.name}: no labelled train split in {origin}")
     if len(splits) == 1:
         splits = _split_one(task, splits["train"])
         origin["split"] = "80/10/10 by a hash of the text, repeats kept together"
-    return TaskData(splits, origin)
+        if not len(splits["train"]):
+            raise ValueError(f"task {task.name}: too few different texts to split in {origin}")
+        found |= {name: (split, 0) for name, split in splits.items()}
+    empty = [name for name in found if not len(splits.get(name, ()))]
+    notes += [f"{name}: left out, since no row of it is left" for name in empty]
+    return TaskData({n: s for n, s in splits.items() if len(s)}, origin, tuple(notes))
 
 
 def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dict[str, float]:
@@ -179,19 +192,23 @@ def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
 
 
 def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
-    """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows]."""
+    """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows].
+
+    A score that is not defined is NaN: a correlation with a constant, F1 without a positive.
+    """
     import numpy as np
     from scipy import stats
     from sklearn import metrics
 
     guesses = predictions.reshape(-1) if task.regression else predictions.argmax(axis=-1)
+    varied = all(np.isfinite(v).all() and v.min() < v.max() for v in (guesses, labels))
     formulas: dict[str, Callable[[], float]] = {
-        "accuracy": lambda: float((guesses == labels).mean()),
-        "f1": lambda: metrics.f1_score(labels, guesses),
+        "accuracy": lambda: (guesses == labels).mean(),
+        "f1": lambda: metrics.f1_score(labels, guesses, zero_division=math.nan),
         "matthews": lambda: metrics.matthews_corrcoef(labels, guesses),
-        "pearson": lambda: stats.pearsonr(labels, guesses).statistic,
-        "spearman": lambda: stats.spearmanr(labels, guesses).statistic,
-        "mse": lambda: float(np.square(labels - guesses).mean()),
+        "pearson": lambda: stats.pearsonr(labels, guesses).statistic if varied else math.nan,
+        "spearman": lambda: stats.spearmanr(labels, guesses).statistic if varied else math.nan,
+        "mse": lambda: np.square(labels - guesses).mean(),
     }
     return {name: float(formulas[name]()) for name in task.metrics}
 
@@ -204,12 +221,7 @@ def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]
     for name in (*SPLITS, "all"):
         for path in (directory / f"{name}.csv", directory / f"{name}.csv.gz"):
             if path.is_file():
-                opener = gzip.open if path.suffix == ".gz" else open
-                try:
-                    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-                        found[name] = (str(path), list(csv.DictReader(file)))
-                except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-                    raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
+                found[name] = (str(path), _read_csv(path))
                 break
     if "all" in found and "train" not in found:
         found["train"] = found["all"]
@@ -222,8 +234,32 @@ def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]
     return found
 
 
-def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Raw rows, turned into the columns that every task shares."""
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; blank lines are no rows."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be long
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # a quote that is never closed is an error
+            header, *lines = [line for line in reader if line] or [[]]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
+    for number, line in enumerate(lines, start=1):
+        if len(line) != len(header):
+            kind = "fewer" if len(line) < len(header) else "more"
+            raise ValueError(f"{path}: row {number} has {kind} fields than the header")
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def _examples(
+    task: Task, source: str, rows: Iterable[Mapping[str, Any]]
+) -> tuple[datasets.Dataset, int]:
+    """Raw rows, turned into the columns that every task shares, and how many have no label."""
     rows = list(rows)
     if not rows:
         raise ValueError(f"{source} holds no rows")
@@ -236,20 +272,22 @@ def _examples(task: Task, source: str, rows: Iterable[Mapping[str, Any]]) -> dat
         )
     table: dict[str, list[Any]] = {"text": [], "labels": []}
     pair = len(columns) == 2 and not task.join
+    dropped = 0
     if pair:
         table["text_pair"] = []
     for number, row in enumerate(rows, start=1):
         texts = [row[column] for column in columns]
         if any(text is None for text in (*texts, row["label"])):
-            raise ValueError(f"{source}: row {number} has fewer fields than the header")
+            raise ValueError(f"{source}: row {number} holds no text or no label")
         label = _label(task, row["label"], f"{source}: row {number}")
         if label == -1:
+            dropped += 1
             continue
         table["text"].append(texts[0] if pair else " ".join(texts))
         table["labels"].append(label)
         if pair:
             table["text_pair"].append(texts[1])
-    return datasets.Dataset.from_dict(table)
+    return datasets.Dataset.from_dict(table), dropped
 
 
 def _label(task: Task, value: Any, where: str) -> int | float:

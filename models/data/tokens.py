@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
 from transformers import DataCollatorWithPadding
 
 TRAIN_SCORED = 1000  # the final scores of train are taken on this many rows at most
+VOCABULARY_SAMPLE = 1000  # rows whose words are looked up in the vocabulary
 
 
 def sample(
@@ -30,22 +32,60 @@ def sample(
 def encode(
     splits: dict[str, datasets.Dataset], tokenizer: Any, max_length: int
 ) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
-    """The rows to train on, with their `length`, and split -> the rows to score."""
+    """The rows to train on, with their `length`, and split -> the rows to score.
+
+    Raises ValueError where the tokenizer knows less than half of what is in train.
+    """
+    known = known_share(splits["train"]["text"][:VOCABULARY_SAMPLE], tokenizer)
+    if known < 0.5:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} knows {known:.0%} of the tokens of train: "
+            "its vocabulary is missing, or of another language"
+        )
     encoded = {name: tokenise(split, tokenizer, max_length) for name, split in splits.items()}
     return encoded["train"], {name: scored(name, split) for name, split in encoded.items()}
 
 
+def known_share(texts: Sequence[str], tokenizer: Any) -> float:
+    """The share of the tokens of `texts` that are in the vocabulary; 1 where there is no text."""
+    texts = [text for text in texts if text.strip()]
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    unknown = tokenizer.unk_token_id
+    # A vocabulary without any word may make nothing of a text: one unknown token.
+    known = [token != unknown for ids in tokens for token in ids or [unknown]]
+    return sum(known) / len(known) if known else 1.0
+
+
 def tokenise(split: datasets.Dataset, tokenizer: Any, max_length: int) -> datasets.Dataset:
-    """The split with token ids in place of the texts, and their `length`, at most `max_length`."""
+    """The split with token ids in place of the texts, and their `length`, at most `max_length`.
+
+    A text without a token, such as an empty one for GPT-2, becomes one end-of-text token.
+    """
+    end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    lone = {"input_ids": [end], "attention_mask": [1], "token_type_ids": [0]}
 
     def tokens_of(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = (batch["text"], batch["text_pair"]) if "text_pair" in batch else (batch["text"],)
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        for row, ids in enumerate(encoded["input_ids"]):
+            if not ids:
+                for name in encoded:
+                    encoded[name][row] = lone[name]
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
     texts = [name for name in ("text", "text_pair") if name in split.column_names]
     return split.map(tokens_of, batched=True, remove_columns=texts)
+
+
+def check_ids(splits: Iterable[datasets.Dataset], vocabulary: int | None) -> None:
+    """Raises ValueError for a token id that a model of so large a vocabulary does not have."""
+    largest = max(max(ids) for split in splits for ids in split["input_ids"])
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer makes the id {largest}, and the model has {vocabulary} tokens: "
+            "they are not of the same model"
+        )
 
 
 def scored(name: str, tokens: datasets.Dataset) -> datasets.Dataset:

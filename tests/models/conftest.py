@@ -70,6 +70,8 @@ def arguments(bert, data, tmp_path) -> Callable[..., Any]:
             "rank": 4,
             "learning_rate": 5e-3,
         }
+        if changes.get("method") == "full":  # which has no rank
+            del default["rank"]
         return Arguments(**{**default, **changes})
 
     return build

