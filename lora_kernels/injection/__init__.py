@@ -2,3 +2,7 @@
 
 Rule: this wing knows modules and their names, and no file.
 """
+
+from .inject import fused_layers
+
+__all__ = ["fused_layers"]
