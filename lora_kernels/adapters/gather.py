@@ -14,10 +14,16 @@ from ..injection.wrappers import bare, is_sharded, without_wrappers
 class State:
     """A model's tensors by clean key: its own, gathered ones, or what the caller has gathered.
 
-    Every process of a sharded model makes one. `writes` says whether this process has the tensors.
+    Every process of a sharded model makes one. `writes` says whether this process has the tensors,
+    and `is_wanted` which of them, by clean key, are asked for.
     """
 
-    def __init__(self, model: nn.Module, given: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Mapping[str, Any] | None,
+        is_wanted: Callable[[str], bool],
+    ) -> None:
         self.shared = given is None and is_sharded(model)
         ranks = dist.is_available() and dist.is_initialized()
         first = not ranks or dist.get_rank() == 0
@@ -26,11 +32,16 @@ class State:
         if given is not None:
             state = given
         elif self.shared and wrapped:
-            state = _gathered(model)
+            state = _gathered(model, is_wanted)
         else:
             with bare(model) as inner:
                 state = inner.state_dict()
-        self._tensors = {without_wrappers(key): value for key, value in state.items()}
+        state = {without_wrappers(key): value for key, value in state.items()}
+        self._tensors = {
+            key: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for key, value in state.items()
+            if given is not None or is_wanted(key)  # each `full_tensor` is a call among processes
+        }
         if all(key.startswith("module.") for key in self._tensors) and not hasattr(model, "module"):
             self._tensors = {k.removeprefix("module."): v for k, v in self._tensors.items()}
 
@@ -43,30 +54,39 @@ class State:
         value = self._tensors.get(key)
         if value is None:
             raise ValueError(f"state_dict has no {key}")
-        if hasattr(value, "full_tensor"):
-            value = value.full_tensor()
         if type(value).__name__ == "ShardedTensor" or value.is_meta or not value.numel():
             what = "on the meta device" if getattr(value, "is_meta", False) else "sharded"
             raise ValueError(f"{key} is {what}: pass a gathered state_dict=")
         return value.detach().to("cpu", copy=True).contiguous()
 
-    def in_turn(self, write: Callable[[], None]) -> None:
-        """Run `write` on every process, and wait for it; raise on all where the first one fails."""
+    def on_first(self, write: Callable[[], None]) -> None:
+        """Run `write` where the tensors are; the other processes of a sharded model wait for it.
+
+        They raise where it fails.
+        """
         failed: list[str | None] = [None]
         try:
-            write()
+            if self.writes:
+                write()
         except Exception as error:
             failed = [str(error)]
             raise
         finally:
-            dist.broadcast_object_list(failed, src=0)
+            if self.shared:
+                dist.broadcast_object_list(failed, src=0)
         if failed[0] is not None:
             raise RuntimeError(f"the first process could not write the adapter: {failed[0]}")
 
 
-def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model under FSDP, on its first process; none on the others."""
-    from torch.distributed.checkpoint import state_dict as checkpoint
+def _gathered(model: nn.Module, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Copies of the tensors wanted of a model under FSDP, on its first process alone."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    options = checkpoint.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return checkpoint.get_model_state_dict(model, options=options)  # type: ignore[return-value]
+    first = dist.get_rank() == 0
+    offload = any(p.device.type != "cpu" for p in model.parameters())
+    whole = FullyShardedDataParallel.summon_full_params(
+        model, writeback=False, rank0_only=offload, offload_to_cpu=offload
+    )
+    with whole, bare(model) as inner:
+        state = inner.state_dict().items() if first else ()
+        return {k: value.detach().to("cpu", copy=True) for k, value in state if is_wanted(k)}

@@ -59,7 +59,6 @@ def save_adapter(
     >>> save_adapter(model, "runs/sst2/adapter")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
-    state = State(model, state_dict)
     with bare(model) as inner:
         layers = fused_layers(inner)
         if not layers:
@@ -67,21 +66,15 @@ def save_adapter(
         train = trained_paths(inner)
         config = peft_config(inner, layers, train)
         kept = kept_keys(inner, train)
-        nameless = config["modules_to_save"] is None
         _warn_of_what_stays_behind(inner, layers, train, kept)
-        if not (state.writes or state.shared):
-            return
-        write = partial(_write, Path(path), config, state, layers, train, kept, nameless)
-    if state.shared:
-        state.in_turn(write)
-    else:
-        write()
+    wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
+    state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
+    nameless = config["modules_to_save"] is None
+    state.on_first(partial(_write, Path(path), config, state, layers, train, kept, nameless))
 
 
 def _write(path: Path, config: dict[str, Any], state: State, *rest: Any) -> None:
     tensors, metadata = peft_tensors(state, *rest)
-    if not state.writes:
-        return
     if wrong := [key for key, value in tensors.items() if not bool(value.isfinite().all())]:
         warnings.warn(
             f"{len(wrong)} tensors hold values that are not finite, which load_adapter will "
