@@ -8,10 +8,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algebra.columns import Ranges
-from ..durable import replacing_all
+from ..durable import locked, replacing_all
+from ..injection.wrappers import without_wrappers
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,41 @@ class Adapter:
     """The content of an adapter, by the module paths of the base model.
 
     `train` names the modules that were trained in full. `others` holds their values, by key of the
-    model's state dict.
+    model's state dict, and those of `kept`: keys of what was not trained, yet is not the base's.
     """
 
     source: Path
     layers: Mapping[str, LayerValues]
     others: Mapping[str, Tensor]
     train: tuple[str, ...]
+    kept: tuple[str, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a safetensors file, or of a pickle, which is read with weights_only=True.
+def read_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of a file for `model`: safetensors, or a pickle, read with weights_only=True.
 
-    Raises ValueError for anything else, and for a pickle under the name of a safetensors file.
+    Names lose what wrappers put into them. Raises ValueError for anything else, for a pickle under
+    the name of a safetensors file, and for tensors without plain values (sparse, meta, complex).
     """
+    content = _read(path)
+    wrapped = all(key.startswith("module.") for key in content) and not hasattr(model, "module")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = without_wrappers(key.removeprefix("module.") if wrapped else key)
+        if name in tensors:
+            raise ValueError(f"{path} holds {name} twice")
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise ValueError(f"{path}: {key} is a {kind} tensor of {value.dtype}: no plain values")
+        if value.is_complex():
+            raise ValueError(f"{path}: {key} is {value.dtype}: no plain values")
+        tensors[name] = value
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -67,6 +87,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 is_pickle = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
             what = "a pickle under the name of a safetensors" if is_pickle else "no safetensors"
             raise ValueError(f"{path} is {what} file: not read ({error})") from None
+        except (AttributeError, KeyError, TypeError) as error:  # a dtype that torch lacks
+            raise ValueError(f"{path} holds tensors that torch cannot read: {error}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -77,7 +99,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("model_state_dict", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict: names and tensors")
     return content
 
@@ -109,6 +133,8 @@ def split_lora(
         if not matrices or 0 in (lora_A.shape[0], lora_B.shape[1]):
             shapes = f"lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)}"
             raise ValueError(f"{source}: {path} has {shapes}, which are no low-rank matrices")
+        if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
+            raise ValueError(f"{source}: {path} has lora_A {lora_A.dtype}, lora_B {lora_B.dtype}")
     return pairs, others
 
 
@@ -120,14 +146,15 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; an adapter is a directory")
-    changed = {
-        directory / name: content
-        for name, content in files.items()
-        if not _holds(directory / name, content)
-    }
-    with replacing_all(changed) as asides:
-        for aside, content in zip(asides, changed.values(), strict=True):
-            aside.write_bytes(content)
+    with locked(directory / next(iter(files))):  # processes of one run may save at once
+        changed = {
+            directory / name: content
+            for name, content in files.items()
+            if not _holds(directory / name, content)
+        }
+        with replacing_all(changed) as asides:
+            for aside, content in zip(asides, changed.values(), strict=True):
+                aside.write_bytes(content)
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..algebra.columns import widths
 from ..injection.inject import fused_layers
-from ..injection.targets import near_misses, why_not
+from ..injection.targets import inside, near_misses, why_not
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
 from .files import Adapter, LayerValues
@@ -20,6 +21,7 @@ def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
 
     `train` names the modules that the model trains in full, whose values the adapter must hold.
     """
+    train = list(train)
     misnamed = _names(model, adapter)
     problems = list(misnamed.values())
     for path, values in adapter.layers.items():
@@ -27,9 +29,12 @@ def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
             continue
         layer = model.get_submodule(path)
         problems += _shapes(path, layer, values) or _columns(path, layer, values)
+        problems += _lora_values(path, layer, values)
         if isinstance(layer, FusedLoRALinear):
             problems += _state(path, layer, values, adapter.rslora)
-    problems += _others(model, adapter, sorted(train))
+        if owner := inside(path, train):
+            problems.append(f"{path} has LoRA in the file, and {owner} is trained in full")
+    problems += _others(model, adapter, sorted(train)) or _ties(model, adapter.others)
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
@@ -40,7 +45,7 @@ def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
 def _names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """Path -> problem, where the file's layers are not the model's, or cannot get LoRA."""
     injected = fused_layers(model)
-    modules = dict(model.named_modules())
+    modules = {path: module for path, module in model.named_modules() if path}
     problems = {}
     for path in adapter.layers:
         if path not in modules:
@@ -93,18 +98,67 @@ def _state(path: str, layer: FusedLoRALinear, values: LayerValues, rslora: bool)
     return problems
 
 
+def _lora_values(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
+    """Where lora_A or lora_B holds what the layer's cannot."""
+    own: Tensor = layer.weight  # type: ignore[assignment]
+    problems = []
+    for name in ("lora_A", "lora_B"):
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        if isinstance(layer, FusedLoRALinear):
+            own = getattr(layer, name)
+            dtype = own.dtype
+        problems += _value(f"{path}.{name}", getattr(values, name), dtype, own.is_meta)
+    return problems
+
+
+def _value(key: str, value: Tensor, dtype: torch.dtype, is_meta: bool) -> list[str]:
+    """Where a value cannot become one of `dtype`, or the model's own has no place for it."""
+    if is_meta:
+        return [f"{key} is on the meta device in the model"]
+    if value.is_floating_point() != dtype.is_floating_point:
+        return [f"{key} is {value.dtype} in the file and {dtype} in the model"]
+    if not bool(value.to(dtype).isfinite().all()):
+        return [f"{key} holds values that are not finite in {dtype}"]
+    return []
+
+
 def _others(model: nn.Module, adapter: Adapter, train: list[str]) -> list[str]:
-    """Where the values of modules trained in full are not those of the model's `train`."""
+    """Where the values besides LoRA are not those of the model's `train`, or kept ones."""
     state = model.state_dict()
     wanted = [key for path in train for key in state if key.startswith(path + ".")]
     problems = [f"{key} has no value in the file" for key in wanted if key not in adapter.others]
     for key, value in adapter.others.items():
-        if key not in wanted:
+        if key not in state or (key not in wanted and key not in adapter.kept):
             problems.append(
                 f"{key} is in the file, but the model does not train it (train={train})"
             )
         elif value.shape != state[key].shape:
             problems.append(
                 f"{key} is {list(value.shape)} in the file and {list(state[key].shape)} here"
+            )
+        else:
+            problems += _value(key, value, state[key].dtype, state[key].is_meta)
+    return problems
+
+
+def _ties(model: nn.Module, others: Mapping[str, Tensor]) -> list[str]:
+    """Where the file has other values under the names of one weight than it can have here.
+
+    PEFT trains copies of tied weights, so its file may part them.
+    """
+    keys: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(id(parameter), []).append(key)
+        tensors[id(parameter)] = parameter.detach()
+    problems = []
+    for identity, names in keys.items():
+        if len(names) == 1 or not any(name in others for name in names):
+            continue
+        first, *rest = (others.get(name, tensors[identity]) for name in names)
+        if not all(torch.equal(first.to(value), value) for value in rest):
+            problems.append(
+                f"{' and '.join(names)} are one weight here (tied), and differ by the file: give "
+                "each a weight of its own first"
             )
     return problems

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..injection.inject import describe, fused_layers, inject, refuse_injected, unwrapped
+from ..injection.inject import describe, fused_layers, inject, refuse_injected, trained_paths
+from ..injection.kept import kept_keys
 from ..injection.report import Report
-from ..injection.targets import find_train
+from ..injection.targets import inside, name_matches
+from ..injection.wrappers import bare, refuse_sharded
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter, write_files
+from .checkpoint_format import checkpoint_files, read_checkpoint
+from .files import Adapter, read_tensors, write_files
 from .fit import check_fit
+from .gather import State
 from .loralib_format import read_loralib
 from .peft_format import (
     CONFIG_NAME,
     PICKLE_NAME,
-    PREFIX,
     WEIGHTS_NAME,
     peft_config,
     peft_tensors,
@@ -32,37 +38,64 @@ from .peft_format import (
 )
 
 
-def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the LoRA values and the modules trained in full to a directory that PEFT loads.
 
     Values keep their dtype. An adapter that was there before is replaced as a whole, or stays. A
-    merged model saves the same values as an unmerged one. Raises ValueError for a model without a
-    LoRA layer, or one whose layers no PEFT configuration names exactly.
+    merged model saves the same values as an unmerged one. Paths are those of the model without
+    wrappers (torch.compile, checkpointing, FSDP, DDP). The adapter also holds frozen values that
+    the base model lacks: running statistics, and weights drawn at random.
+
+    A sharded model (FSDP, tensor parallelism) is gathered: all its processes call this, and the
+    first one writes. `state_dict` are tensors that the caller has gathered, in their place.
+
+    Raises ValueError for a model without a LoRA layer, or one whose tensors are not whole.
 
     >>> save_adapter(model, "runs/sst2/adapter")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
-    model = unwrapped(model)
-    layers = fused_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA layer to save")
-    config = peft_config(model, layers, _trained(model))
-    tensors, metadata = peft_tensors(model, layers, config["modules_to_save"] or ())
-    _warn_of_what_stays_behind(model, layers, tensors.keys())
+    with bare(model) as inner:
+        layers = fused_layers(inner)
+        if not layers:
+            raise ValueError(f"{type(inner).__name__} has no LoRA layer to save")
+        train = trained_paths(inner)
+        config = peft_config(inner, layers, train)
+        kept = kept_keys(inner, train)
+        _warn_of_what_stays_behind(inner, layers, train, kept)
+    wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
+    state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
+    nameless = config["modules_to_save"] is None
+    state.on_first(partial(_write, Path(path), config, state, layers, train, kept, nameless))
+
+
+def _write(path: Path, config: dict[str, Any], state: State, *rest: Any) -> None:
+    tensors, metadata = peft_tensors(state, *rest)
+    if wrong := [key for key, value in tensors.items() if not bool(value.isfinite().all())]:
+        warnings.warn(
+            f"{len(wrong)} tensors hold values that are not finite, which load_adapter will "
+            f"refuse: {wrong[0]}",
+            stacklevel=3,
+        )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = safetensors.torch.save(tensors, metadata)
-    write_files(Path(path), {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
+    write_files(path, {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
 
 
 def _warn_of_what_stays_behind(
-    model: nn.Module, layers: dict[str, FusedLoRALinear], saved: Set[str]
+    model: nn.Module, layers: dict[str, FusedLoRALinear], train: list[str], kept: list[str]
 ) -> None:
     """Name the parameters that train, but are neither LoRA's nor in a module of `train`."""
     lora = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
     left = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in lora and f"{PREFIX}{name}" not in saved
+        if parameter.requires_grad and name not in lora and name not in kept
+        if not inside(name, train)
     ]
     if left:
         named = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
@@ -84,8 +117,11 @@ def load_adapter(
     """Load an adapter, in place: a PEFT directory, or a loralib file (.pt, .bin, .safetensors).
 
     A plain model gets LoRA layers first, of the file's ranks and columns. A model that has LoRA
-    layers gets values only. Loaded parameters train; `model.requires_grad_(False)` freezes them.
-    Pickles are read with weights_only=True.
+    layers gets values only. What the adapter trained trains; `model.requires_grad_(False)` freezes
+    it. Pickles are read with weights_only=True.
+
+    A checkpoint of a whole model with LoRA (`save_pretrained`, the Trainer) gives its LoRA and what
+    was trained with it; `from_pretrained` on its directory gives the rest.
 
     A loralib file does not say its `alpha`: pass it for a plain model. Its `MergedLinear` (query,
     key and value in one weight) becomes LoRA on columns of that weight. Where only some of these
@@ -99,16 +135,17 @@ def load_adapter(
     >>> load_adapter(model, "runs/sst2/adapter")
     >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
     """
-    model = unwrapped(model)
-    adapter = _read(Path(path), model, alpha, enable_lora)
-    plain = not fused_layers(model)
-    if plain:
-        refuse_injected(model)
-    check_fit(model, adapter, adapter.train if plain else _trained(model))
-    if plain:
-        _inject(model, adapter, strategy)
-    _copy(model, adapter)
-    return describe(model)
+    refuse_sharded(model, "load the adapter before it is sharded")
+    with bare(model) as model:
+        adapter = _read(Path(path), model, alpha, enable_lora)
+        plain = not fused_layers(model)
+        if plain:
+            refuse_injected(model)
+        check_fit(model, adapter, adapter.train if plain else trained_paths(model))
+        if plain:
+            _inject(model, adapter, strategy)
+        _copy(model, adapter)
+        return describe(model)
 
 
 def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
@@ -128,10 +165,16 @@ def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
         dropout=adapter.dropout,
         rslora=adapter.rslora,
         targets=tuple(ranks),
-        train=adapter.train,
+        train=tuple(_exactly(model, path) for path in adapter.train),
         strategy=strategy,
     )
     inject(model, config, ranks, columns=columns)
+
+
+def _exactly(model: nn.Module, path: str) -> str:
+    """A name for `train` that means the module at `path` alone."""
+    means = [other for other, _ in model.named_modules() if name_matches(path, other)]
+    return path if means == [path] else "re:" + re.escape(path)
 
 
 @torch.no_grad()
@@ -143,6 +186,8 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
     state = model.state_dict()
     for key, value in adapter.others.items():
         state[key].copy_(value)
+    kept = (*getattr(model, "lora_kept", ()), *(k for k in adapter.kept if k in adapter.others))
+    model.lora_kept = tuple(dict.fromkeys(kept))  # type: ignore[assignment]
 
 
 def _read(
@@ -160,18 +205,8 @@ def _read(
         )
     if alpha is not None or enable_lora is not None:
         raise ValueError(f"alpha and enable_lora are for loralib files: {path} is PEFT's")
+    files = checkpoint_files(path)
+    if files and not (path / CONFIG_NAME).exists():
+        tensors = {k: v for file in files for k, v in read_tensors(file, model).items()}
+        return read_checkpoint(path, tensors, model)
     return read_peft(path, model)
-
-
-def _trained(model: nn.Module) -> list[str]:
-    """Paths of the modules trained in full, and of those that share a parameter with them."""
-    config = getattr(model, "lora_config", None)
-    paths = list(find_train(model, config.train)) if config else []
-    parameters = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
-    within = {id(m) for path in paths for m in model.get_submodule(path).modules()}
-    for path, module in model.named_modules():
-        if id(module) not in within and parameters & {
-            id(p) for p in module.parameters(recurse=False)
-        }:
-            paths.append(path)
-    return paths

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algebra.columns import Ranges, equal_columns
 from ..injection.targets import is_layer
 from ..layers.base import features_of
+from .checkpoint_format import is_checkpoint, read_checkpoint
 from .files import Adapter, LayerValues, read_tensors, split_lora
 
 
@@ -20,7 +21,12 @@ def read_loralib(
     path: Path, model: nn.Module, alpha: float | None, enable_lora: tuple[bool, ...] | None
 ) -> Adapter:
     """The adapter of a loralib checkpoint; raises as `load_adapter` does."""
-    pairs, others = split_lora(read_tensors(path), "", path)
+    tensors = read_tensors(path, model)
+    if is_checkpoint(tensors):
+        if alpha is not None or enable_lora is not None:
+            raise ValueError(f"{path} holds a whole model: alpha and enable_lora are not its")
+        return read_checkpoint(path, tensors, model)
+    pairs, others = split_lora(tensors, "", path)
     linear = {name: module for name, module in model.named_modules() if is_layer(module)}
     layers: dict[str, LayerValues] = {}
     for name, (lora_A, lora_B) in pairs.items():

@@ -7,7 +7,7 @@ path.
 A layer with LoRA on G ranges of its columns is stacked in our model, lora_A [G R, K] and lora_B
 [sum of N_g, R]. PEFT has no such layer, so the file holds it unfolded: as one LoRA of the whole
 layer, of rank G R, whose lora_B [N, G R] is block-diagonal. Metadata of the safetensors file, which
-PEFT does not read, say which columns to fold it to.
+PEFT does not read, say which columns to fold it to, and what other values it holds.
 """
 
 from __future__ import annotations
@@ -17,57 +17,54 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from torch import Tensor, nn
 
-from ..algebra.columns import Ranges, check_columns, fold
+from ..algebra.columns import Ranges, check_columns, fold, unfold, widths
+from ..injection.kept import running_statistics
+from ..injection.peft_names import (
+    by_pattern,
+    exactly,
+    names_for_peft,
+    peft_matches,
+    trained_by_peft,
+)
 from ..injection.targets import is_layer
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
 from .files import Adapter, LayerValues, read_tensors, split_lora
-from .peft_names import by_pattern, exactly, names_for_peft, peft_matches, trained_by_peft
+from .gather import State
+from .peft_config import read_config
 
-COLUMNS_KEY = "lora_kernels.columns"
+COLUMNS_KEY, TRAIN_KEY, KEPT_KEY = (f"lora_kernels.{name}" for name in ("columns", "train", "kept"))
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 
-# Fields of PEFT's LoraConfig that `read_peft` follows.
-FOLLOWED = {
-    "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
-    "use_rslora",
-}  # fmt: skip
-# Fields that change nothing in a saved adapter, whatever they hold. Any other field that is set,
-# now or in a later PEFT, asks for more than plain LoRA and is refused.
-NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
-    "loftq_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "task_type",
-}  # fmt: skip
-# Fields of which these values ask for plain LoRA on an unchanged base model, and no other.
-PLAIN_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
-
 
 def read_peft(directory: Path, model: nn.Module) -> Adapter:
     """The adapter of a PEFT directory; raises as `load_adapter` does."""
-    config = _read_config(directory / CONFIG_NAME)
+    config = read_config(directory / CONFIG_NAME)
     weights = _weights_file(directory)
-    tensors = {
-        key.removeprefix(PREFIX).replace(".modules_to_save.", "."): value
-        for key, value in read_tensors(weights).items()
-    }
+    own = model.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for key, value in read_tensors(weights, model).items():
+        name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+        if name not in own:  # PEFT writes so an embedding that has LoRA and was resized
+            name = name.replace(".base_layer.", ".")
+        if name in tensors:
+            raise ValueError(f"{weights} holds {name} twice")
+        tensors[name] = value
     pairs, others = split_lora(tensors, ".weight", directory)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    rslora = bool(config.get("use_rslora", False))
-    columns = _read_columns(weights)
+    rslora = config.get("use_rslora", False)
+    metadata = _read_metadata(weights)
+    columns = metadata[COLUMNS_KEY]
     linear = {name: module for name, module in model.named_modules() if name and is_layer(module)}
     layers: dict[str, LayerValues] = {}
     for path, (lora_A, lora_B) in pairs.items():
@@ -83,8 +80,29 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         except ValueError as error:
             raise ValueError(f"{directory}: {path}: {error}") from None
     _check_targets(directory, config, layers.keys(), linear.keys())
-    train = trained_by_peft(model, config.get("modules_to_save") or ())
-    return Adapter(directory, layers, others, tuple(train), config.get("lora_dropout", 0.0), rslora)
+    named = trained_by_peft(model, config.get("modules_to_save") or ())
+    train = [path for path in named if any(True for _ in model.get_submodule(path).parameters())]
+    train += [path for path in metadata[TRAIN_KEY] if path not in train]
+    return Adapter(
+        directory,
+        layers,
+        others,
+        tuple(train),
+        (*metadata[KEPT_KEY], *running_statistics(model), *_embeddings(model)),
+        config.get("lora_dropout", 0.0),
+        rslora,
+    )
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    """Keys of the input and output embeddings, which PEFT writes unasked if they were resized."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            module = getattr(model, name)()
+            paths = [path for path, other in model.named_modules() if other is module]
+            found += [f"{path}.{key}" for path in paths for key in module.state_dict()]
+    return found
 
 
 def _folded(
@@ -126,31 +144,6 @@ def _check_targets(
             raise ValueError(f"{directory} {text}: {names} ({len(found)} in all)")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration, refused with the field's name if it asks for more than plain LoRA."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is no PEFT adapter")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not an object")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path}: peft_type={config.get('peft_type')!r} cannot be represented, only 'LORA' can"
-        )
-    refused = {
-        key: value
-        for key, value in config.items()
-        if value and key not in FOLLOWED | NEUTRAL and value not in PLAIN_VALUES.get(key, ())
-    }
-    if refused:
-        fields = ", ".join(f"{key}={value!r}" for key, value in refused.items())
-        raise ValueError(f"{path}: plain LoRA layers cannot represent {fields}")
-    return config
-
-
 def _weights_file(directory: Path) -> Path:
     for name in (WEIGHTS_NAME, PICKLE_NAME):
         if (directory / name).exists():
@@ -158,48 +151,84 @@ def _weights_file(directory: Path) -> Path:
     raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
 
 
-def _read_columns(path: Path) -> dict[str, Ranges]:
-    """Path of a layer -> its columns, of the metadata; empty for a pickle, or another's file."""
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """What we write into the metadata of the file; empty for a pickle, or another's file.
+
+    Columns by path of a layer, the modules trained in full that PEFT cannot name, and the keys of
+    frozen values that the file holds.
+    """
+    found: dict[str, Any] = {COLUMNS_KEY: {}, TRAIN_KEY: [], KEPT_KEY: []}
     if path.suffix != ".safetensors":
-        return {}
+        return found
     with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(COLUMNS_KEY, "{}")
-    return {
-        name: tuple((int(start), int(stop)) for start, stop in columns)
-        for name, columns in json.loads(text).items()
-    }
+        metadata = file.metadata() or {}
+    for key in found.keys() & metadata.keys():
+        try:
+            value = json.loads(metadata[key])
+            if key == COLUMNS_KEY:
+                found[key] = {
+                    name: tuple((int(start), int(stop)) for start, stop in columns)
+                    for name, columns in value.items()
+                }
+            else:
+                found[key] = ["".join((name,)) for name in value]
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: the metadata {key} cannot be read: {error}") from None
+    return found
 
 
 def peft_tensors(
-    model: nn.Module, layers: Mapping[str, FusedLoRALinear], saved: Iterable[str]
+    state: State,
+    layers: Mapping[str, FusedLoRALinear],
+    train: Iterable[str],
+    kept: Iterable[str],
+    nameless: bool,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the safetensors file: LoRA, unfolded, and the modules `saved`."""
-    state: dict[str, Tensor] = {}
+    """Tensors and metadata of the safetensors file: LoRA, unfolded; `train`; the values `kept`.
+
+    `nameless` is whether the configuration cannot name `train`. Raises ValueError for LoRA values
+    that are not whole.
+    """
+    tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        lora_A, lora_B = layer.unfolded()
-        state[f"{PREFIX}{path}.lora_A.weight"] = lora_A
-        state[f"{PREFIX}{path}.lora_B.weight"] = lora_B
-    for path in trained_by_peft(model, saved):
-        module = model.get_submodule(path)
-        state |= {f"{PREFIX}{path}.{key}": value for key, value in module.state_dict().items()}
-    # Copies, because one tensor under two names (tied weights) cannot be written.
-    tensors = {
-        key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
-    }
+        lora_A, lora_B = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
+        N = layer.out_features if layer.columns is None else sum(widths(layer.columns))
+        for name, value, shape in (
+            ("lora_A", lora_A, (rank_of(layer), layer.in_features)),
+            ("lora_B", lora_B, (N, layer.rank)),
+        ):
+            if value.shape != shape:
+                raise ValueError(
+                    f"{path}.{name} is {list(value.shape)}, a part of {list(shape)}: pass a "
+                    "gathered state_dict="
+                )
+        tensors[f"{path}.lora_A.weight"] = lora_A
+        tensors[f"{path}.lora_B.weight"] = (
+            lora_B if layer.columns is None else unfold(lora_B, layer.columns, layer.out_features)
+        )
+    train = list(train)
+    tensors |= {key: state[key] for path in train for key in state.keys(path)}
+    kept = list(kept)
+    tensors |= {key: state[key] for key in kept}
     columns = {path: layer.columns for path, layer in layers.items() if layer.columns}
-    metadata = {"format": "pt"} | ({COLUMNS_KEY: json.dumps(columns)} if columns else {})
-    return tensors, metadata
+    notes = {COLUMNS_KEY: columns, TRAIN_KEY: train if nameless else [], KEPT_KEY: kept}
+    metadata = {"format": "pt"} | {key: json.dumps(note) for key, note in notes.items() if note}
+    return {PREFIX + key: value for key, value in tensors.items()}, metadata
+
+
+def rank_of(layer: FusedLoRALinear) -> int:
+    """The rank of a layer's LoRA as one of the whole layer (see `FusedLoRALinear.unfolded`)."""
+    return layer.rank * (1 if layer.columns is None else len(layer.columns))
 
 
 def peft_config(
     model: nn.Module, layers: Mapping[str, FusedLoRALinear], train: Iterable[str]
 ) -> dict[str, Any]:
     """The `LoraConfig` under which PEFT builds the same layers, as a dictionary."""
-    train = sorted(train)
     rslora = all(layer.rslora for layer in layers.values())
     # PEFT has one `use_rslora` for all layers. A layer that differs keeps its scale by an alpha of
     # its own, and so does one that is unfolded, to the rank summed over its columns.
-    ranks = {path: len(layer.lora_A) for path, layer in layers.items()}
+    ranks = {path: rank_of(layer) for path, layer in layers.items()}
     alphas = {
         path: _number(
             layer.alpha
@@ -225,7 +254,6 @@ def peft_config(
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": max(dropouts),
-        "modules_to_save": train or None,
         "r": rank,
         "rank_pattern": {exactly(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {exactly(path): a for path, a in alphas.items() if a != alpha},

@@ -6,6 +6,7 @@ model is touched, and then swaps layers and freezes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -16,9 +17,11 @@ from ..layers.config import LoRAConfig
 from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
 from ..strategies.choose import choose
+from .kept import drawn_at_random, forget, notes_on, remember
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
 from .targets import find_targets, find_train
+from .wrappers import bare, refuse_sharded, unwrapped
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
@@ -31,9 +34,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     `targets="all-linear"` takes every linear layer but the task head and the output
     embedding; `targets=None` takes the row of the model's family.
 
+    What should be known before training is in the report's `notes`, and a warning each.
+
     Raises:
-        ValueError: the model has LoRA layers already, a name matches nothing, nothing can be fused,
-            or `train` and `targets` ask for the same layer. The model is then unchanged.
+        ValueError: the model has LoRA layers already or is sharded, a name matches nothing, nothing
+            can be fused, or `train` and `targets` ask for the same layer. The model is then
+            unchanged.
 
     Example:
         >>> print(add_lora(model, LoRAConfig(rank=8, alpha=16, train=("classifier",))))
@@ -41,13 +47,16 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     if not isinstance(config, LoRAConfig):
         cls = type(config)
         raise TypeError(f"config must be a LoRAConfig: got a {cls.__module__}.{cls.__qualname__}")
-    model = unwrapped(model)
-    refuse_injected(model)
-    train = find_train(model, config.train)
-    columns, skipped = find_targets(model, config.targets, train)
-    return inject(
-        model, config, dict.fromkeys(columns, (config.rank, config.alpha)), skipped, columns
-    )
+    refuse_sharded(model, "call add_lora before it is sharded")
+    with bare(model) as model:
+        refuse_injected(model)
+        train = find_train(model, config.train)
+        columns, skipped = find_targets(model, config.targets, train)
+        ranks = dict.fromkeys(columns, (config.rank, config.alpha))
+        report = inject(model, config, ranks, skipped, columns)
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
+    return report
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -78,20 +87,8 @@ def merge(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     unhook(inner)
     _replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
-    if hasattr(inner, "lora_config"):
-        del inner.lora_config
+    forget(inner)
     return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -128,6 +125,7 @@ def inject(
     `columns` says which of them get LoRA on ranges of their columns alone.
     """
     train = find_train(model, config.train)
+    fresh = drawn_at_random(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         new: dict[int, nn.Module] = {}
@@ -157,6 +155,8 @@ def inject(
     if config.group:
         group_siblings(model)
     model.lora_config = config  # type: ignore[assignment]
+    model.lora_kept = tuple(fresh)  # type: ignore[assignment]
+    remember(model, fused_layers(model), trained_paths(model))
     return describe(model, skipped)
 
 
@@ -168,7 +168,22 @@ def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
     for path, name in find_train(model, config.train).items():
         groups.setdefault(name, []).extend(model.get_submodule(path).parameters())
     rows = tuple(fused_row(name, layer) for name, layer in layers.items())
-    return Report(rows, tuple(skipped), count_parameters(model, groups))
+    notes = notes_on(model, set(layers), trained_paths(model))
+    return Report(rows, tuple(skipped), count_parameters(model, groups), notes)
+
+
+def trained_paths(model: nn.Module) -> list[str]:
+    """Paths of the modules trained in full, and of those that share a parameter with them."""
+    config = getattr(model, "lora_config", None)
+    paths = list(find_train(model, config.train)) if config else []
+    parameters = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
+    within = {id(m) for path in paths for m in model.get_submodule(path).modules()}
+    for path, module in model.named_modules():
+        if id(module) not in within and parameters & {
+            id(p) for p in module.parameters(recurse=False)
+        }:
+            paths.append(path)
+    return paths
 
 
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:

@@ -29,11 +29,14 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Layers fused, layers skipped, group -> (trainable, total) parameters; prints as a table."""
+    """Layers fused, layers skipped, group -> (trainable, total) parameters, and notes: what to know
+    before training, a sentence each. Prints as a table.
+    """
 
     fused: tuple[FusedRow, ...]
     skipped: tuple[SkippedRow, ...]
     counts: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -57,7 +60,7 @@ class Report:
         for group, (trainable, total) in rows:
             share = f"{trainable / total:8.3%}" if total else f"{'-':>8}"
             lines.append(f"  {group:<{width}} {trainable:>13,} {total:>13,} {share}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:

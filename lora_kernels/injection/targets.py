@@ -18,6 +18,7 @@ from ..layers.base import features_of, is_conv1d
 from ..layers.linear import FusedLoRALinear
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
+from .wrappers import inner_name
 
 
 def find_targets(
@@ -122,6 +123,8 @@ def why_not(model: nn.Module, path: str) -> str | None:
     parent = model.get_submodule(path.rpartition(".")[0])
     if any(cls.__name__ in _READS_WEIGHTS for cls in type(parent).__mro__):
         return f"{type(parent).__name__} reads this weight without calling the layer"
+    if name := inner_name(parent) or inner_name(module):
+        return f"it is wrapped alone ({name}): wrap it after add_lora"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"
     return FusedLoRALinear.supports(module)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, load_adapter, save_adapter
 from lora_kernels.injection.families import heads_of
-from lora_kernels.injection.inject import fused_layers
+from lora_kernels.injection.inject import fused_layers, trained_paths
 from tests.support import zoo
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,7 +29,9 @@ def injected(name: str = "roberta", **changes) -> nn.Module:
     model = zoo.build(name)
     config = LoRAConfig(**{"rank": 3, "alpha": 5, "train": heads_of(model), **changes})
     add_lora(model, config)
-    zoo.randomise(model, "lora_", *(f"{name}." for name in config.train))
+    zoo.randomise(model, "lora_")
+    for path in trained_paths(model):
+        zoo.randomise(model.get_submodule(path), "")
     return model
 
 

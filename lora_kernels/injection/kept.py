@@ -1,0 +1,136 @@
+"""What an adapter must hold besides LoRA and the modules trained in full, and what to say of it.
+
+The base model, when it is loaded again, does not have these values: running statistics that move
+while the model trains, and weights that were drawn at random because the checkpoint lacks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..layers.linear import FusedLoRALinear
+from .peft_names import names_for_peft, twice
+from .targets import inside
+
+RECORD = "lora_kernels"  # the field of a transformers config that says what LoRA the model has
+
+
+def running_statistics(model: nn.Module) -> list[str]:
+    """Keys of the buffers of batch norms and their like, which training moves though frozen."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if module._buffers.get("running_mean") is not None
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def drawn_at_random(model: nn.Module) -> list[str]:
+    """Keys of the parameters that transformers drew because the checkpoint lacks them.
+
+    `from_pretrained` marks every parameter that it has read. A model without marks has none.
+    """
+    found = []
+    for path, module in _of_transformers(model):
+        named = dict(module.named_parameters(prefix=path))
+        if any(getattr(p, "_is_hf_initialized", False) for p in named.values()):
+            found += [key for key, p in named.items() if not hasattr(p, "_is_hf_initialized")]
+    return found
+
+
+def kept_keys(model: nn.Module, train: Iterable[str]) -> list[str]:
+    """Keys of the frozen values that go into the model's adapter."""
+    keys = dict.fromkeys((*running_statistics(model), *getattr(model, "lora_kept", ())))
+    return [key for key in keys if not inside(key, train)]
+
+
+def notes_on(model: nn.Module, layers: set[str], train: list[str]) -> tuple[str, ...]:
+    """What a user should know of the model before training, a sentence each."""
+    notes = []
+    half = {
+        path: p.dtype
+        for path in train
+        for p in model.get_submodule(path).parameters()
+        if p.dtype.itemsize < 4
+    }
+    if half:
+        dtype = next(iter(half.values()))
+        notes.append(
+            f"{_few(half)} trained in {dtype}: small updates vanish, and torch.amp.GradScaler "
+            f"refuses fp16; call .float() on it and train under autocast"
+        )
+    kept = getattr(model, "lora_kept", ())
+    if fresh := [key for key in drawn_at_random(model) if key in kept and not inside(key, train)]:
+        owners = dict.fromkeys(key.rpartition(".")[0] for key in fresh)
+        notes.append(
+            f"{_few(owners)} drawn at random, since the checkpoint lacks it, and frozen; the "
+            "adapter holds it; name it in train= to train it"
+        )
+    if moving := [key for key in running_statistics(model) if not inside(key, train)]:
+        owners = dict.fromkeys(key.rpartition(".")[0] for key in moving)
+        notes.append(
+            f"{_few(owners)} frozen, but its running statistics move; the adapter holds them"
+        )
+    if train and names_for_peft(model, layers, train)["modules_to_save"] is None:
+        notes.append(
+            f"{_few(train)} trained here, but not by PEFT if it goes on from the adapter: PEFT "
+            "reads the values, and its modules_to_save cannot name exactly these modules"
+        )
+    if shared := [path for path in twice(model).values() if path in layers]:
+        notes.append(f"{_few(shared)} in the model twice: PEFT puts LoRA on the first place alone")
+    return tuple(notes)
+
+
+def _few(names: Iterable[str]) -> str:
+    """`a is`, `a and b are`, or `a, b and 3 more are`."""
+    names = list(names)
+    if len(names) < 3:
+        return " and ".join(names) + (" is" if len(names) == 1 else " are")
+    return f"{names[0]}, {names[1]} and {len(names) - 2} more are"
+
+
+def remember(model: nn.Module, layers: dict[str, FusedLoRALinear], train: Iterable[str]) -> None:
+    """Write into transformers' configs what LoRA there is, for what `save_pretrained` writes.
+
+    Its file holds LoRA under the names of our layers. `load_adapter` needs alpha and columns too.
+    """
+    for prefix, module in _of_transformers(model):
+        start = prefix and prefix + "."
+        own = {path: layer for path, layer in layers.items() if path.startswith(start)}
+        if own:
+            first = next(iter(own.values()))
+            record: dict[str, Any] = {
+                "prefix": start,
+                "rslora": first.rslora,
+                "dropout": first.dropout,
+                "alpha": {path.removeprefix(start): layer.alpha for path, layer in own.items()},
+                "columns": {
+                    path.removeprefix(start): [list(columns) for columns in layer.columns]
+                    for path, layer in own.items()
+                    if layer.columns
+                },
+                "train": [path.removeprefix(start) for path in train if path.startswith(start)],
+            }
+            setattr(module.config, RECORD, record)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo `remember`, and what else was noted on the model."""
+    for _, module in _of_transformers(model):
+        vars(module.config).pop(RECORD, None)
+    for name in ("lora_config", "lora_kept"):
+        vars(model).pop(name, None)
+
+
+def _of_transformers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The outermost modules that transformers saves and loads, by path."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        outermost = inside(path, found) is None and "" not in found
+        if outermost and "config" in vars(module) and hasattr(module, "save_pretrained"):
+            found.append(path)
+            yield path, module
