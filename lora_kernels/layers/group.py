@@ -131,47 +131,52 @@ class Group:
             if not waiting.results:
                 self._waiting = None
             y, state = found
-            same = waiting.x is x and waiting.call == call and state == _state(own)
+            same = waiting.x is x and waiting.call == call and state == _state(own, compiling)
             return y if same else None
-        members = self.members
-        if not any(member is layer for member in members):
+        members: list[Any] = [each() for each in self._members]
+        if layer not in members or None in members:
             return None  # a shallow copy (of nn.DataParallel, say), whose siblings are unknown here
         self._waiting = waiting = None
         if self.first_only and not self._fresh:
             return None
         self._fresh = False
         every = [own if member is layer else member.parts() for member in members]
-        parts = [p for p in every if p is not None]
-        if len(parts) < len(every) or not _alike(parts, x):
+        if not _alike(every, x):
             return None
-        ys = lora_linears(x, tuple([p.weights for p in parts]), own.settings)
+        ys = lora_linears(x, tuple([parts.weights for parts in every]), own.settings)
         results = {
-            id(member): (y, _state(p)) for member, y, p in zip(members, ys, parts, strict=True)
+            id(member): (y, _state(parts, compiling))
+            for member, y, parts in zip(members, ys, every, strict=True)
         }
         y, _ = results.pop(id(layer))
-        self._waiting = _Waiting(x, call, results) if results else None
+        self._waiting = _Waiting(x, call, results)
         return y
 
 
-def _alike(parts: list[Parts], x: Tensor) -> bool:
-    """Whether these layers can share a launch now.
+def _alike(every: list[Any], x: Tensor) -> bool:
+    """Whether layers with these parts can share a launch now; one that runs unfused has None.
 
     They could when the group was made; since then settings may have changed, and offloading may
     have taken a sibling's tensors to another device.
     """
-    first, device, K = parts[0], x.device, x.shape[-1]
-    return all(
-        settings == first.settings
-        and (weights.bias is None) == (first.weights.bias is None)
-        and weights.weight.device == device
-        and weights.weight.shape[-1] == K
-        for weights, settings in parts
-    )
+    if None in every:
+        return False
+    (first, settings), device, K = every[0], x.device, x.shape[-1]
+    for weights, others in every:
+        weight = weights.weight
+        if (
+            others != settings
+            or (weights.bias is None) != (first.bias is None)
+            or weight.device != device
+            or weight.shape[-1] != K
+        ):
+            return False
+    return True
 
 
-def _state(parts: Parts) -> Any:
+def _state(parts: Parts, compiling: bool) -> Any:
     """What a waiting output depends on besides x: the settings, the adapter and its values."""
-    if torch.compiler.is_compiling():
+    if compiling:
         return parts.settings
     A, B = parts.weights.lora_A, parts.weights.lora_B
     return id(A), A._version, id(B), B._version, parts.settings
