@@ -18,13 +18,25 @@ FORMER = {
     "groups": ("layers.group", "injection.siblings"),
     "held": ("autograd.autocast", "former_names"),
     "modules": ("layers.linear", "layers.config", "layers.base"),
-    "peft": ("injection.peft",),
+    "peft": ("injection.peft", "former_names"),
     "tuning": ("hardware.tiles", "hardware.tuned"),
 }
 
 
 class HeldCast:
     """What layers kept of their weight under autocast until they kept nothing; old pickles do."""
+
+
+class FusedForward:
+    """What fused layers of PEFT's had as `forward` until they got a class; it runs PEFT's own."""
+
+    layer: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def replicate(self) -> Any:
+        return type(self.layer)._replicate_for_data_parallel(self.layer)
 
 
 class _Former(ModuleType):

@@ -1,23 +1,25 @@
 """Run the LoRA layers of an existing PEFT model fused, in place and reversibly.
 
-The PEFT model keeps its modules, parameters, names and files. Only the `forward` of each supported
-layer is overridden, on the instance, and each call decides anew: what PEFT does beyond plain LoRA
-(merged or disabled adapters, several at once, DoRA and other variants, mixed batches) runs PEFT's
-own forward.
+The PEFT model keeps its modules, parameters, names and files. A supported layer becomes a
+`FusedLinear`, a subclass of PEFT's class that adds a `forward`. Each call decides anew: what PEFT
+does beyond plain LoRA (merged or disabled adapters, several at once, DoRA and other variants, mixed
+batches) runs PEFT's own forward. A subclass can be copied and pickled like any module, and adds no
+reference from a layer to itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.functional import lora_layer
-from ..layers.base import is_conv1d
-from ..layers.group import Group, problem_of
+from ..layers.base import is_conv1d, why_not_plain
+from ..layers.group import problem_of
 from ..strategies.choose import choose
 from ..strategies.problem import Problem
 from ..strategies.table import check_strategy
@@ -50,11 +52,11 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
     for name, layer in _lora_layers(peft_model):
         reasons[name] = _never(layer)
         if reasons[name] is None:
-            layer.forward = FusedForward(layer, strategy)
-            layer._replicate_for_data_parallel = layer.forward.replicate
+            layer.__class__ = _fused_class()
+            layer.strategy, layer.group = strategy, None
             reasons[name] = fallback_reason(layer)
     if group:
-        group_siblings(peft_model, fused_forward)
+        group_siblings(peft_model, fused_peft_layer)
     skipped = [SkippedRow(name, reason) for name, reason in reasons.items() if reason is not None]
     fused: list[FusedRow] = []
     for name, problem, how in fused_peft_layers(peft_model, TYPICAL_TOKENS):
@@ -71,8 +73,9 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
     """Undo `fuse_peft`: every layer runs PEFT's own forward again. Returns `model`."""
     unhook(model)
     for module in model.modules():
-        if fused_forward(module) is not None:
-            del module.forward, module._replicate_for_data_parallel
+        if (layer := fused_peft_layer(module)) is not None:
+            layer.__class__ = type(layer).__base__
+            del layer.strategy, layer.group
     return model
 
 
@@ -80,68 +83,63 @@ def fused_peft_layers(
     model: nn.Module, tokens: int, dtype: torch.dtype | None = None
 ) -> list[tuple[str, Problem, str]]:
     """Name, problem and strategy of the layers that run fused in their present state."""
-    forwards = ((name, fused_forward(module)) for name, module in model.named_modules())
+    layers = ((name, fused_peft_layer(module)) for name, module in model.named_modules())
     return [
-        (name, problem_of(forward, tokens, dtype), forward.strategy)
-        for name, forward in forwards
-        if forward is not None and fallback_reason(forward.layer) is None
+        (name, problem_of(layer, tokens, dtype), layer.strategy)
+        for name, layer in layers
+        if layer is not None and fallback_reason(layer) is None
     ]
 
 
-class FusedForward:
-    """The `forward` of one PEFT layer: fused where its state allows, PEFT's own otherwise.
+@cache
+def _fused_class() -> Any:
+    """FusedLinear, made when it is asked for: importing this package imports no PEFT."""
+    from peft.tuners.lora import Linear
 
-    A plain object and no closure, so that a model that holds it can be copied and pickled.
-    """
+    class FusedLinear(Linear):
+        """PEFT's layer: fused where its state allows, PEFT's own forward otherwise."""
 
-    def __init__(self, layer: Any, strategy: str) -> None:
-        self.layer = layer
-        self.strategy = strategy
-        self.group: Group | None = None
+        strategy: str
+        group: Any
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = self.parts()
-        if parts is None or args or any(v is not None for v in kwargs.values()):
-            return type(self.layer).forward(self.layer, x, *args, **kwargs)
-        if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
-            return y
-        return lora_layer(x, parts)
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            parts = self.parts()
+            if parts is None or args or any(v is not None for v in kwargs.values()):
+                return super().forward(x, *args, **kwargs)
+            if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
+                return y
+            return lora_layer(x, parts)
 
-    def replicate(self) -> Any:
-        """A copy of the layer for nn.DataParallel, which would else run this very layer."""
-        replica = type(self.layer)._replicate_for_data_parallel(self.layer)
-        replica.forward = FusedForward(replica, self.strategy)
-        return replica
+        def parts(self) -> Parts | None:
+            """The tensors and settings of a call now; None where PEFT's own forward runs."""
+            return _parts(self, in_training=False)
 
-    @property
-    def training(self) -> bool:
-        """Whether dropout is on; as PEFT has it, of the dropout module."""
-        plain = plain_lora(self.layer)
-        return not isinstance(plain, str) and plain.dropout.training
+        def own(self) -> Parts | None:
+            """The same with the settings as in training."""
+            return _parts(self, in_training=True)
 
-    def parts(self) -> Parts | None:
-        """The tensors and settings of a call now; None where PEFT's own forward runs."""
-        return self._parts(in_training=False)
-
-    def own(self) -> Parts | None:
-        """The tensors, and the settings as in training; None where PEFT's own forward runs."""
-        return self._parts(in_training=True)
-
-    def _parts(self, *, in_training: bool) -> Parts | None:
-        plain = plain_lora(self.layer)
-        if isinstance(plain, str):
-            return None
-        base, lora_A, lora_B, dropout, scale = plain
-        weight = base.weight.T if is_conv1d(base) else base.weight
-        probability = getattr(dropout, "p", 0.0) if in_training or dropout.training else 0.0
-        weights = Weights(weight, base.bias, lora_A.weight, lora_B.weight)
-        return Parts(weights, Settings(scale, probability, self.strategy))
+    FusedLinear.__module__, FusedLinear.__qualname__ = __name__, FusedLinear.__name__
+    return FusedLinear
 
 
-def fused_forward(module: nn.Module | None) -> FusedForward | None:
-    """The fused forward that a PEFT layer has, or None."""
-    forward = vars(module).get("forward") if module is not None else None
-    return forward if isinstance(forward, FusedForward) else None
+def __getattr__(name: str) -> Any:  # where a pickle finds the class
+    if name == "FusedLinear":
+        return _fused_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _parts(layer: Any, *, in_training: bool) -> Parts | None:
+    plain = plain_lora(layer)
+    if isinstance(plain, str):
+        return None
+    weights, dropout, scale = plain
+    probability = getattr(dropout, "p", 0.0) if in_training or dropout.training else 0.0
+    return Parts(weights, Settings(scale, probability, layer.strategy))
+
+
+def fused_peft_layer(module: nn.Module | None) -> Any:
+    """The module itself if `fuse_peft` made it a FusedLinear, else None."""
+    return module if type(module).__module__ == __name__ else None
 
 
 def fallback_reason(layer: Any) -> str | None:
@@ -150,31 +148,21 @@ def fallback_reason(layer: Any) -> str | None:
     return plain if isinstance(plain, str) else None
 
 
-class PlainLoRA(NamedTuple):
-    """The modules of a PEFT layer that computes plain LoRA in its present state."""
-
-    base: Any
-    lora_A: Any
-    lora_B: Any
-    dropout: Any
-    scale: float
-
-
-def plain_lora(layer: Any) -> PlainLoRA | str:
-    """The modules of a layer that can run fused now, or the reason in words why it cannot."""
+def plain_lora(layer: Any) -> tuple[Weights, nn.Module, float] | str:
+    """Tensors, dropout, scale of a layer that can run fused now; else why it cannot, in words."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "merged: only the base layer runs"
     adapters_A, active = layer.lora_A, layer.active_adapters
-    if len(active) != 1 or active[0] not in adapters_A:
-        known = [name for name in active if name in adapters_A]
+    known = [name for name in active if name in adapters_A]
+    if len(known) != 1:
         return f"{len(known)} adapters are active: {', '.join(known) or 'none'}"
-    name = active[0]
+    (name,) = known
     if name in layer.lora_variant:
         variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
         return f"adapter {name!r} is a LoRA variant: {variant}"
-    base, dropout = layer.base_layer, layer.lora_dropout[name]
+    base, dropout, scale = layer.base_layer, layer.lora_dropout[name], layer.scaling[name]
     lora_A, lora_B = adapters_A[name], layer.lora_B[name]
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"adapter {name!r} is made of {type(lora_A).__name__}, {type(lora_B).__name__}"
@@ -182,29 +170,33 @@ def plain_lora(layer: Any) -> PlainLoRA | str:
         return f"adapter {name!r} has a bias (lora_bias)"
     if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "p", 0.0) >= 1:
         return f"adapter {name!r} has the dropout {dropout}"
+    if not isinstance(scale, (int, float)):
+        return f"the scaling of adapter {name!r} is a {type(scale).__name__}, no number"
     if not (type(base) is nn.Linear or is_conv1d(base)):
-        return f"its base layer is now {type(base).__name__}"
-    if base.weight.requires_grad:
-        return "the base weight trains too"
+        return f"its base layer is {type(base).__module__}.{type(base).__name__}"
     if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
         return "a module inside it has hooks or a patched forward"
-    return PlainLoRA(base, lora_A, lora_B, dropout, layer.scaling[name])
+    weights = Weights(base.weight, base.bias, lora_A.weight, lora_B.weight)
+    if type(base) is not nn.Linear:  # a Conv1D holds [K, N]
+        weights = weights._replace(weight=weights.weight.T)
+    return _why_not(weights) or (weights, dropout, scale)
+
+
+def _why_not(weights: Weights) -> str | None:
+    """Why these tensors cannot run fused, or None."""
+    weight, _, lora_A, lora_B = weights
+    if refusal := why_not_plain(weight) or why_not_plain(lora_A) or why_not_plain(lora_B):
+        return f"its weight is {refusal}"
+    return "the base weight trains too" if weight.requires_grad else None
 
 
 def _never(layer: Any) -> str | None:
     """Why a LoRA layer can never run fused."""
     from peft.tuners.lora import Linear
 
-    if type(layer) is not Linear:
+    if type(layer) is not Linear and fused_peft_layer(layer) is None:
         return f"{type(layer).__module__}.{type(layer).__name__} is no plain LoRA of a linear layer"
-    base = layer.base_layer
-    if not (type(base) is nn.Linear or is_conv1d(base)):
-        return f"its base layer is {type(base).__module__}.{type(base).__name__}"
-    if not base.weight.is_floating_point():
-        return f"its base weight is {base.weight.dtype}"
-    if "forward" in vars(layer) and not isinstance(layer.forward, FusedForward):
-        return "its forward is patched already"
-    return None
+    return "its forward is patched already" if "forward" in vars(layer) else None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -56,8 +56,7 @@ def group_siblings(
         for names, first_only in SIBLINGS:
             for found in _same_layout({name: member_of(children.get(name)) for name in names}):
                 group = Group(tuple(found.values()), first_only)
-                if first_only:
-                    parent.register_forward_pre_hook(group.parent_called)
+                parent.register_forward_pre_hook(group.parent_called)
                 for member in group.members:
                     member.group = group
                 groups.append(tuple(f"{path}.{name}" if path else name for name in found))

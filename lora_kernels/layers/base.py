@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last stands for either while a graph is traced
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -17,3 +22,16 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return weight.shape[0], weight.shape[1]
     return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def why_not_plain(tensor: Tensor) -> str | None:
+    """What a tensor is that our products cannot read (quantised, sparse); None if they can.
+
+    A subclass of Tensor may say that it is float32 and hold int8.
+    """
+    cls, dtype = type(tensor), tensor.dtype
+    if cls in _PLAIN and dtype in _DTYPES and tensor.layout is torch.strided:
+        return None
+    if cls not in _PLAIN:
+        return f"a {cls.__module__}.{cls.__qualname__}"
+    return str(tensor.layout if dtype in _DTYPES else dtype)

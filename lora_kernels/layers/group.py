@@ -5,17 +5,25 @@ first member that is called with an x computes y for all members, and the others
 they are called with that very x. So x is read once, three launches become one, and backward sums dx
 in one accumulator.
 
-Nothing is assumed of the caller. A group is in one of three states:
+Nothing is assumed of the caller, and nothing is learned from earlier calls of the parent. So
+gradient checkpointing recomputes what forward did, and a resumed run draws the masks of the
+uninterrupted one. A round
 
-    idle       no results wait. The first member called computes for all       -> waiting
-    waiting    a member that comes with the same x fetches its y; the last one -> idle
-               a member comes with another x: what waits is dropped, a miss    -> idle
-    dissolved  after three misses in a row, every member runs alone
+    starts  when a member is called for which no result waits: it computes for all, and the results
+            of the others wait;
+    goes on when one of the others comes. With the same x it fetches its result. With another x
+            (cross attention) its result is dropped, and it runs alone;
+    ends    when every member has come, or when their parent is called again. What an interrupted
+            call left behind is dropped then.
+
+Members are held by weak references, so a group keeps no layer alive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,17 +33,11 @@ from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
 from ..strategies.problem import Problem
 
-_PATIENCE = 3  # misses in a row
-
 
 class LoRALayer(Protocol):
     """A layer with LoRA: a FusedLoRALinear, or what `fuse_peft` made of a layer of PEFT's."""
 
     group: Group | None  # the siblings that read the same x
-
-    @property
-    def training(self) -> bool:
-        """Whether dropout is on."""
 
     def own(self) -> Parts | None:
         """Its tensors, and its settings as in training; None if it runs unfused."""
@@ -66,10 +68,11 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
     if own is None:
         raise ValueError("a layer that runs unfused asks for no strategy")
     (weight, _, _, lora_B), settings = own
+    now = layer.parts()
     return Problem.on(
         weight.device, M, max(each.weights.weight.shape[0] for each in found), weight.shape[1],
         lora_B.shape[1], dtype or weight.dtype,
-        dropout=layer.training and settings.dropout > 0,
+        dropout=now is not None and now.settings.dropout > 0,
         segments=len(settings.columns or members), columns=settings.columns is not None,
     )  # fmt: skip
 
@@ -90,80 +93,90 @@ class Group:
     """Two or more layers that read the same x.
 
     With `first_only` the members share the first x of each call of their parent, and read another
-    tensor after it (DeBERTa's relative positions); `parent_called` is a pre-hook of the parent.
+    tensor after it (DeBERTa's relative positions).
     """
 
-    def __init__(self, members: tuple[LoRALayer, ...], first_only: bool = False) -> None:
-        self.members = members
+    def __init__(self, members: Iterable[LoRALayer], first_only: bool = False) -> None:
+        self._members = tuple([ref(member) for member in members])
         self.first_only = first_only
-        self.misses = 0
-        self._fresh = False  # the parent was called, and no x has come yet
+        self._fresh = False  # the parent was called, and has not passed an x yet
         # One attribute, so that in a model called from threads results never part from their x.
         self._waiting: _Waiting | None = None
 
+    @property
+    def members(self) -> list[LoRALayer]:
+        """The layers, as far as they still exist."""
+        found = [each() for each in self._members]
+        return [member for member in found if member is not None]
+
     def __getstate__(self) -> dict[str, Any]:
-        return vars(Group(self.members, self.first_only))  # what waits does not travel
+        return {"members": self.members, "first_only": self.first_only}  # what waits stays here
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["members"], state["first_only"])  # type: ignore[misc]
 
     def parent_called(self, *_: Any) -> None:
-        """The parent's forward begins."""
-        self._fresh = True
+        """The parent's forward begins (a pre-hook of it)."""
+        self._waiting, self._fresh = None, True
 
     def output(self, layer: LoRALayer, x: Tensor, own: Parts) -> Tensor | None:
         """y of one member, whose parts for x are `own`; None if it must be computed alone."""
         compiling = torch.compiler.is_compiling()
-        if self.misses >= _PATIENCE or (not compiling and x.is_inference()):
-            return None  # dissolved; or an in-place change of x could not be seen
+        if not compiling and x.is_inference():
+            return None  # an in-place change of x could not be seen
         version = 0 if compiling else x._version  # a graph cannot compare versions
         call = version, torch.is_grad_enabled(), autocast_dtype(x.device)
         waiting = self._waiting
-        if waiting is not None and waiting.x is x and waiting.call == call:
-            found = waiting.results.pop(id(layer), None)
+        if waiting is not None and (found := waiting.results.pop(id(layer), None)) is not None:
             if not waiting.results:
-                self._waiting, self.misses = None, 0
-            if found is not None and found[1] == _state(own):
-                return found[0]
-        if self._waiting is not None:  # a member never fetched its output for the previous x
-            self.misses += 1
-            self._waiting = None
-            if self.misses >= _PATIENCE:
-                return None
+                self._waiting = None
+            y, state = found
+            same = waiting.x is x and waiting.call == call and state == _state(own, compiling)
+            return y if same else None
+        members: list[Any] = [each() for each in self._members]
+        if layer not in members or None in members:
+            return None  # a shallow copy (of nn.DataParallel, say), whose siblings are unknown here
+        self._waiting = waiting = None
         if self.first_only and not self._fresh:
             return None
         self._fresh = False
-        if not any(member is layer for member in self.members):
-            return None  # a replica of nn.DataParallel, whose siblings are replicas unknown here
-        every = [own if member is layer else member.parts() for member in self.members]
-        parts = [p for p in every if p is not None]
-        if len(parts) < len(every) or not _alike(parts, x):
+        every = [own if member is layer else member.parts() for member in members]
+        if not _alike(every, x):
             return None
-        ys = lora_linears(x, tuple([p.weights for p in parts]), own.settings)
+        ys = lora_linears(x, tuple([parts.weights for parts in every]), own.settings)
         results = {
-            id(member): (y, _state(p)) for member, y, p in zip(self.members, ys, parts, strict=True)
+            id(member): (y, _state(parts, compiling))
+            for member, y, parts in zip(members, ys, every, strict=True)
         }
         y, _ = results.pop(id(layer))
         self._waiting = _Waiting(x, call, results)
         return y
 
 
-def _alike(parts: list[Parts], x: Tensor) -> bool:
-    """Whether these layers can share a launch now.
+def _alike(every: list[Any], x: Tensor) -> bool:
+    """Whether layers with these parts can share a launch now; one that runs unfused has None.
 
     They could when the group was made; since then settings may have changed, and offloading may
     have taken a sibling's tensors to another device.
     """
-    first, device, K = parts[0], x.device, x.shape[-1]
-    return all(
-        settings == first.settings
-        and (weights.bias is None) == (first.weights.bias is None)
-        and weights.weight.device == device
-        and weights.weight.shape[-1] == K
-        for weights, settings in parts
-    )
+    if None in every:
+        return False
+    (first, settings), device, K = every[0], x.device, x.shape[-1]
+    for weights, others in every:
+        weight = weights.weight
+        if (
+            others != settings
+            or (weights.bias is None) != (first.bias is None)
+            or weight.device != device
+            or weight.shape[-1] != K
+        ):
+            return False
+    return True
 
 
-def _state(parts: Parts) -> Any:
+def _state(parts: Parts, compiling: bool) -> Any:
     """What a waiting output depends on besides x: the settings, the adapter and its values."""
-    if torch.compiler.is_compiling():
+    if compiling:
         return parts.settings
     A, B = parts.weights.lora_A, parts.weights.lora_B
     return id(A), A._version, id(B), B._version, parts.settings

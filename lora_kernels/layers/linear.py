@@ -13,7 +13,7 @@ from ..algebra.columns import Range, Ranges, check_columns, unfold, widths
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
-from .base import features_of, is_conv1d
+from .base import features_of, is_conv1d, why_not_plain
 from .config import _check
 
 
@@ -97,10 +97,8 @@ class FusedLoRALinear(nn.Module):
             cls = type(layer)
             return f"{cls.__module__}.{cls.__qualname__} is not a plain Linear or Conv1D"
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return f"its weight is {weight.dtype}"
-        if weight.layout is not torch.strided:
-            return f"its weight is {weight.layout}"
+        if refusal := why_not_plain(weight):
+            return f"its weight is {refusal}"
         hooks = layer._forward_hooks, layer._forward_pre_hooks
         if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)):
             return "it has hooks, which would be lost"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 
 import peft
+import peft.utils.hotswap
 import pytest
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from lora_kernels import fuse_peft, load_adapter, unfuse_peft
 from lora_kernels.autograd.functional import lora_layer, lora_linears
 from lora_kernels.injection.peft import fused_peft_layers
 from tests.support import zoo
+from tests.support.small_layers import Int8Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -135,6 +139,16 @@ def base_trains(model: nn.Module) -> None:
             module.base_layer.weight.requires_grad_()
 
 
+def quantised(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.base_layer.weight = Int8Tensor.of(module.base_layer.weight)
+
+
+def tensor_scaling(model: nn.Module) -> None:
+    peft.utils.hotswap.prepare_model_for_compiled_hotswap(model)
+
+
 STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "disabled": (disabled, "adapters are disabled"),
     "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
@@ -143,6 +157,8 @@ STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "lora-bias": (lambda model: model.set_adapter("biased"), r"'biased' has a bias \(lora_bias\)"),
     "hooked": (hooked, "hooks or a patched forward"),
     "base-trains": (base_trains, "the base weight trains too"),
+    "quantised": (quantised, "its weight is a tests.support.small_layers.Int8Tensor"),
+    "tensor-scaling": (tensor_scaling, "the scaling of adapter 'default' is a Tensor, no number"),
 }
 
 
@@ -189,6 +205,47 @@ def test_switching_back_runs_fused_again(fused_calls):
             zoo.logits(copy.deepcopy(model).double()), zoo.logits(fresh.double())
         )
     assert len(fused_calls) == 8
+
+
+def test_a_layer_that_holds_one_of_several_active_adapters_runs_fused(fused_calls):
+    models = peft_model(task_type=None), peft_model(task_type=None)
+    for model in models:
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["value"]))
+        model.base_model.set_adapter(["default", "other"])
+        zoo.randomise(model, "lora_")
+    report = fuse_peft(models[0])
+    assert {row.name.split(".")[-1] for row in report.fused} == {"query"}
+    torch.testing.assert_close(*map(zoo.logits, models))
+    assert len(fused_calls) == 2
+
+
+def test_a_shallow_copy_of_a_layer_runs_on_its_own_state(fused_calls):
+    model = with_adapters()
+    fuse_peft(model)
+    layer = model.base_model.model.roberta.encoder.layer[0].attention.self.query
+    x, twin = torch.randn(2, 5, 32), copy.copy(layer)
+    expected, fused = layer(x), len(fused_calls)
+    torch.testing.assert_close(twin(x), expected)
+    assert len(fused_calls) == fused + 1
+    layer.set_adapter("plain2")
+    torch.testing.assert_close(twin(x), expected)
+    twin._disable_adapters = True
+    assert torch.equal(twin(x), layer.base_layer(x)) and not torch.equal(layer(x), twin(x))
+
+
+def test_a_fused_model_goes_with_its_last_name():
+    model = peft_model(target_modules=QKV)
+    fuse_peft(model)
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    layers[0](torch.randn(2, 5, 32))  # the results of the others wait
+    traces = [weakref.ref(layer) for layer in layers]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, layers
+        assert [trace() for trace in traces] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_a_mixed_batch_runs_pefts_forward(fused_calls):

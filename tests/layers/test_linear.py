@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, LoRAConfig, lora_linear
 from tests.support.oracle import DEVICE, Case, judge_layer
-from tests.support.small_layers import KINDS, adapted, autocast, base, batch
+from tests.support.small_layers import KINDS, Int8Tensor, adapted, autocast, base, batch
 
 # ---------------------------------------------------------------- parameters
 
@@ -199,6 +199,10 @@ def sparse(layer):
     layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
 
 
+def quantised(layer):
+    layer.weight = Int8Tensor.of(layer.weight)
+
+
 def patched(layer):
     layer.forward = lambda x: x
 
@@ -213,6 +217,7 @@ REFUSED = {
     "int8": (int8, "its weight is torch.int8"),
     "float8": (float8, "its weight is torch.float8_e4m3fn"),
     "sparse": (sparse, "its weight is torch.sparse_coo"),
+    "quantised": (quantised, r"its weight is a tests\.support\.small_layers\.Int8Tensor"),
 }
 
 

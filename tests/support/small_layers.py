@@ -37,3 +37,27 @@ def batch(dtype=torch.float32, rows: int = 7) -> torch.Tensor:
 
 def autocast(dtype=torch.bfloat16):
     return torch.autocast(DEVICE.type, dtype=dtype)
+
+
+class Int8Tensor(torch.Tensor):
+    """A weight as torchao quantises it: it says that it is float32, and holds int8 and scales."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> nn.Parameter:
+        scale = weight.detach().abs().amax(1, keepdim=True) / 127
+        values = (weight.detach() / scale).round().to(torch.int8)
+        return nn.Parameter(cls(values, scale), requires_grad=False)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        plain = [a.values * a.scale if isinstance(a, cls) else a for a in args]
+        return function(*plain, **(kwargs or {}))
