@@ -155,20 +155,8 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--warmup-ratio {arguments.warmup_ratio} is not within 0 and 1")
     if arguments.save_steps < 0:
         raise ValueError(f"--save-steps {arguments.save_steps} is negative")
-    if arguments.scheduler not in SCHEDULERS:
-        close = difflib.get_close_matches(arguments.scheduler, SCHEDULERS) or SCHEDULERS
-        whole = [kind.value for kind in transformers.SchedulerType]
-        kind = "needs arguments of its own" if arguments.scheduler in whole else "is unknown"
-        raise ValueError(f"--scheduler {arguments.scheduler} {kind}; choose {', '.join(close)}")
-    if arguments.scheduler == "polynomial" and arguments.rate() <= POLYNOMIAL_END:
-        raise ValueError(
-            f"--scheduler polynomial ends at {POLYNOMIAL_END}, above --learning-rate "
-            f"{arguments.rate()}"
-        )
-    processes = {name: os.environ[name] for name in WORLD_SIZES if name in os.environ}
-    if any(size.isdigit() and int(size) > 1 for size in processes.values()):
-        told = ", ".join(f"{name}={size}" for name, size in processes.items())
-        raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")
+    _check_scheduler(arguments)
+    _check_processes()
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task_of(arguments.task)
@@ -181,3 +169,23 @@ def check(arguments: Arguments) -> None:
             f"--method {arguments.method}: leave out {', '.join(unread)}, which it does not use"
         )
     arguments.lora_config()
+
+
+def _check_scheduler(arguments: Arguments) -> None:
+    if arguments.scheduler not in SCHEDULERS:
+        close = difflib.get_close_matches(arguments.scheduler, SCHEDULERS) or SCHEDULERS
+        whole = [kind.value for kind in transformers.SchedulerType]
+        kind = "needs arguments of its own" if arguments.scheduler in whole else "is unknown"
+        raise ValueError(f"--scheduler {arguments.scheduler} {kind}; choose {', '.join(close)}")
+    if arguments.scheduler == "polynomial" and arguments.rate() <= POLYNOMIAL_END:
+        raise ValueError(
+            f"--scheduler polynomial ends at {POLYNOMIAL_END}, above --learning-rate "
+            f"{arguments.rate()}"
+        )
+
+
+def _check_processes() -> None:
+    processes = {name: os.environ[name] for name in WORLD_SIZES if name in os.environ}
+    if any(size.isdigit() and int(size) > 1 for size in processes.values()):
+        told = ", ".join(f"{name}={size}" for name, size in processes.items())
+        raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")
