@@ -179,6 +179,7 @@ def test_undefined_scores_are_null_with_a_note(arguments, tmp_path, capsys):
     assert "NaN" not in text and json.loads(text) == json.loads(json.dumps(result))
 
 
+@pytest.mark.filterwarnings("ignore:.* tensors hold values that are not finite")
 def test_a_run_that_diverged_says_so_and_fails(arguments, bert, data, tmp_path, capsys):
     words = ["--model", bert, "--task", "sst2", "--data-dir", data, "--epochs", "1"]
     words += ["--max-length", "48", "--learning-rate", "1e30", "--scheduler", "constant"]
