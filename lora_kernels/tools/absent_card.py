@@ -14,6 +14,7 @@ class Specimen(NamedTuple):
     """A problem whose training step is compiled: `segments` layers [N, K] that read one x.
 
     With `columns` the segments are ranges of one weight, N / 3 columns each, as in GPT-2's c_attn.
+    Adapters are float32, as in mixed precision; with `pure`, in the dtype of x.
     """
 
     M: int
@@ -25,12 +26,13 @@ class Specimen(NamedTuple):
     conv1d: bool = False
     segments: int = 1
     columns: bool = False
+    pure: bool = False
 
 
 # Ragged sizes, ranks up to 64 and every flag occur in some row.
 SPECIMENS = (
     Specimen(4096, 768, 768, 16, 0.1, bias=True),
-    Specimen(4096, 3072, 768, 8, 0.0, bias=True, conv1d=True),
+    Specimen(4096, 3072, 768, 8, 0.0, bias=True, conv1d=True, pure=True),
     Specimen(4096, 768, 3072, 64, 0.1, bias=False),
     Specimen(1000, 771, 773, 3, 0.1, bias=True),
     Specimen(4096, 768, 768, 8, 0.1, bias=True, segments=3),

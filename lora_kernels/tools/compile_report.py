@@ -61,7 +61,7 @@ class Row:
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on tensors without memory: every launch of a step on the card."""
-    M, N, K, R, dropout, bias, conv1d, G, columns = specimen
+    M, N, K, R, dropout, bias, conv1d, G, columns, pure = specimen
     tf32 = dtype is torch.float32
     problem = Problem(M, N, K, R, dtype, arch, dropout > 0, tf32, G, columns=columns)
     choice = choose(problem, strategy)
@@ -71,8 +71,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
         if dropout:
             _library_masks(M, K, G, dtype)
         return
-    # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
-    adapter = torch.float32 if dropout else dtype
+    adapter = dtype if pure else torch.float32
     probe = Probe(problem, choice, without_memory, bias=bias, conv1d=conv1d, adapter=adapter)
     x, dy = probe.inputs()
     probe.backward(x, dy, probe.forward(x))
