@@ -44,7 +44,8 @@ class Launch(NamedTuple):
 class Size(NamedTuple):
     """Sizes of G = len(N) layers that share x [M, K].
 
-    `element` is bytes per element of x and weight, `adapter` of lora_A and lora_B.
+    `element` is bytes per element of x and weight, `adapter` of lora_A and lora_B, `rank` of h and
+    dh (0: those of x).
     """
 
     M: int
@@ -54,6 +55,7 @@ class Size(NamedTuple):
     dropout: bool
     element: int
     adapter: int = 4
+    rank: int = 0
 
     @property
     def x(self) -> float:
@@ -73,7 +75,7 @@ class Size(NamedTuple):
     @property
     def h(self) -> float:
         """Bytes of all h, and of all dh."""
-        return self.element * len(self.N) * self.M * self.R
+        return (self.rank or self.element) * len(self.N) * self.M * self.R
 
     @property
     def lora_A(self) -> float:
@@ -135,7 +137,10 @@ def _hybrid_forward(s: Size, tiles: Tiles) -> list[Launch]:
 
 
 def _library_forward(s: Size, tiles: Tiles) -> list[Launch]:
-    """All products are the vendor's; the masks are Triton's, as on a GPU that has it."""
+    """All products are the vendor's; the masks are Triton's, as on a GPU that has it.
+
+    The float32 copies that it makes of float16 rows are not counted.
+    """
     found = [Launch("draw_masks", s.mask)] * s.dropout
     for t in (s.alone(g) for g in range(len(s.N))):
         found += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout
