@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from lora_kernels.algebra.operands import rank_dtype
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import Card
 from lora_kernels.hardware.cost import Launch, Size
@@ -18,8 +21,9 @@ from .cases import Case
 
 def size_of(case: Case, adapter: int = 4) -> Size:
     """The sizes of a case; `adapter` is bytes per element of lora_A and lora_B."""
-    layer, element = case.layer, case.torch_dtype.itemsize
-    return Size(case.M, layer.K, layer.N, case.R, case.dropout > 0, element, adapter)
+    layer, dtype = case.layer, case.torch_dtype
+    rank = rank_dtype(dtype, torch.float32 if adapter == 4 else dtype).itemsize
+    return Size(case.M, layer.K, layer.N, case.R, case.dropout > 0, dtype.itemsize, adapter, rank)
 
 
 def minimum(case: Case, direction: str) -> Launch:

@@ -46,8 +46,9 @@ class Launch(NamedTuple):
 class Size:
     """Sizes of G = len(N) layers that share x [M, K], and the bytes and FLOPs that follow.
 
-    `element` is bytes per element of x and weight, `adapter` of lora_A and lora_B. Tensors are
-    counted over all layers, and a gradient is as large as its tensor.
+    `element` is bytes per element of x and weight, `adapter` of lora_A and lora_B, `rank` of h and
+    dh (0: those of x). Tensors are counted over all layers, and a gradient is as large as its
+    tensor.
     """
 
     M: int
@@ -57,6 +58,7 @@ class Size:
     dropout: bool
     element: int
     adapter: int = 4
+    rank: int = 0
 
     def __post_init__(self) -> None:
         M, K, R, G, N = self.M, self.K, self.R, len(self.N), sum(self.N)
@@ -64,7 +66,8 @@ class Size:
         self.x = self.element * M * K
         self.y = self.element * M * N
         self.weight = self.element * K * N
-        self.h = self.element * G * M * R
+        self.rank = self.rank or self.element
+        self.h = self.rank * G * M * R
         self.lora_A = self.adapter * G * R * K
         self.lora_B = self.adapter * N * R
         self.mask = G * M * K / 8 * self.dropout  # packed
@@ -81,14 +84,15 @@ def _library(s: Size, tiles: Tiles, processors: int) -> Costs:
     """All products are the vendor's, which take one dtype: adapters and gradients are cast.
 
     The masks are Triton's, as on a GPU that has it. In the backward they are applied twice: to
-    dh lora_A, which is added to dx, and to x for dlora_A.
+    dh lora_A, which is added to dx, and to x for dlora_A. Where h is fp32 under fp16, the fp32
+    copies of rows of x and dy are not counted.
     """
     forward, backward = [Launch("draw_masks", s.mask)] * s.dropout, []
     onto = 0  # dx of the layers before, which this one's is added to
     for t in s.layers():
-        A, B = (size * s.element / s.adapter for size in (t.lora_A, t.lora_B))  # in the dtype of x
+        A, B = (size * s.rank / s.adapter for size in (t.lora_A, t.lora_B))  # in the dtype of h
         casts = [Launch("cast", t.lora_A + A), Launch("cast", t.lora_B + B)]
-        casts *= s.adapter != s.element
+        casts *= s.adapter != s.rank
         forward += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout + casts
         forward.append(Launch("h", t.x + A + t.h, t.rank_K, vendor=True))
         forward.append(Launch("rank-R product", t.h + B + t.y, t.rank_N, vendor=True))

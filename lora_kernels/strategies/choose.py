@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..algebra.operands import Operands, Settings
+from ..algebra.operands import Operands, Settings, rank_dtype
 from ..hardware.tiles import Tile, Tiles, bucket, tiles_for
 from ..hardware.tuned import Tuned, load_table, table_path
 from .problem import Problem, tf32_allowed
@@ -106,7 +106,9 @@ def predict(problem: Problem, strategy: str) -> float:
 
     p, card = problem, nearest(problem.gpu, problem.arch)
     N = p.N // p.segments if p.columns else p.N  # ranges count as a group that is as wide in all
-    size = cost.Size(p.M, p.K, (N,) * p.segments, p.R, p.dropout, p.dtype.itemsize)
+    rank = rank_dtype(p.dtype, torch.float32).itemsize
+    element = p.dtype.itemsize
+    size = cost.Size(p.M, p.K, (N,) * p.segments, p.R, p.dropout, element, rank=rank)
     launches = cost.launches(strategy, size, _shipped(p), card.processors)
     return cost.microseconds(launches, card, p.dtype, tf32=p.tf32)
 

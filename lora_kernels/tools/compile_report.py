@@ -28,16 +28,17 @@ from .shapes import LAYERS, Layer
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# (layer, M, R, dropout). Ragged sizes, ranks up to 64 and every flag occur in some row.
-Specimen = tuple[Layer, int, int, bool]
+# (layer, M, R, dropout, pure). Ragged sizes, ranks up to 64 and every flag occur in some row.
+# Adapters are fp32, as in mixed precision, or those of a `pure` row in the dtype of x.
+Specimen = tuple[Layer, int, int, bool, bool]
 SPECIMENS: tuple[Specimen, ...] = (
-    (LAYERS["roberta-base.query"], 4096, 16, True),
-    (LAYERS["gpt2.c_fc"], 4096, 8, False),
-    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True),
-    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True),
-    (LAYERS["roberta-base.qkv"], 4096, 8, True),
-    (LAYERS["roberta-base.qkv"], 4096, 8, False),
-    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True),
+    (LAYERS["roberta-base.query"], 4096, 16, True, False),
+    (LAYERS["gpt2.c_fc"], 4096, 8, False, True),
+    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True, False),
+    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False),
+    (LAYERS["roberta-base.qkv"], 4096, 8, True, False),
+    (LAYERS["roberta-base.qkv"], 4096, 8, False, False),
+    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, False),
 )
 
 
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on tensors without memory: every launch of a step on the card."""
-    layer, M, R, dropout = specimen
+    layer, M, R, dropout, pure = specimen
     K, G, tf32 = layer.K, len(layer.children), dtype is torch.float32
     problem = Problem(
         M, max(layer.N), K, R, dtype, arch, dropout, tf32, segments=G, columns=layer.columns
@@ -88,8 +89,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
             x = torch.empty(M, K, dtype=dtype, device="meta")
             kernels.apply_mask(kernels.apply_mask(x, mask), mask, onto=x)
         return
-    # Adapters are fp32 in mixed precision, half in pure half precision: both occur among the rows.
-    adapter = torch.float32 if dropout else dtype
+    adapter = dtype if pure else torch.float32
     probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
     x, dy = probe.inputs()
     probe.backward(x, dy, probe.forward(x))

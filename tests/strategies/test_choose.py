@@ -150,7 +150,7 @@ def test_an_unknown_card_gets_tiles_that_fit_every_card(arch):
         if strategy in TRITON:
             assert choice.strategy == strategy
         if choice.tiles is not None:
-            assert choice.tiles == safe[dtype.itemsize, R > 32]
+            assert choice.tiles._replace(precision="ieee") == safe[dtype.itemsize, R > 32]
 
 
 def test_every_choice_can_compute_its_problem():
@@ -286,7 +286,8 @@ def test_torch_s_setting_for_tf32_decides_anew(monkeypatch, fresh_plans):
         for setting in ("highest", "high", "medium", "highest"):
             torch.set_float32_matmul_precision(setting)
             precisions[setting] = planned(64, device=cuda)[1].precision
-            assert planned(64, device=cuda, dtype=torch.float16)[1].precision == "ieee"
+            # Under fp16 it says how products with a side of R take fp32 adapters.
+            assert planned(64, device=cuda, dtype=torch.float16)[1].precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
     assert precisions == {"highest": "ieee", "high": "tf32", "medium": "tf32"}
