@@ -146,6 +146,13 @@ def load_adapter(
         if plain:
             _inject(model, adapter, strategy)
         _copy(model, adapter)
+        if old := [k for k in kept_keys(model, adapter.train) if k not in adapter.others]:
+            owners = ", ".join(dict.fromkeys(key.rpartition(".")[0] for key in old))
+            warnings.warn(
+                f"{adapter.source} holds no values of {owners}: the model's own stay, though they "
+                "are not the base's or moved while training",
+                stacklevel=2,
+            )
         return describe(model)
 
 
