@@ -151,6 +151,7 @@ def test_tensors_without_plain_values_are_named(change, word, copied):
 
 
 def test_names_that_lead_nowhere_are_named(copied):
+    edit(copied, target_modules=None)
     values = load_file(copied / WEIGHTS)
     pair = torch.ones(3, 32), torch.ones(32, 3)
     for path in ("", "roberta", "roberta.encoder.layer.9.attention.self.query", "classifier.dense"):
@@ -159,6 +160,8 @@ def test_names_that_lead_nowhere_are_named(copied):
         }
         save_file(values | more, copied / WEIGHTS)
         assert_refused(copied, path)
+    with pytest.raises(ValueError, match=r"dense has LoRA in the file, and classifier is trained"):
+        load_adapter(zoo.build("roberta"), copied)
     save_file(
         values | {HEAD.removeprefix("base_model.model."): values[HEAD].clone()}, copied / WEIGHTS
     )
