@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..injection.inject import fused_layers, trained_paths
 from ..injection.kept import RECORD, running_statistics
 from ..injection.targets import inside
-from .files import Adapter, LayerValues, split_lora
+from .files import Adapter, LayerValues, split_lora, under_all_names
 
 PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
@@ -57,12 +57,7 @@ def read_checkpoint(source: Path, tensors: Mapping[str, Tensor], model: nn.Modul
     pairs, others = split_lora({prefix + key: value for key, value in tensors.items()}, "", source)
     if not layers:
         train = [prefix + path for path in train]
-    names = {id(p): key for key, p in model.named_parameters()}
-    ties: dict[str, str] = {}
-    for key, p in model.named_parameters(remove_duplicate=False):
-        if key not in others and names[id(p)] in others:
-            ties[key] = names[id(p)]  # transformers writes a tied weight under one name
-    others |= {key: others[name] for key, name in ties.items()}
+    others |= under_all_names(model, others)  # transformers writes a tied weight under one
     kept = {*running_statistics(model), *getattr(model, "lora_kept", ())}
     for key, value in list(others.items()):
         if inside(key, train) or key in kept:

@@ -138,6 +138,13 @@ def split_lora(
     return pairs, others
 
 
+def under_all_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of parameters that have several names, by those names that `values` lacks."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    given = {id(every[key]): value for key, value in values.items() if key in every}
+    return {key: given[id(p)] for key, p in every.items() if id(p) in given and key not in values}
+
+
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Replace `files` (name -> content) in `directory`, all or none.
 

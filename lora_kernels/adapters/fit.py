@@ -13,7 +13,7 @@ from ..injection.inject import fused_layers
 from ..injection.targets import inside, near_misses, why_not
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter, LayerValues
+from .files import Adapter, LayerValues, under_all_names
 
 
 def check_fit(model: nn.Module, adapter: Adapter, train: Iterable[str]) -> None:
@@ -127,8 +127,11 @@ def _others(model: nn.Module, adapter: Adapter, train: list[str]) -> list[str]:
     state = model.state_dict()
     wanted = [key for path in train for key in state if key.startswith(path + ".")]
     problems = [f"{key} has no value in the file" for key in wanted if key not in adapter.others]
+    expected = {*wanted, *adapter.kept}
+    allowed = {key: value for key, value in state.items() if key in expected}
+    allowed |= under_all_names(model, allowed)
     for key, value in adapter.others.items():
-        if key not in state or (key not in wanted and key not in adapter.kept):
+        if key not in allowed:
             problems.append(
                 f"{key} is in the file, but the model does not train it (train={train})"
             )

@@ -28,6 +28,7 @@ from .files import Adapter, read_tensors, write_files
 from .fit import check_fit
 from .gather import State
 from .loralib_format import read_loralib
+from .peft_config import is_number
 from .peft_format import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -145,6 +146,13 @@ def load_adapter(
         if plain:
             _inject(model, adapter, strategy)
         _copy(model, adapter)
+        if old := [k for k in kept_keys(model, adapter.train) if k not in adapter.others]:
+            owners = ", ".join(dict.fromkeys(key.rpartition(".")[0] for key in old))
+            warnings.warn(
+                f"{adapter.source} holds no values of {owners}: the model's own stay, though they "
+                "are not the base's or moved while training",
+                stacklevel=2,
+            )
         return describe(model)
 
 
@@ -197,6 +205,8 @@ def _read(
     of_peft = path.name in (WEIGHTS_NAME, PICKLE_NAME) and (path.parent / CONFIG_NAME).exists()
     if path.is_file() and of_peft:
         path = path.parent
+    if alpha is not None and not is_number(alpha):
+        raise ValueError(f"alpha must be a finite number: got {alpha!r}")
     if path.is_file():
         return read_loralib(path, model, alpha, enable_lora)
     if not path.is_dir():

@@ -10,7 +10,8 @@ from typing import Any
 from ..injection.expressions import check_expression
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
 
 
@@ -19,7 +20,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_dropout(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
+    return is_number(value) and 0 <= value < 1
 
 
 def _is_bool(value: Any) -> bool:
@@ -47,11 +48,11 @@ def _mapping(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # Field of PEFT's LoraConfig that is followed -> whether a value has its type, and that in words.
 FOLLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha_pattern": (_mapping(_is_number), "an object of finite numbers"),
+    "alpha_pattern": (_mapping(is_number), "an object of finite numbers"),
     "exclude_modules": (_name_or_names, "a regular expression or a list of names"),
     "layers_pattern": (_name_or_names, "a name or a list of names"),
     "layers_to_transform": (_are_indices, "an integer or a list of integers"),
-    "lora_alpha": (_is_number, "a finite number"),
+    "lora_alpha": (is_number, "a finite number"),
     "lora_dropout": (_is_dropout, "a number in [0, 1)"),
     "modules_to_save": (_are_names, "a list of names"),
     "r": (_is_rank, "an integer of at least 1"),

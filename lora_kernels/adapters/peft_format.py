@@ -33,10 +33,10 @@ from ..injection.peft_names import (
     peft_matches,
     trained_by_peft,
 )
-from ..injection.targets import is_layer
+from ..injection.targets import inside, is_layer
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter, LayerValues, read_tensors, split_lora
+from .files import Adapter, LayerValues, read_tensors, split_lora, under_all_names
 from .gather import State
 from .peft_config import read_config
 
@@ -83,6 +83,8 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
     named = trained_by_peft(model, config.get("modules_to_save") or ())
     train = [path for path in named if any(True for _ in model.get_submodule(path).parameters())]
     train += [path for path in metadata[TRAIN_KEY] if path not in train]
+    ours = (*metadata[TRAIN_KEY], *metadata[KEPT_KEY])  # PEFT parts what is tied, and we do not
+    others |= under_all_names(model, {k: v for k, v in others.items() if inside(k, ours)})
     return Adapter(
         directory,
         layers,
