@@ -16,6 +16,7 @@ from ..layers.config import LoRAConfig
 from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
 from ..strategies.choose import choose
+from .bypassed import unwatch, watch
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
 from .targets import find_targets, find_train
@@ -77,6 +78,7 @@ def merge(model: nn.Module) -> nn.Module:
             layer.merge()
     inner = unwrapped(model)
     unhook(inner)
+    unwatch(inner)
     _replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
     if hasattr(inner, "lora_config"):
         del inner.lora_config
@@ -156,6 +158,7 @@ def inject(
         model.get_submodule(path).requires_grad_(True)
     if config.group:
         group_siblings(model)
+    watch(model)
     model.lora_config = config  # type: ignore[assignment]
     return describe(model, skipped)
 

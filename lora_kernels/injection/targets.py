@@ -16,6 +16,7 @@ from torch import nn
 from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
 from ..layers.linear import FusedLoRALinear
+from .bypassed import bypasses, probed
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
 
@@ -39,8 +40,10 @@ def find_targets(
     trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
     fused: dict[str, Ranges | None] = {}
     skipped: list[SkippedRow] = []
+    dead = probed(model, [path for path in matched if why_not(model, path) is None])
     for path in matched:
         reason = excluded.get(path.split(".")[0]) or excluded.get(path) or why_not(model, path)
+        reason = reason or dead.get(path)
         if owner := inside(path, train):
             reason = f"inside train={train[owner]!r}, trained in full"
         elif reason is None and id(model.get_submodule(path).weight) in trained:
@@ -112,16 +115,14 @@ def near_misses(name: str, paths: Iterable[str]) -> str:
     return "; there are: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-# Modules that compute with their linear layers' weights themselves.
-_READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention")
-
-
 def why_not(model: nn.Module, path: str) -> str | None:
     """The reason why the module at `path` cannot be replaced, or None."""
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
-    if any(cls.__name__ in _READS_WEIGHTS for cls in type(parent).__mro__):
-        return f"{type(parent).__name__} reads this weight without calling the layer"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "TransformerEncoderLayer reads this weight without calling the layer, in eval mode"
+    if reason := bypasses(model, path):
+        return reason
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"
     return FusedLoRALinear.supports(module)
