@@ -103,7 +103,8 @@ class _Witness(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # a shape or a dtype is no product
+        # A shape or a dtype is no product; a graph that is traced must not depend on what was seen.
+        if isinstance(result, Tensor) and not torch.compiler.is_compiling():
             for each in (*args, *(kwargs or {}).values()):
                 for tensor in each if isinstance(each, (list, tuple)) else (each,):
                     if id(tensor) in self.paths:

@@ -65,7 +65,19 @@ def find_targets(
                 f"target {target!r} only matches inside train={name!r} ({rows[0]}): "
                 "a layer has LoRA or is trained in full, not both"
             )
-    return fused, skipped
+    return fused, skipped + _experts(model)
+
+
+def _experts(model: nn.Module) -> list[SkippedRow]:
+    """A row for each module that holds the weights of several experts as one 3-D parameter."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if "expert" in f"{path.rpartition('.')[2]} {type(module).__name__}".lower():
+            sizes = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3]
+            found |= {path: sum(sizes)} if sizes else {}
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    share = f"{sum(found.values()) / total:.0%} of the weights are experts without LoRA"
+    return [SkippedRow(path, f"{share}: 3-D parameters, no linear layers") for path in found]
 
 
 def find_train(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

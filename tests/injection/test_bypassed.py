@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from lora_kernels import LoRAConfig, add_lora, fuse_peft, merge, unfuse_peft
+from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, fuse_peft, merge, unfuse_peft
 from lora_kernels.injection.inject import fused_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -107,6 +107,13 @@ class Either(Block):
         return F.linear(x, self.used.weight) if self.training else self.used(x)
 
 
+class Dtype(Block):
+    """Asks for the dtype of a weight, and calls the layer by another way."""
+
+    def product(self, x):
+        return getattr(self, "used")(x.to(self.used.weight.dtype))  # noqa: B009
+
+
 def told(model, *args, **kwargs) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -144,6 +151,7 @@ def test_no_wolf_is_cried():
     x = torch.randn(2, 8)
     model = block(Either).eval()
     assert told(model, x) == [], "called in this mode"
+    assert type(block(Dtype)[0].used) is FusedLoRALinear and told(block(Dtype), x) == []
     model = block()
     assert told(model[0], x, "other") == [] == told(model, x), "idle layers, experts without tokens"
     model = block(Hidden)
