@@ -17,6 +17,7 @@ from ..layers.config import LoRAConfig
 from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
 from ..strategies.choose import choose
+from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
@@ -86,6 +87,7 @@ def merge(model: nn.Module) -> nn.Module:
             layer.merge()
     inner = unwrapped(model)
     unhook(inner)
+    unwatch(inner)
     _replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
     forget(inner)
     return model
@@ -154,6 +156,7 @@ def inject(
         model.get_submodule(path).requires_grad_(True)
     if config.group:
         group_siblings(model)
+    watch(model)
     model.lora_config = config  # type: ignore[assignment]
     model.lora_kept = tuple(fresh)  # type: ignore[assignment]
     remember(model, fused_layers(model), trained_paths(model))

@@ -23,6 +23,7 @@ from ..layers.group import problem_of
 from ..strategies.choose import choose
 from ..strategies.problem import Problem
 from ..strategies.table import check_strategy
+from .bypassed import bypasses, probed, unwatch, watch
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
 
@@ -47,16 +48,19 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
         >>> print(fuse_peft(model))
     """
     check_strategy(strategy)
-    unhook(peft_model)  # of an earlier call, whose groups end here
+    unfuse_peft(peft_model)  # an earlier call, whose groups end here
+    layers = dict(_lora_layers(peft_model))
+    dead = probed(peft_model, layers)
     reasons: dict[str, str | None] = {}
-    for name, layer in _lora_layers(peft_model):
-        reasons[name] = _never(layer)
+    for name, layer in layers.items():
+        reasons[name] = _never(layer) or bypasses(peft_model, name) or dead.get(name)
         if reasons[name] is None:
             layer.__class__ = _fused_class()
             layer.strategy, layer.group = strategy, None
             reasons[name] = fallback_reason(layer)
     if group:
         group_siblings(peft_model, fused_peft_layer)
+    watch(peft_model)
     skipped = [SkippedRow(name, reason) for name, reason in reasons.items() if reason is not None]
     fused: list[FusedRow] = []
     for name, problem, how in fused_peft_layers(peft_model, TYPICAL_TOKENS):
@@ -72,6 +76,7 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
 def unfuse_peft(model: nn.Module) -> nn.Module:
     """Undo `fuse_peft`: every layer runs PEFT's own forward again. Returns `model`."""
     unhook(model)
+    unwatch(model)
     for module in model.modules():
         if (layer := fused_peft_layer(module)) is not None:
             layer.__class__ = type(layer).__base__
@@ -194,7 +199,7 @@ def _never(layer: Any) -> str | None:
     """Why a LoRA layer can never run fused."""
     from peft.tuners.lora import Linear
 
-    if type(layer) is not Linear and fused_peft_layer(layer) is None:
+    if type(layer) is not Linear:
         return f"{type(layer).__module__}.{type(layer).__name__} is no plain LoRA of a linear layer"
     return "its forward is patched already" if "forward" in vars(layer) else None
 

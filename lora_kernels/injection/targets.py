@@ -16,6 +16,7 @@ from torch import nn
 from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
 from ..layers.linear import FusedLoRALinear
+from .bypassed import bypasses, probed
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
 from .wrappers import inner_name
@@ -40,8 +41,10 @@ def find_targets(
     trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
     fused: dict[str, Ranges | None] = {}
     skipped: list[SkippedRow] = []
+    dead = probed(model, [path for path in matched if why_not(model, path) is None])
     for path in matched:
         reason = excluded.get(path.split(".")[0]) or excluded.get(path) or why_not(model, path)
+        reason = reason or dead.get(path)
         if owner := inside(path, train):
             reason = f"inside train={train[owner]!r}, trained in full"
         elif reason is None and id(model.get_submodule(path).weight) in trained:
@@ -63,7 +66,19 @@ def find_targets(
                 f"target {target!r} only matches inside train={name!r} ({rows[0]}): "
                 "a layer has LoRA or is trained in full, not both"
             )
-    return fused, skipped
+    return fused, skipped + _experts(model)
+
+
+def _experts(model: nn.Module) -> list[SkippedRow]:
+    """A row for each module that holds the weights of several experts as one 3-D parameter."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if "expert" in f"{path.rpartition('.')[2]} {type(module).__name__}".lower():
+            sizes = [p.numel() for p in module.parameters(recurse=False) if p.dim() == 3]
+            found |= {path: sum(sizes)} if sizes else {}
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    share = f"{sum(found.values()) / total:.0%} of the weights are experts without LoRA"
+    return [SkippedRow(path, f"{share}: 3-D parameters, no linear layers") for path in found]
 
 
 def find_train(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -113,16 +128,14 @@ def near_misses(name: str, paths: Iterable[str]) -> str:
     return "; there are: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-# Modules that compute with their linear layers' weights themselves.
-_READS_WEIGHTS = ("MultiheadAttention", "TransformerEncoderLayer", "WavLMAttention")
-
-
 def why_not(model: nn.Module, path: str) -> str | None:
     """The reason why the module at `path` cannot be replaced, or None."""
     module = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
-    if any(cls.__name__ in _READS_WEIGHTS for cls in type(parent).__mro__):
-        return f"{type(parent).__name__} reads this weight without calling the layer"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "TransformerEncoderLayer reads this weight without calling the layer, in eval mode"
+    if reason := bypasses(model, path):
+        return reason
     if name := inner_name(parent) or inner_name(module):
         return f"it is wrapped alone ({name}): wrap it after add_lora"
     if "forward" in vars(module):
