@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..injection.inject import describe, fused_layers, inject, refuse_injected, trained_paths
 from ..injection.kept import kept_keys
 from ..injection.report import Report
@@ -23,12 +24,12 @@ from ..injection.targets import inside, name_matches
 from ..injection.wrappers import bare, refuse_sharded
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
+from ..strategies.table import check_strategy
 from .checkpoint_format import checkpoint_files, read_checkpoint
 from .files import Adapter, read_tensors, write_files
 from .fit import check_fit
 from .gather import State
 from .loralib_format import read_loralib
-from .peft_config import is_number
 from .peft_format import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -60,6 +61,10 @@ def save_adapter(
     >>> save_adapter(model, "runs/sst2/adapter")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
+    arguments.module("model", model)
+    path = arguments.path("path", path)
+    if state_dict is not None:
+        arguments.mapping("state_dict", state_dict)
     with bare(model) as inner:
         layers = fused_layers(inner)
         if not layers:
@@ -71,7 +76,7 @@ def save_adapter(
     wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
     state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
     nameless = config["modules_to_save"] is None
-    state.on_first(partial(_write, Path(path), config, state, layers, train, kept, nameless))
+    state.on_first(partial(_write, path, config, state, layers, train, kept, nameless))
 
 
 def _write(path: Path, config: dict[str, Any], state: State, *rest: Any) -> None:
@@ -136,9 +141,16 @@ def load_adapter(
     >>> load_adapter(model, "runs/sst2/adapter")
     >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
     """
+    arguments.module("model", model)
+    path = arguments.path("path", path)
+    if alpha is not None:
+        arguments.finite("alpha", alpha)
+    if enable_lora is not None:
+        enable_lora = arguments.flags("enable_lora", enable_lora)
+    check_strategy(strategy)
     refuse_sharded(model, "load the adapter before it is sharded")
     with bare(model) as model:
-        adapter = _read(Path(path), model, alpha, enable_lora)
+        adapter = _read(path, model, alpha, enable_lora)
         plain = not fused_layers(model)
         if plain:
             refuse_injected(model)
@@ -205,8 +217,6 @@ def _read(
     of_peft = path.name in (WEIGHTS_NAME, PICKLE_NAME) and (path.parent / CONFIG_NAME).exists()
     if path.is_file() and of_peft:
         path = path.parent
-    if alpha is not None and not is_number(alpha):
-        raise ValueError(f"alpha must be a finite number: got {alpha!r}")
     if path.is_file():
         return read_loralib(path, model, alpha, enable_lora)
     if not path.is_dir():

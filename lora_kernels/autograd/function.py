@@ -6,6 +6,7 @@ seen as rows [M, K] in here: outside, each view would be a node of its own.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def mask_of(y: Tensor) -> Tensor | None:
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:

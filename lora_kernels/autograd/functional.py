@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..algebra import masks
 from ..algebra.columns import check_columns, widths
 from ..algebra.operands import Operands, Parts, Settings, Weights
@@ -44,7 +45,13 @@ def lora_linear(
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
-    check_dropout(dropout)
+    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        arguments.tensor(name, value)
+    if bias is not None:
+        arguments.tensor("bias", bias)
+    arguments.finite("scale", scale)
+    arguments.probability("dropout", dropout)
+    arguments.flag("training", training)
     weights = Weights(weight, bias, lora_A, lora_B)
     return lora_layer(x, Parts(weights, Settings(scale, dropout if training else 0.0, strategy)))
 
@@ -62,6 +69,8 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     Layers that differ in rank or layout run one by one. With `settings.columns` there is one layer,
     and each range of its columns draws a mask of its own.
     """
+    if not isinstance(x, Tensor):
+        arguments.tensor("x", x)
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
         x, layers = x.to(dtype), tuple([_in_dtype(weights, dtype) for weights in layers])
@@ -111,12 +120,6 @@ def _one_layout(layers: tuple[Weights, ...]) -> bool:
     return layouts.count(layouts[0]) == len(layouts)
 
 
-def check_dropout(dropout: float) -> None:
-    """ValueError unless 0 <= dropout < 1."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1): got {dropout}")
-
-
 def check(x: Tensor, weights: Weights, settings: Settings) -> None:
     """One error that names the values, for inputs that do not fit: ValueError, or TypeError."""
     (weight, bias, lora_A, lora_B), columns = weights, settings.columns
@@ -143,12 +146,12 @@ def check(x: Tensor, weights: Weights, settings: Settings) -> None:
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias must be [{N}]: got {_shape(bias)}")
-    check_dropout(settings.dropout)
-    if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
-        raise TypeError(
-            f"x, lora_A and lora_B must be of a floating dtype: got {x.dtype}, {lora_A.dtype}, "
-            f"{lora_B.dtype}"
-        )
+    if not 0 <= settings.dropout < 1:
+        arguments.probability("dropout", settings.dropout)
+    floating = x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()
+    if not floating or not (bias is None or bias.is_floating_point()):
+        dtypes = ", ".join(str(t.dtype) for t in (x, bias, lora_A, lora_B) if t is not None)
+        raise TypeError(f"x, (bias,) lora_A and lora_B must be of a floating dtype: got {dtypes}")
     if weight.dtype != x.dtype:
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}: cast one, or use torch.autocast"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .. import arguments
 from ..layers.group import problem_of
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
@@ -54,10 +55,12 @@ def explain(
 
     >>> print(explain(model, tokens=16 * 128))
     """
-    if not isinstance(tokens, int) or tokens < 0:
-        raise ValueError(f"tokens must be a whole number, zero or more: got {tokens!r}")
+    arguments.integer("tokens", tokens, least=0)
+    if dtype is not None:
+        arguments.floating("dtype", dtype)
     if isinstance(model_or_problem, Problem):
         return Explanation((("problem", model_or_problem, choose(model_or_problem)),))
+    arguments.module("model_or_problem", model_or_problem)
     rows = [
         (name or type(layer).__name__, problem_of(layer, tokens, dtype), layer.strategy)
         for name, layer in fused_layers(model_or_problem).items()

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from .. import arguments
 from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
 from ..layers.group import problem_of
@@ -48,6 +49,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     if not isinstance(config, LoRAConfig):
         cls = type(config)
         raise TypeError(f"config must be a LoRAConfig: got a {cls.__module__}.{cls.__qualname__}")
+    arguments.module("model", model)
     refuse_sharded(model, "call add_lora before it is sharded")
     with bare(model) as model:
         refuse_injected(model)
@@ -69,7 +71,7 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: there is no LoRA layer, or a weight is tied to another layer's (an output
             embedding); the model is then unchanged.
     """
-    layers = fused_layers(model)
+    layers = fused_layers(arguments.module("model", model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
     owners: dict[int, set[str]] = {}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.functional import lora_layer
 from ..layers.base import is_conv1d, why_not_plain
@@ -47,6 +48,8 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
         >>> model = get_peft_model(base, LoraConfig(target_modules=["query", "value"]))
         >>> print(fuse_peft(model))
     """
+    arguments.module("peft_model", peft_model)
+    arguments.flag("group", group)
     check_strategy(strategy)
     unfuse_peft(peft_model)  # an earlier call, whose groups end here
     layers = dict(_lora_layers(peft_model))
@@ -75,7 +78,7 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
 
 def unfuse_peft(model: nn.Module) -> nn.Module:
     """Undo `fuse_peft`: every layer runs PEFT's own forward again. Returns `model`."""
-    unhook(model)
+    unhook(arguments.module("model", model))
     unwatch(model)
     for module in model.modules():
         if (layer := fused_peft_layer(module)) is not None:

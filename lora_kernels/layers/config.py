@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .. import arguments
 from ..strategies.table import check_strategy
 
 
-def _check(rank: int, alpha: float, dropout: float, strategy: str) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be an integer of at least 1: got {rank!r}")
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number: got {alpha!r}")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1): got {dropout!r}")
+def check_settings(rank: int, alpha: float, dropout: float, rslora: bool, strategy: str) -> None:
+    """ValueError, with the name and the value, for what no LoRA layer can have."""
+    arguments.integer("rank", rank, least=1)
+    arguments.finite("alpha", alpha)
+    arguments.probability("dropout", dropout)
+    arguments.flag("rslora", rslora)
     check_strategy(strategy)
-
-
-def _names(field: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{field} must be a name or several: got {value!r}")
-    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -50,13 +41,14 @@ class LoRAConfig:
     strategy: str = "auto"
 
     def __post_init__(self) -> None:
-        _check(self.rank, self.alpha, self.dropout, self.strategy)
+        check_settings(self.rank, self.alpha, self.dropout, self.rslora, self.strategy)
+        arguments.flag("group", self.group)
         if self.targets is not None:
-            object.__setattr__(self, "targets", _names("targets", self.targets))
+            object.__setattr__(self, "targets", arguments.names("targets", self.targets))
             if not self.targets:
                 raise ValueError(
-                    "targets is empty: name at least one layer, or None for the default"
+                    "targets is empty: got (); name at least one layer, or None for the default"
                 )
             if "all-linear" in self.targets and len(self.targets) > 1:
                 raise ValueError(f"'all-linear' takes every layer, alone: got {self.targets}")
-        object.__setattr__(self, "train", _names("train", self.train))
+        object.__setattr__(self, "train", arguments.names("train", self.train))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..algebra.columns import Range, Ranges, check_columns, unfold, widths
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, why_not_plain
-from .config import _check
+from .config import check_settings
 
 
 class FusedLoRALinear(nn.Module):
@@ -55,6 +56,9 @@ class FusedLoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        arguments.integer("in_features", in_features, least=0)
+        arguments.integer("out_features", out_features, least=0)
+        arguments.flag("bias", bias)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None)
 
@@ -80,13 +84,13 @@ class FusedLoRALinear(nn.Module):
 
         >>> FusedLoRALinear.from_linear(attn.c_attn, rank=4, columns=[(0, 768), (1536, 2304)])
         """
-        refusal = cls.supports(layer)
+        refusal = cls.supports(arguments.module("layer", layer))
         if refusal is not None:
             raise TypeError(f"cannot replace {type(layer).__name__}: {refusal}")
         self = cls.__new__(cls)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        ranges = None if columns is None else tuple((start, stop) for start, stop in columns)
+        ranges = None if columns is None else arguments.ranges("columns", columns)
         self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges)
         return self
 
@@ -112,7 +116,7 @@ class FusedLoRALinear(nn.Module):
         self, layer: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool,
         strategy: str, dtype: torch.dtype, columns: Ranges | None,
     ) -> None:  # fmt: skip
-        _check(rank, alpha, dropout, strategy)
+        check_settings(rank, alpha, dropout, rslora, strategy)
         if columns is not None:
             check_columns(columns, features_of(layer)[1])
         nn.Module.__init__(self)

@@ -102,9 +102,9 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType({row.name: row for row in 
 
 def check_strategy(name: str) -> str:
     """`name` itself; ValueError with a near miss if it is not "auto" or in STRATEGIES."""
-    if name != "auto" and name not in STRATEGIES:
+    if not isinstance(name, str) or (name != "auto" and name not in STRATEGIES):
         names = ["auto", *STRATEGIES]
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown strategy {name!r}: one of {', '.join(names)}{hint}")
     return name

@@ -198,3 +198,18 @@ def test_a_compiled_part_is_not_compiled_twice():
     model[0] = torch.compile(model[0], fullgraph=True, backend=counter)
     model(x), model(x)
     assert counter.frame_count == 1
+
+
+def test_experts_held_as_3d_parameters_have_a_row():
+    config = tf.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = tf.MixtralForCausalLM(config)
+    experts = model.model.layers[0].mlp.experts
+    assert {p.dim() for p in experts.parameters()} == {3}
+    held = sum(p.numel() for p in experts.parameters())
+    share = held / sum(p.numel() for p in model.parameters())
+    report = add_lora(model, LoRAConfig(rank=2, targets=("q_proj",), train=()))
+    rows = [row for row in report.skipped if row.name == "model.layers.0.mlp.experts"]
+    assert len(rows) == 1 and f"{share:.0%} of the weights are experts" in rows[0].reason

@@ -1,0 +1,118 @@
+"""What callers pass. Each check gives the value back, or raises one error that names both.
+
+The first argument is the name under which the caller passed it. A value is refused by ValueError, a
+tensor or a module that is none by TypeError. Numbers may be NumPy's; a bool is no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from operator import index
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def finite(name: str, value: Any) -> float:
+    """A number that is neither infinite nor NaN."""
+    if not _is_number(value) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number: got {_short(value)}")
+    return value
+
+
+def probability(name: str, value: Any) -> float:
+    """A number of at least 0 and below 1."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1): got {_short(value)}")
+    return value
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """An integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}: got {_short(value)}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False: got {_short(value)}")
+    return value
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """One name, or several; none is empty."""
+    several = (value,) if isinstance(value, str) else value
+    several = tuple(several) if isinstance(several, Iterable) else (None,)
+    if not all(isinstance(each, str) and each for each in several):
+        raise ValueError(f"{name} must be a name or several: got {_short(value)}")
+    return several
+
+
+def flags(name: str, value: Any) -> tuple[bool, ...]:
+    """Several of True and False."""
+    several = tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(each, bool) for each in several):
+        raise ValueError(f"{name} must be several of True and False: got {_short(value)}")
+    return several
+
+
+def ranges(name: str, value: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs of integers, each (start, stop)."""
+    try:
+        return tuple([(index(start), index(stop)) for start, stop in value])
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be pairs (start, stop): got {_short(value)}") from None
+
+
+def path(name: str, value: Any) -> Path:
+    """A path of the file system, which is not empty."""
+    if not isinstance(value, (str, PathLike)) or not str(value):
+        raise ValueError(f"{name} must be a path: got {_short(value)}")
+    return Path(value)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor: got {_short(value)}")
+    return value
+
+
+def floating(name: str, value: Any) -> torch.dtype:
+    """A floating dtype."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(f"{name} must be a floating dtype of torch: got {_short(value)}")
+    return value
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping, such as a state dict."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping: got {_short(value)}")
+    return value
+
+
+def module(name: str, value: Any) -> nn.Module:
+    """A module, such as a model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module: got {_short(value)}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """The value, if it can be told in a line; its class otherwise."""
+    text = repr(value)
+    if len(text) <= 80 and "\n" not in text:
+        return text
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
