@@ -6,6 +6,7 @@ copies the same numbers for every provider.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,10 @@ def attach_lora(
         train=tuple(train),
         strategy=strategy,
     )
-    add_lora(model, config)
+    with warnings.catch_warnings():
+        # In pure half precision every method trains its head so.
+        warnings.filterwarnings("ignore", message=".* trained in torch")
+        add_lora(model, config)
     return model
 
 

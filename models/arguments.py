@@ -185,7 +185,7 @@ def _check_scheduler(arguments: Arguments) -> None:
 
 
 def _check_processes() -> None:
-    processes = {name: os.environ[name] for name in WORLD_SIZES if name in os.environ}
+    processes = {name: size for name, size in os.environ.items() if name in WORLD_SIZES}
     if any(size.isdigit() and int(size) > 1 for size in processes.values()):
         told = ", ".join(f"{name}={size}" for name, size in processes.items())
         raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")

@@ -143,29 +143,46 @@ def _add_dropped(
     return product if dx is None else dx.add_(product)
 
 
+def _y(
+    x: Tensor, weight: Tensor, bias: Tensor | None, segments: list[tuple[Tensor, Tensor]],
+    settings: Settings,
+) -> Tensor:  # fmt: skip
+    """y [M, N] of one layer, of h and lora_B of each segment.
+
+    For a whole layer the rank-R product is y at first, and the frozen product is added in place.
+    Segments cannot start so. Nor may products in float32 under float16: they may be the larger
+    part of y, which is rounded twice, and PEFT leaves them out the first time.
+    """
+    scale, columns, (h, lora_B) = settings.scale, settings.columns, segments[0]
+    if columns is None and rank_dtype(x.dtype, lora_B.dtype) is x.dtype:
+        y = _product(h, _as(lora_B, x.dtype).T, scale, x.dtype, bias)
+        add_frozen(y, x, weight.T)
+        return y
+    y = _sum(x, weight.T, 1, bias)
+    for y_g, (h, lora_B) in zip(segments_of((y,), columns), segments, strict=True):
+        _add_product(y_g, h, _as(lora_B, rank_dtype(x.dtype, lora_B.dtype)).T, scale)
+    return y
+
+
 def library_forward(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles | None
 ) -> Forward:
-    """cuBLAS or oneDNN: the rank-R product is y at first, and the frozen one is added in place."""
+    """cuBLAS or oneDNN, product by product."""
     (M, K), dtype = x.shape, x.dtype
-    scale, dropout, _, columns = settings
+    dropout, columns = settings.dropout, settings.columns
     lora_A, lora_B = operands.adapters(columns)
-    wide_A, wide_B = (rank_dtype(dtype, each[0].dtype) for each in (lora_A, lora_B))
+    wide_A = rank_dtype(dtype, lora_A[0].dtype)
     mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
     h = []
     for g, each in enumerate(lora_A):
         dropped_x = _drop(x, _keep(mask, g, K, dtype))
         h.append(_product(dropped_x, _as(each, wide_A).T, 1 / (1 - dropout), wide_A))
-    y = []
-    for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
-        if columns is None:
-            y.append(_product(h[g], _as(lora_B[g], wide_B).T, scale, dtype, bias))
-        else:
-            start = x.new_zeros(1, len(weight)) if bias is None else _as(bias, dtype)
-            y.append(start.repeat(M, 1))
-            for y_g, h_g, B_g in zip(segments_of(tuple(y), columns), h, lora_B, strict=True):
-                _add_product(y_g, h_g, _as(B_g, wide_B).T, scale)
-        add_frozen(y[g], x, weight.T)
+    whole = zip(h, lora_B, strict=True)
+    segments = [list(whole)] if columns is not None else [[each] for each in whole]
+    y = [
+        _y(x, weight, bias, own, settings)
+        for weight, bias, own in zip(operands.weight, operands.bias, segments, strict=True)
+    ]
     return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
 
 
