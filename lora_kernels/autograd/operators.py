@@ -10,7 +10,8 @@ with dynamic shapes stays one graph.
 
 An operator takes tensors, lists and numbers only. So `operands` travel flattened, field by field,
 and `present` says which fields are there at all. The settings travel one by one, `columns` as the
-ranges' edges end to end. A gradient that is not wanted, and the mask without dropout, come out
+count of ranges and then their edges, end to end; [0] stands for None, since AOTInductor turns an
+empty list into None. A gradient that is not wanted, and the mask without dropout, come out
 empty.
 """
 
@@ -33,7 +34,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """y [M, N] of each layer, of x [M, K]."""
     scale, dropout, strategy, columns = settings
-    edges = None if columns is None else [edge for each in columns for edge in each]
+    edges = [0] if columns is None else [len(columns), *(e for each in columns for e in each)]
     flat, present = flattened(operands)
     return tuple(forward(x, flat, present, seed, scale, dropout, strategy, edges)[2:])
 
@@ -53,15 +54,15 @@ def _operands(flat: Sequence[Any], present: Sequence[bool], missing: Any = None)
     return Operands(*fields)
 
 
-def _settings(scale: float, dropout: float, strategy: str, edges: Sequence[int] | None) -> Settings:
-    columns = None if edges is None else tuple(zip(edges[::2], edges[1::2], strict=True))
+def _settings(scale: float, dropout: float, strategy: str, edges: Sequence[int]) -> Settings:
+    columns = tuple(zip(edges[1::2], edges[2::2], strict=True)) or None
     return Settings(scale, dropout, strategy, columns)
 
 
 @torch.library.custom_op("lora_kernels::forward", mutates_args=())
 def forward(
     x: Tensor, operands: Sequence[Tensor], present: Sequence[bool], seed: Tensor | None,
-    scale: float, dropout: float, strategy: str, columns: Sequence[int] | None,
+    scale: float, dropout: float, strategy: str, columns: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """[h, mask, *y] of a layer or a group, a pure function of its inputs."""
     given = _operands(operands, present)
@@ -74,7 +75,7 @@ def forward(
 @forward.register_fake
 def _(x, operands, present, seed, scale, dropout, strategy, columns):  # type: ignore[no-untyped-def]
     weight, _, lora_A, lora_B = _operands(operands, present)
-    M, K, G = x.shape[0], x.shape[1], len(columns) // 2 if columns else len(weight)
+    M, K, G = x.shape[0], x.shape[1], len(columns) // 2 or len(weight)
     shape = (G, M, masks.packed_width(K)) if dropout else (0,)
     h = x.new_empty(G, M, lora_B[0].shape[1], dtype=rank_dtype(x.dtype, lora_A[0].dtype))
     mask = x.new_empty(shape, dtype=torch.uint8)
@@ -85,7 +86,7 @@ def _(x, operands, present, seed, scale, dropout, strategy, columns):  # type: i
 def backward(
     dy: Sequence[Tensor], x: Tensor | None, operands: Sequence[Tensor], present: Sequence[bool],
     h: Tensor, mask: Tensor, scale: float, dropout: float, strategy: str,
-    columns: Sequence[int] | None, want_dx: bool, want_dlora_A: bool, want_dlora_B: bool,
+    columns: Sequence[int], want_dx: bool, want_dlora_A: bool, want_dlora_B: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, *dlora_A, *dlora_B] of a layer or a group."""
     given = _operands(operands, present)

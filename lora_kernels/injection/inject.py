@@ -124,9 +124,10 @@ def inject(
     skipped: Iterable[SkippedRow] = (),
     columns: Mapping[str, Ranges | None] = MappingProxyType({}),
 ) -> Report:
-    """Swap the layers at `ranks` (path -> rank, alpha) and freeze the rest; choices are checked.
+    """Swap the layers at `ranks` (path -> rank, alpha), freeze the rest, and report.
 
-    `columns` says which of them get LoRA on ranges of their columns alone.
+    `columns` says which of them get LoRA on ranges of their columns alone. The caller has chosen
+    layers that can be replaced; if one cannot, the error leaves the model as it was.
     """
     train = find_train(model, config.train)
     fresh = drawn_at_random(model)

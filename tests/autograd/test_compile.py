@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ def arguments(dtype=torch.float32, dropout=0.0, G=2, strategy="library"):
     given = [inputs(Case(M=20, N=24, K=16, R=3), dtype, seed) for seed in range(G)]
     layers = [Weights(m.weight, m.bias, m.lora_A, m.lora_B) for m in given]
     seed = torch.tensor([7], device=DEVICE) if dropout else None
-    return given[0].x, *operators.flattened(Operands.of(layers)), seed, 0.5, dropout, strategy, None
+    return given[0].x, *operators.flattened(Operands.of(layers)), seed, 0.5, dropout, strategy, [0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -31,7 +33,7 @@ def test_opcheck_on_columns():
     lora_A = torch.randn(2 * 3, 16, device=DEVICE, requires_grad=True)
     lora_B = torch.randn(5 + 9, 3, device=DEVICE, requires_grad=True)
     operands = operators.flattened(Operands.of([Weights(weight, None, lora_A, lora_B)]))
-    call = x, *operands, seed, scale, dropout, strategy, [2, 7, 11, 20]
+    call = x, *operands, seed, scale, dropout, strategy, [2, 2, 7, 11, 20]
     torch.library.opcheck(operators.forward, call)
 
 
@@ -145,3 +147,51 @@ def test_compiled_autocast_reads_the_weight_as_it_is():
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         torch.testing.assert_close(fast(x), layer(x))
         assert not torch.equal(fast(x), actual)
+
+
+class Attention(nn.Module):
+    """q and v read one x as a group; c_attn has LoRA on two ranges of its columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.c_attn = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(16, 24)
+
+    def forward(self, x):
+        return self.q(x) * self.v(x) + self.c_attn(x)
+
+
+def exported():
+    """A model with LoRA of every kind, and its graph, whose number of rows is free."""
+    torch.manual_seed(0)
+    model = Attention().eval().to(DEVICE)
+    add_lora(model, LoRAConfig(rank=3, targets=("q", "v")))
+    model.c_attn = FusedLoRALinear.from_linear(model.c_attn, rank=3, columns=[(0, 8), (16, 24)])
+    for layer in (model.q, model.v, model.c_attn):
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(8, 16, device=DEVICE)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    with torch.no_grad():
+        return model, torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+
+
+@torch.no_grad()
+def test_an_exported_graph_is_saved_and_gives_the_same(tmp_path):
+    model, graph = exported()
+    torch.export.save(graph, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (2, 33):
+        x = torch.randn(rows, 16, device=DEVICE)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+@torch.no_grad()
+def test_aot_inductor(tmp_path):
+    """Its runtime hands an operator None for an empty list."""
+    model, graph = exported()
+    package = torch._inductor.aoti_compile_and_package(graph, package_path=str(tmp_path / "m.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for rows in (2, 33):
+        x = torch.randn(rows, 16, device=DEVICE)
+        torch.testing.assert_close(loaded(x), model(x))
