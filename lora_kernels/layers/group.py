@@ -12,7 +12,7 @@ uninterrupted one. A round
     starts  when a member is called for which no result waits: it computes for all, and the results
             of the others wait;
     goes on when one of the others comes. With the same x it fetches its result. With another x
-            (cross attention) its result is dropped, and it runs alone;
+            (cross attention) its result is dropped with a warning, and it runs alone;
     ends    when every member has come, or when their parent is called again. What an interrupted
             call left behind is dropped then.
 
@@ -21,6 +21,7 @@ Members are held by weak references, so a group keeps no layer alive.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 from weakref import ref
@@ -32,6 +33,12 @@ from ..algebra.operands import Parts
 from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
 from ..strategies.problem import Problem
+
+_APART = (
+    "layers that are grouped for their names (query, key and value, say) got different tensors in "
+    "one call of their block: results were computed and dropped. The numbers are right, the time "
+    "is lost: LoRAConfig(group=False), or fuse_peft(model, group=False), saves it"
+)
 
 
 class LoRALayer(Protocol):
@@ -131,6 +138,8 @@ class Group:
             if not waiting.results:
                 self._waiting = None
             y, state = found
+            if waiting.x is not x and not compiling:
+                warnings.warn(_APART, stacklevel=3)
             same = waiting.x is x and waiting.call == call and state == _state(own, compiling)
             return y if same else None
         members: list[Any] = [each() for each in self._members]

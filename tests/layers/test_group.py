@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import sys
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +159,16 @@ def test_a_projection_can_be_called_alone_and_with_another_x(x):
     for _ in range(5):
         torch.testing.assert_close(model(x, other), cross)
     assert launches(model(x)) == 1, "cross attention leaves nothing behind"
+
+
+def test_results_that_are_computed_and_dropped_are_told(x):
+    model = Attention()
+    group_siblings(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+    with pytest.warns(UserWarning, match="got different tensors.*group=False"):
+        model(x, torch.randn_like(x))
 
 
 def detr(model, x, other):
