@@ -12,6 +12,7 @@ effect, until a merge changes the output. Three witnesses, each where the one be
 
 from __future__ import annotations
 
+import copy
 import dis
 import inspect
 import warnings
@@ -37,9 +38,7 @@ def probed(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
     Only if a block's code reads a weight among them is there a probe.
     """
-    doubtful = {
-        path: model.get_submodule(path) for path in paths if "weight" in _uses(model, path)[1]
-    }
+    doubtful = [path for path in paths if "weight" in _uses(model, path)[1]]
     found = _probe(model, doubtful) if doubtful else []
     return {path: _reason(_uses(model, path)[0]) for path in found}
 
@@ -121,14 +120,19 @@ class _Witness(TorchFunctionMode):
         return sorted(self.read - self.called)
 
 
-def _probe(model: Any, layers: Mapping[str, nn.Module]) -> list[str]:
-    """The bypassed of `layers` in a forward of the model's dummy inputs; none if it has no such."""
-    witness = _Witness(layers)
-    with witness, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+def _probe(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The bypassed of the layers at `paths` in a forward of the model's dummy inputs.
+
+    What runs is a copy of fake tensors, which take no memory: a forward may leave tensors of its
+    own in a model. There is no finding where a model cannot be copied, or has no dummy inputs.
+    """
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
-            device = next(model.parameters()).device
-            inputs = {k: fake.from_tensor(v).to(device) for k, v in model.dummy_inputs.items()}
-            model(**inputs)
+            copied: Any = copy.deepcopy(model)
+            with _Witness({path: copied.get_submodule(path) for path in paths}) as witness:
+                device = next(copied.parameters()).device
+                inputs = {k: fake.from_tensor(v).to(device) for k, v in copied.dummy_inputs.items()}
+                copied(**inputs)
         except Exception:  # noqa: BLE001 (whatever a model raises on made-up inputs)
             return []  # the first forward will tell
     return witness.bypassed

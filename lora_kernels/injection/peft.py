@@ -126,6 +126,12 @@ def _fused_class() -> Any:
             """The same with the settings as in training."""
             return _parts(self, in_training=True)
 
+        def _get_name(self) -> str:
+            return Linear.__name__  # printed, it is PEFT's layer still
+
+        def extra_repr(self) -> str:
+            return f"fused, strategy={self.strategy!r}"
+
     FusedLinear.__module__, FusedLinear.__qualname__ = __name__, FusedLinear.__name__
     return FusedLinear
 

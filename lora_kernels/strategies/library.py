@@ -59,10 +59,12 @@ def _product(
 
 
 def _sum(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
-    """bias + alpha * a b. With an `out`, the product is left alone by autocast, even in float32."""
+    """bias + alpha * a b in the dtype of both; with a bias, this is the dtype of x."""
+    if bias is not None:  # under autocast x has its dtype
+        return torch.addmm(_as(bias, a.dtype), a, b, alpha=alpha)
+    # With an `out`, autocast leaves a product alone. At beta = 0 the first argument is not read.
     out = a.new_empty(a.shape[0], b.shape[1])
-    start, beta = (out, 0) if bias is None else (_as(bias, a.dtype), 1)  # at beta = 0 not read
-    return torch.addmm(start, a, b, beta=beta, alpha=alpha, out=out)
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
 def _row_sum(s: Tensor, t: Tensor, alpha: float) -> Tensor:
@@ -144,23 +146,24 @@ def _add_dropped(
 
 
 def _y(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segments: list[tuple[Tensor, Tensor]],
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: list[Tensor], lora_B: Tensors,
     settings: Settings,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] of one layer, of h and lora_B of each segment.
+    """y [M, N] of one layer, of h and lora_B of its segments.
 
     For a whole layer the rank-R product is y at first, and the frozen product is added in place.
     Segments cannot start so. Nor may products in float32 under float16: they may be the larger
     part of y, which is rounded twice, and PEFT leaves them out the first time.
     """
-    scale, columns, (h, lora_B) = settings.scale, settings.columns, segments[0]
-    if columns is None and rank_dtype(x.dtype, lora_B.dtype) is x.dtype:
-        y = _product(h, _as(lora_B, x.dtype).T, scale, x.dtype, bias)
+    scale, columns = settings.scale, settings.columns
+    wide = rank_dtype(x.dtype, lora_B[0].dtype)
+    if columns is None and wide is x.dtype:
+        y = _product(h[0], _as(lora_B[0], wide).T, scale, wide, bias)
         add_frozen(y, x, weight.T)
         return y
     y = _sum(x, weight.T, 1, bias)
-    for y_g, (h, lora_B) in zip(segments_of((y,), columns), segments, strict=True):
-        _add_product(y_g, h, _as(lora_B, rank_dtype(x.dtype, lora_B.dtype)).T, scale)
+    for y_g, h_g, B_g in zip(segments_of((y,), columns), h, lora_B, strict=True):
+        _add_product(y_g, h_g, _as(B_g, wide).T, scale)
     return y
 
 
@@ -177,11 +180,10 @@ def library_forward(
     for g, each in enumerate(lora_A):
         dropped_x = _drop(x, _keep(mask, g, K, dtype))
         h.append(_product(dropped_x, _as(each, wide_A).T, 1 / (1 - dropout), wide_A))
-    whole = zip(h, lora_B, strict=True)
-    segments = [list(whole)] if columns is not None else [[each] for each in whole]
+    own = len(h) // len(operands.weight)  # segments of a layer
     y = [
-        _y(x, weight, bias, own, settings)
-        for weight, bias, own in zip(operands.weight, operands.bias, segments, strict=True)
+        _y(x, weight, bias, h[g : g + own], lora_B[g : g + own], settings)
+        for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True))
     ]
     return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
 

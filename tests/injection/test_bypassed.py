@@ -11,9 +11,11 @@ import torch
 import torch._dynamo.testing
 import transformers as tf
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, fuse_peft, merge, unfuse_peft
+from lora_kernels.injection.bypassed import _uses
 from lora_kernels.injection.inject import fused_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -112,6 +114,33 @@ class Dtype(Block):
 
     def product(self, x):
         return getattr(self, "used")(x.to(self.used.weight.dtype))  # noqa: B009
+
+
+class Keeps(Block):
+    """Its code leaves a doubt; and it keeps what it computed, as rotary tables are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.kept = None, None
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(2, 8)}
+
+    def forward(self, x):
+        self.kept = self.called(x)
+        self.used.weight.data.add_(0)
+        return F.linear(self.kept, self.used.weight) + self.used(x)
+
+
+def test_a_probe_leaves_nothing_in_the_model():
+    for model in (Keeps(), Keeps()):
+        assert "weight" in _uses(model, "used")[1], "there is a doubt, so a probe"
+        report = add_lora(model, LoRAConfig(rank=2, targets=("used", "called")))
+        assert len(report.fused) == 2 and model.kept is None
+        assert not any(isinstance(p, FakeTensor) for p in model.parameters())
+        model.used.weight.data.add_(1)
+        assert torch.isfinite(model(torch.ones(2, 8))).all()
 
 
 def told(model, *args, **kwargs) -> list[str]:

@@ -34,6 +34,16 @@ def peft_model(name: str = "roberta", **changes) -> nn.Module:
     return model
 
 
+def test_a_fused_layer_prints_as_peft_prints_it():
+    model = peft_model()
+    plain = repr(model)
+    fuse_peft(model, "split")
+    assert repr(model).replace("fused, strategy='split'", "") != repr(model)
+    assert "lora.Linear(" in repr(model) and "FusedLinear" not in repr(model)
+    unfuse_peft(model)
+    assert repr(model) == plain
+
+
 @pytest.fixture
 def fused_calls(monkeypatch) -> list[int]:
     """Grows by one with each layer that runs fused, in a group or alone."""
