@@ -59,6 +59,17 @@ class Arguments:
         metadata={"help": "layers that get LoRA: names, suffixes, re:..., all-linear"},
     )
     train_head: bool = flag(True, "train the task head in full")
+    train: list[str] | None = field(
+        default=None,
+        metadata={"help": "modules trained in full besides the head, such as an untrained pooler"},
+    )
+    reduction: int = flag(16, "of an adapter: its width is the model's divided by this")
+    start_rank: int | None = flag(
+        None, "rank with which lora_adaptive starts in every layer (default: 1.5 times --rank)"
+    )
+    adapt_from: float = flag(0.1, "share of the steps after which lora_adaptive takes ranks away")
+    adapt_until: float = flag(0.6, "share of the steps after which the ranks stay")
+    adapt_every: int = flag(10, "steps from one choice of the ranks to the next")
     rslora: bool = flag(False, "scale by alpha / sqrt(rank)")
     strategy: str = flag("auto", "a row of lora_kernels.STRATEGIES")
     learning_rate: float | None = flag(
@@ -71,11 +82,22 @@ class Arguments:
     batch_size: int = flag(16, "training rows in a batch")
     eval_batch_size: int = flag(64, "evaluation rows in a batch")
     max_length: int = flag(128, "tokens; longer texts are cut")
+    gradient_accumulation: int = flag(1, "batches whose gradients make one step")
+    max_steps: int | None = flag(None, "stop after this many steps, which take the epochs' place")
     pad_to_max: bool = flag(False, "pad every batch to max_length: one shape, for compiled graphs")
     precision: Literal["fp32", "fp16", "bf16"] = flag("fp32", "fp16 and bf16 are torch.autocast")
     weight_decay: float = flag(0.0, "AdamW's")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the mean of squared gradients")
+    adam_epsilon: float = flag(1e-8, "AdamW's, added to the denominator")
     warmup_ratio: float = flag(0.06, "share of the steps over which the learning rate rises")
     scheduler: str = flag("linear", "one of " + ", ".join(SCHEDULERS))
+    model_dropout: float | None = flag(
+        None, "every dropout of the pretrained model (default: as its config says)"
+    )
+    best_epoch: bool = flag(
+        False, "end with the epoch whose validation scores best, not with the last one"
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     seed: int = flag(0, "of the head, LoRA, dropout and the order of the examples")
     max_train_samples: int | None = flag(
@@ -86,6 +108,10 @@ class Arguments:
     )
     save_steps: int = flag(
         0, "steps from one checkpoint to the next within an epoch (0: only where an epoch ends)"
+    )
+    trackers: list[str] | None = field(
+        default=None,
+        metadata={"help": "where training is logged besides: tensorboard, wandb, mlflow, ..."},
     )
     output_dir: str | None = flag(None, "run directory (default: runs/<task>-<method>-<seed>)")
     resume: bool = flag(True, "continue a run with the same arguments that was cut off")
@@ -112,7 +138,7 @@ class Arguments:
 
     def identity(self) -> dict[str, Any]:
         """Flag -> value for all that two runs must share if one is to continue the other."""
-        elsewhere = ("output_dir", "resume", "overwrite")
+        elsewhere = ("trackers", "output_dir", "resume", "overwrite")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}
 
     def changed(self) -> dict[str, list[str]]:
@@ -129,32 +155,21 @@ class Arguments:
         return " ".join(["python", "-m", "models.train", *chain.from_iterable(flags)])
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _words(name: str, value: Any) -> list[str]:
     """`--name value`, or `--name` and `--no-name` for booleans, quoted for a shell."""
-    name = name.replace("_", "-")
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
+        return [_flag(name) if value else _flag(f"no_{name}")]
     values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(shlex.quote(str(v)) for v in values)]
+    return [_flag(name), *(shlex.quote(str(v)) for v in values)]
 
 
 def check(arguments: Arguments) -> None:
     """Raises ValueError for flags that cannot work, before anything is loaded."""
-    positive = ("rank", "epochs", "batch_size", "eval_batch_size", "max_length")
-    optional = ("max_train_samples", "max_eval_samples")
-    for name in (*positive, *optional):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    rate = arguments.learning_rate
-    if rate is not None and not (rate > 0 and math.isfinite(rate)):
-        raise ValueError(f"--learning-rate {rate} must be positive")
-    if not (arguments.weight_decay >= 0 and math.isfinite(arguments.weight_decay)):
-        raise ValueError(f"--weight-decay {arguments.weight_decay} must be zero or positive")
-    if not 0 <= arguments.warmup_ratio <= 1:
-        raise ValueError(f"--warmup-ratio {arguments.warmup_ratio} is not within 0 and 1")
-    if arguments.save_steps < 0:
-        raise ValueError(f"--save-steps {arguments.save_steps} is negative")
+    _check_numbers(arguments)
     _check_scheduler(arguments)
     _check_processes()
     if arguments.precision == "fp16" and not torch.cuda.is_available():
@@ -169,6 +184,32 @@ def check(arguments: Arguments) -> None:
             f"--method {arguments.method}: leave out {', '.join(unread)}, which it does not use"
         )
     arguments.lora_config()
+
+
+def _check_numbers(arguments: Arguments) -> None:
+    positive = ("rank", "reduction", "adapt_every", "epochs", "batch_size", "eval_batch_size",
+                "gradient_accumulation", "max_length")  # fmt: skip
+    optional = ("start_rank", "max_steps", "max_train_samples", "max_eval_samples")
+    for name in (*positive, *optional):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{_flag(name)} {value} must be at least 1")
+    rate = arguments.learning_rate
+    if rate is not None and not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"--learning-rate {rate} must be positive")
+    if not (arguments.weight_decay >= 0 and math.isfinite(arguments.weight_decay)):
+        raise ValueError(f"--weight-decay {arguments.weight_decay} must be zero or positive")
+    for name in ("warmup_ratio", "adapt_from", "adapt_until"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"{_flag(name)} {getattr(arguments, name)} is not within 0 and 1")
+    for name in ("adam_beta1", "adam_beta2", "model_dropout"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{_flag(name)} {value} must be at least 0 and below 1")
+    if not (arguments.adam_epsilon > 0 and math.isfinite(arguments.adam_epsilon)):
+        raise ValueError(f"--adam-epsilon {arguments.adam_epsilon} must be positive")
+    if arguments.save_steps < 0:
+        raise ValueError(f"--save-steps {arguments.save_steps} is negative")
 
 
 def _check_scheduler(arguments: Arguments) -> None:
