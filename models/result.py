@@ -14,9 +14,10 @@ import datasets
 import torch
 
 from .arguments import Arguments
+from .attach import Attached, parameter_counts
 from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
 from .loading import model_name
-from .methods import METHODS, Attached, parameter_counts
+from .methods import METHODS
 from .trainer import ExactTrainer, clean
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "peft", "lora-kernels")

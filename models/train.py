@@ -17,12 +17,12 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from . import run_directory, show
 from .arguments import Arguments, check
+from .attach import WAYS, Attached, attach
 from .checkpoints import KEPT
 from .data import tokens
 from .data.tasks import Task, load, metrics_of, task_of
 from .digests import digests
 from .loading import Loaded, checkpoint_activations, load_model, load_tokenizer, model_source
-from .methods import METHODS, Attached, attach
 from .result import (
     describe_data,
     describe_model,
@@ -80,7 +80,7 @@ def train(
             directory,
             result,
             trainer.step_losses,
-            lambda path: METHODS[arguments.method].save(trainer.model, path),
+            lambda path: WAYS[arguments.method].save(trainer.model, path),
         )
     return result
 
@@ -115,15 +115,7 @@ def _attach(
     loaded = load_model(source, task, tokenizer.pad_token_id, arguments.max_length)
     if arguments.gradient_checkpointing:
         checkpoint_activations(loaded.model)
-    attached = attach(
-        arguments.method,
-        loaded.model,
-        arguments.lora_config(),
-        arguments.train_head,
-        arguments.seed,
-        loaded.new,
-    )
-    return loaded, attached
+    return loaded, attach(arguments, loaded.model, loaded.new)
 
 
 def _trainer(
