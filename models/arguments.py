@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import transformers
-
-from lora_kernels import LoRAConfig
-
-from .data.tasks import task_of
 from .methods import METHODS
+
+if TYPE_CHECKING:
+    from lora_kernels import LoRAConfig
+
+# What takes seconds to import is imported where it is used, so that `--help` answers at once.
+
+# What `arguments.json` holds besides the flags: versions before 0.2 did not note them.
+DIGESTS = ("data_sha256", "model_sha256")
 
 # Of transformers.SchedulerType, those that need no arguments of their own.
 SCHEDULERS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
+LONGEST_NAME = 120  # characters of a directory; file systems take 255
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 # How launchers tell a process that it is one of several.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -113,7 +118,10 @@ class Arguments:
         default=None,
         metadata={"help": "where training is logged besides: tensorboard, wandb, mlflow, ..."},
     )
-    output_dir: str | None = flag(None, "run directory (default: runs/<task>-<method>-<seed>)")
+    output_dir: str | None = flag(
+        None,
+        "run directory (default: runs/<task>-<method>-<seed>, and every other flag that is set)",
+    )
     resume: bool = flag(True, "continue a run with the same arguments that was cut off")
     overwrite: bool = flag(False, "delete what the run directory holds and start anew")
 
@@ -122,11 +130,29 @@ class Arguments:
         return self.learning_rate or METHODS[self.method].learning_rate
 
     def directory(self) -> Path:
-        """The run directory."""
-        return Path(self.output_dir or f"runs/{self.task}-{self.method}-{self.seed}")
+        """The run directory: the one given, or one named by all in which the run differs.
+
+        >>> Arguments(task="sst2", rank=4, targets=["query", "value"]).directory()
+        PosixPath('runs/sst2-lora-0-rank-4-targets-query-value')
+        """
+        if self.output_dir:
+            return Path(self.output_dir)
+        named = {"task", "method", "seed"}
+        parts = [
+            "-".join([word.removeprefix("--"), *(Path(v).name for v in values)])
+            for name, (word, *values) in self.changed().items()
+            if name in self.identity().keys() - named
+        ]
+        name = "-".join([f"{self.task}-{self.method}-{self.seed}", *parts])
+        name = re.sub(r"[^\w.=-]+", "_", name)
+        if len(name) > LONGEST_NAME:  # what is cut off still tells two runs apart
+            name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return Path("runs") / name
 
     def lora_config(self) -> LoRAConfig:
         """The LoRA layers asked for. Raises ValueError for values out of range."""
+        from lora_kernels import LoRAConfig
+
         return LoRAConfig(
             rank=self.rank,
             alpha=self.alpha,
@@ -144,7 +170,7 @@ class Arguments:
     def changed(self) -> dict[str, list[str]]:
         """Flag -> its words on the command line, for every flag that is not at its default."""
         return {
-            item.name: _words(item.name, getattr(self, item.name))
+            item.name: words_of(item.name, getattr(self, item.name))
             for item in dataclasses.fields(self)
             if getattr(self, item.name) != item.default
         }
@@ -159,18 +185,23 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """`--name value`, or `--name` and `--no-name` for booleans, quoted for a shell."""
+def words_of(name: str, value: Any, quote: bool = True) -> list[str]:
+    """`--name value`, or `--name` and `--no-name` for booleans; `quote` is for a shell."""
     if isinstance(value, bool):
         return [_flag(name) if value else _flag(f"no_{name}")]
-    values = value if isinstance(value, list) else [value]
-    return [_flag(name), *(shlex.quote(str(v)) for v in values)]
+    values = map(str, value if isinstance(value, list) else [value])
+    return [_flag(name), *(shlex.quote(v) if quote else v for v in values)]
 
 
 def check(arguments: Arguments) -> None:
     """Raises ValueError for flags that cannot work, before anything is loaded."""
+    import torch
+
+    from .data.tasks import task_of
+
     _check_numbers(arguments)
     _check_scheduler(arguments)
+    _check_trackers(arguments)
     _check_processes()
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
@@ -213,6 +244,8 @@ def _check_numbers(arguments: Arguments) -> None:
 
 
 def _check_scheduler(arguments: Arguments) -> None:
+    import transformers
+
     if arguments.scheduler not in SCHEDULERS:
         close = difflib.get_close_matches(arguments.scheduler, SCHEDULERS) or SCHEDULERS
         whole = [kind.value for kind in transformers.SchedulerType]
@@ -225,8 +258,20 @@ def _check_scheduler(arguments: Arguments) -> None:
         )
 
 
+def _check_trackers(arguments: Arguments) -> None:
+    from transformers import integrations
+
+    available = integrations.get_available_reporting_integrations()
+    for name in arguments.trackers or ():
+        if name not in available:
+            known = list(integrations.integration_utils.INTEGRATION_TO_CALLBACK)
+            why = "is not installed" if name in known else "is unknown"
+            close = difflib.get_close_matches(name, known) or known
+            raise ValueError(f"--trackers {name} {why}; choose {', '.join(close)}")
+
+
 def _check_processes() -> None:
-    processes = {name: os.environ[name] for name in WORLD_SIZES if name in os.environ}
+    processes = {name: size for name, size in os.environ.items() if name in WORLD_SIZES}
     if any(size.isdigit() and int(size) > 1 for size in processes.values()):
         told = ", ".join(f"{name}={size}" for name, size in processes.items())
         raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")

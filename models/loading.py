@@ -88,15 +88,20 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> Loaded:
+def load_model(
+    source: str, task: Task, pad_token_id: int, max_length: int, dropout: float | None = None
+) -> Loaded:
     """The model in fp32 with a head for `task`; what is new is drawn from torch's generator.
+
+    `dropout` takes the place of every probability of dropout in the model's configuration.
 
     Raises ValueError for a source that cannot be loaded or whose weights are another model's, and
     for a model with fewer positions than a batch padded from `max_length` needs.
     """
     names = dict(enumerate(task.labels))
     with _loading(source):
-        classes = list(AutoConfig.from_pretrained(source).id2label.values())
+        config = AutoConfig.from_pretrained(source)
+        classes = list(config.id2label.values())
         model, found = AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=task.num_labels,
@@ -104,6 +109,7 @@ def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> L
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head; others are refused below
             output_loading_info=True,
+            **({} if dropout is None else dict.fromkeys(_dropouts(config), dropout)),
             **({"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}),
         )
         reshaped = {name for name, *_ in found["mismatched_keys"]}
@@ -123,6 +129,16 @@ def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> L
     if limit is not None and 8 * math.ceil(max_length / 8) > limit:
         raise ValueError(f"--max-length {max_length}: {source} has {limit} positions")
     return Loaded(model, new, tuple(notes))
+
+
+def _dropouts(config: Any) -> list[str]:
+    """The fields of a configuration that are probabilities of dropout, and not of whole layers."""
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if "drop" in name and "layerdrop" not in name and "layer_drop" not in name
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    ]
 
 
 def _read_safetensors(path: Path) -> None:

@@ -14,7 +14,7 @@ from models.train import train
 
 IDENTITY = {"task": "sst2", "method": "lora", "rank": 4, "seed": 0}
 FILES = (
-    *("result.json", "steps.csv", "history.csv", "plot.png", "arguments.json"),
+    *("result.json", "steps.csv", "history.csv", "predictions.csv", "plot.png", "arguments.json"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("checkpoints/checkpoint-2/optimizer.pt", "checkpoints/checkpoint-2/seal.json"),
     *(".steps.csv.host-12-34.new.csv", ".adapter.a-host.org-1-2.new/adapter_config.json"),
