@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -129,6 +130,10 @@ class Arguments:
         """The peak learning rate: the one given, or the method's."""
         return self.learning_rate or METHODS[self.method].learning_rate
 
+    def first_rank(self) -> int:
+        """The rank with which `lora_adaptive` starts in every layer."""
+        return self.start_rank or math.ceil(1.5 * self.rank)
+
     def directory(self) -> Path:
         """The run directory: the one given, or one named by all in which the run differs.
 
@@ -217,30 +222,42 @@ def check(arguments: Arguments) -> None:
     arguments.lora_config()
 
 
+# What a number must be, in words -> whether it is, and the flags that must be so where set.
+NUMBERS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        ("rank", "start_rank", "reduction", "adapt_every", "epochs", "max_steps", "batch_size",
+         "eval_batch_size", "gradient_accumulation", "max_length", "max_train_samples",
+         "max_eval_samples"),
+    ),
+    "positive": (
+        lambda value: value > 0 and math.isfinite(value), ("learning_rate", "adam_epsilon"),
+    ),
+    "zero or positive": (
+        lambda value: value >= 0 and math.isfinite(value), ("weight_decay", "save_steps"),
+    ),
+    "within 0 and 1": (
+        lambda value: 0 <= value <= 1, ("warmup_ratio", "adapt_from", "adapt_until"),
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "model_dropout"),
+    ),
+}  # fmt: skip
+
+
 def _check_numbers(arguments: Arguments) -> None:
-    positive = ("rank", "reduction", "adapt_every", "epochs", "batch_size", "eval_batch_size",
-                "gradient_accumulation", "max_length")  # fmt: skip
-    optional = ("start_rank", "max_steps", "max_train_samples", "max_eval_samples")
-    for name in (*positive, *optional):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{_flag(name)} {value} must be at least 1")
-    rate = arguments.learning_rate
-    if rate is not None and not (rate > 0 and math.isfinite(rate)):
-        raise ValueError(f"--learning-rate {rate} must be positive")
-    if not (arguments.weight_decay >= 0 and math.isfinite(arguments.weight_decay)):
-        raise ValueError(f"--weight-decay {arguments.weight_decay} must be zero or positive")
-    for name in ("warmup_ratio", "adapt_from", "adapt_until"):
-        if not 0 <= getattr(arguments, name) <= 1:
-            raise ValueError(f"{_flag(name)} {getattr(arguments, name)} is not within 0 and 1")
-    for name in ("adam_beta1", "adam_beta2", "model_dropout"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{_flag(name)} {value} must be at least 0 and below 1")
-    if not (arguments.adam_epsilon > 0 and math.isfinite(arguments.adam_epsilon)):
-        raise ValueError(f"--adam-epsilon {arguments.adam_epsilon} must be positive")
-    if arguments.save_steps < 0:
-        raise ValueError(f"--save-steps {arguments.save_steps} is negative")
+    for words, (is_right, names) in NUMBERS.items():
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{_flag(name)} {value} must be {words}")
+    if not arguments.adapt_from < arguments.adapt_until:
+        raise ValueError(
+            f"--adapt-from {arguments.adapt_from} is not before --adapt-until "
+            f"{arguments.adapt_until}"
+        )
+    if arguments.first_rank() < arguments.rank:
+        raise ValueError(f"--start-rank {arguments.start_rank} is below --rank {arguments.rank}")
 
 
 def _check_scheduler(arguments: Arguments) -> None:

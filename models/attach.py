@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from lora_kernels import LoRAConfig, add_lora, save_adapter
 from lora_kernels.injection.families import family_of, heads_of
@@ -21,6 +22,7 @@ from lora_kernels.injection.report import FusedRow, SkippedRow
 from lora_kernels.injection.targets import find_train
 
 from . import houlsby
+from .adaptive import AdaptiveRanks, save_shrunk
 from .arguments import Arguments
 
 
@@ -29,12 +31,14 @@ class Attached:
     """A model that is ready to train: which layers got LoRA, which were left alone, and why.
 
     `new` are the modules that the checkpoint does not hold; they are saved, trained or not.
+    `callbacks` take part in training.
     """
 
     model: nn.Module
     fused: tuple[FusedRow, ...] = ()
     skipped: tuple[SkippedRow, ...] = ()
     new: tuple[str, ...] = ()
+    callbacks: tuple[TrainerCallback, ...] = ()
 
 
 def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -133,6 +137,14 @@ def _full(model: nn.Module, config: LoRAConfig, arguments: Arguments) -> Attache
     return Attached(model.requires_grad_(True))
 
 
+def _lora_adaptive(model: nn.Module, config: LoRAConfig, arguments: Arguments) -> Attached:
+    start = arguments.first_rank()
+    # The update is scaled as that of a run with the fixed rank, so that the two can be compared.
+    larger = (start / config.rank) ** (0.5 if config.rslora else 1.0)
+    attached = _lora(model, replace(config, rank=start, alpha=config.alpha * larger), arguments)
+    return replace(attached, callbacks=(AdaptiveRanks(model, arguments),))
+
+
 def _adapter(model: nn.Module, config: LoRAConfig, arguments: Arguments) -> Attached:
     names = houlsby.add_adapters(model, arguments.reduction, config.train)
     return Attached(model, tuple(FusedRow(name, "adapter", "eager PyTorch") for name in names))
@@ -209,6 +221,7 @@ class Way(NamedTuple):
 
 WAYS: dict[str, Way] = {
     "lora": Way(_lora, save_adapter),
+    "lora_adaptive": Way(_lora_adaptive, save_shrunk),
     "peft": Way(_peft, _save_pretrained),
     "full": Way(_full, _save_pretrained),
     "adapter": Way(_adapter, houlsby.save_adapters),

@@ -43,6 +43,8 @@ METHODS: dict[str, Method] = {
         Method("lora", "fused LoRA layers", 1e-3, (*_LORA, "strategy"), "adapter"),
         Method("peft", "PEFT's eager layers", 1e-3, _LORA, "adapter"),
         Method("full", "every parameter", 5e-5),
+        Method("lora_adaptive", "fused LoRA whose ranks move to where they matter", 1e-3,
+               (*_LORA, "strategy", *_ADAPTIVE), "adapter"),
         Method("adapter", "Houlsby's adapters, two in each block", 1e-3,
                ("reduction", *_MODULES), "adapter"),
         Method("bitfit", "the biases", 1e-3, _MODULES),

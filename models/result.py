@@ -11,7 +11,11 @@ from typing import Any
 
 import datasets
 import torch
+from torch import nn
 
+from lora_kernels.injection.inject import fused_layers
+
+from .adaptive import ranks_of
 from .arguments import Arguments
 from .attach import Attached, parameter_counts
 from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
@@ -66,6 +70,14 @@ def describe_model(attached: Attached) -> dict[str, Any]:
         "skipped": [dataclasses.asdict(row) for row in attached.skipped],
         "new": list(attached.new),
     }
+
+
+def describe_ranks(model: nn.Module) -> dict[str, Any]:
+    """The rank that is left of each layer, and how many LoRA parameters that makes."""
+    ranks, layers = ranks_of(model), fused_layers(model)
+    sizes = {path: layer.lora_A.numel() + layer.lora_B.numel() for path, layer in layers.items()}
+    kept = sum(sizes[path] * rank // layers[path].rank for path, rank in ranks.items())
+    return {"ranks": ranks, "lora_parameters_left": kept}
 
 
 def describe_training(task: Task, trainer: ExactTrainer) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .result import (
     describe_data,
     describe_model,
     describe_numbers,
+    describe_ranks,
     describe_run,
     describe_training,
     logits_of,
@@ -66,6 +67,8 @@ def run(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result["metrics"] = trainer.score(scored)
         result |= describe_training(task, trainer)
+        if arguments.method == "lora_adaptive":
+            result |= describe_ranks(trainer.model)
         result |= describe_numbers(result, trainer.step_losses)
         run_directory.finish(
             directory,
@@ -114,7 +117,7 @@ def _trainer(
         lengths=rows["length"],
         scores=partial(metrics_of, task),
         new=attached.new,
-        callbacks=[SaveEvery(arguments.save_steps), *callbacks],
+        callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
     )
 
 

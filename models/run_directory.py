@@ -27,12 +27,13 @@ from .checkpoints import last_checkpoint
 
 RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"
 STEPS, HISTORY, PLOT, PREDICTIONS = "steps.csv", "history.csv", "plot.png", "predictions.csv"
+RANKS = "ranks.png"
 FOLDERS = ("adapter", "model", CHECKPOINTS)
 # All that a run writes. Only that is deleted: the result first, lest half a run be taken for whole,
 # and last the arguments, which show that the directory holds a run.
 WRITTEN = (
     RESULT,
-    *(STEPS, HISTORY, PREDICTIONS, PLOT),
+    *(STEPS, HISTORY, PREDICTIONS, PLOT, RANKS),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"),
     *("model/config.json", "model/generation_config.json"),
     *("model/model*.safetensors", "model/model.safetensors.index.json"),
@@ -41,7 +42,7 @@ WRITTEN = (
 )
 _ASIDE = re.compile(  # what killed writers leave beside these files, now and in earlier versions
     r"((adapter|model|checkpoints/checkpoint-\d+)/)?"
-    r"\.(adapter|model|result|arguments|steps|history|plot|predictions|seal)[^/]*"
+    r"\.(adapter|model|result|arguments|steps|history|plot|predictions|ranks|seal)[^/]*"
     r"(-\d+-\d+\.(new|old)|\.\d+\.part)(\.\w+)?(/.*)?|\.run\.lock"
 )
 _OURS = {"task", "method", "rank", "seed"}  # every version's `arguments.json` has these
@@ -262,6 +263,9 @@ def finish(
             save(aside)
         with replacing(directory / PLOT) as aside:
             show.plot(result, losses).savefig(aside, dpi=150)
+        if "ranks" in result:
+            with replacing(directory / RANKS) as aside:
+                show.plot_ranks(result["ranks"]).savefig(aside, dpi=150)
         write_json(directory / RESULT, result)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 

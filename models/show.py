@@ -49,6 +49,28 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
     return figure
 
 
+def plot_ranks(ranks: Mapping[str, int]) -> Figure:
+    """The rank of each layer as a map: a column for each block, a row for each layer of a block."""
+    places: dict[tuple[str, str], int] = {}
+    for path, rank in ranks.items():
+        pieces = path.split(".")
+        at = next((i for i, piece in enumerate(pieces) if piece.isdigit()), None)
+        block, name = ("", path) if at is None else (pieces[at], ".".join(pieces[at + 1 :]))
+        places[name, block] = rank
+    names, blocks = (list(dict.fromkeys(keys)) for keys in zip(*places, strict=True))
+    table = [[places.get((name, block), math.nan) for block in blocks] for name in names]
+    size = (2.5 + 0.5 * len(blocks), 1.4 + 0.4 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1.6 * max(ranks.values()), aspect="auto")
+    axes.set_xticks(range(len(blocks)), blocks)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="block", title="rank of each layer")
+    for (name, block), rank in places.items():
+        axes.text(blocks.index(block), names.index(name), str(rank), ha="center", va="center")
+    return figure
+
+
 def _console() -> Console:
     """The terminal; where output goes to a file, lines of a width that the tables fit in."""
     console = Console(highlight=False)
@@ -98,6 +120,12 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
         f"{result['seconds']:.0f} s, {result['samples_per_second']:.0f} samples/s, "
         f"peak memory {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
     )
+    if "ranks" in result:
+        ranks = result["ranks"].values()
+        console.print(
+            f"ranks from {min(ranks)} to {max(ranks)}, {sum(ranks)} in all, which are "
+            f"{result['lora_parameters_left']:,} parameters"
+        )
     for split, count in result["repeated_texts"].items():
         if count:
             console.print(f"note: {count} {split} rows have a text that is in train too")
