@@ -207,9 +207,9 @@ def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
 def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
     """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows].
 
-    Precision, recall and F1 are those of class 1 where there are two classes, and otherwise the
-    means over the classes. A score that is not defined is NaN: a correlation with a constant,
-    precision where nothing is predicted as positive.
+    Precision, recall and F1 are those of class 1 where there are two classes, and otherwise means
+    over the classes that have one. A score that is not defined is NaN: a correlation with a
+    constant, precision where nothing is predicted as positive.
     """
     import numpy as np
     from scipy import stats
@@ -218,9 +218,7 @@ def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
     guesses = predictions.reshape(-1) if task.regression else predictions.argmax(axis=-1)
     varied = all(np.isfinite(v).all() and v.min() < v.max() for v in (guesses, labels))
     average = "binary" if task.num_labels == 2 else "macro"
-    options = {"average": average, "zero_division": math.nan}
-    if average == "macro":
-        options["labels"] = range(task.num_labels)
+    options: dict[str, Any] = {"average": average, "zero_division": math.nan}
     formulas: dict[str, Callable[[], float]] = {
         "accuracy": lambda: (guesses == labels).mean(),
         "precision": lambda: metrics.precision_score(labels, guesses, **options),

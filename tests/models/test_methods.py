@@ -180,6 +180,13 @@ def test_modules_named_by_train_are_trained_and_saved(arguments, bert, method):
     assert result["parameters"]["head"]["trainable"] == (66 if method == "last_layer" else 0)
 
 
+def test_a_new_module_trains_without_the_head_if_train_names_it(arguments):
+    for name, train_names in (("named", ["classifier"]), ("frozen", None)):
+        made = arguments(name, train_head=False, train=train_names, epochs=1)
+        head = train(made)["parameters"]["head"]["trainable"]
+        assert head == (66 if train_names else 0)
+
+
 @pytest.mark.parametrize("method", ["lora", "adapter", "bitfit"])
 def test_a_module_that_does_not_exist_is_refused_with_near_misses(arguments, method):
     made = arguments(method=method, train=["poolr"])
