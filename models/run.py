@@ -107,7 +107,7 @@ def _trainer(
     def metrics(output: transformers.EvalPrediction) -> dict[str, float]:
         return metrics_of(task, logits_of(output.predictions), output.label_ids)
 
-    return ExactTrainer(
+    trainer = ExactTrainer(
         model=attached.model,
         args=_training_arguments(arguments, len(rows), scored, task),
         train_dataset=rows.remove_columns("length"),
@@ -119,6 +119,11 @@ def _trainer(
         new=attached.new,
         callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
     )
+    for callback in trainer.callback_handler.callbacks:
+        # TensorBoard's place would be the folder of checkpoints, which does not outlive the run.
+        if getattr(callback, "logging_dir", "") is None:
+            callback.logging_dir = str(arguments.directory() / run_directory.TRACKED)
+    return trainer
 
 
 def _training_arguments(

@@ -28,7 +28,8 @@ from .checkpoints import last_checkpoint
 RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"
 STEPS, HISTORY, PLOT, PREDICTIONS = "steps.csv", "history.csv", "plot.png", "predictions.csv"
 RANKS = "ranks.png"
-FOLDERS = ("adapter", "model", CHECKPOINTS)
+TRACKED = "tracked"  # what TensorBoard writes; other trackers have places of their own
+FOLDERS = ("adapter", "model", TRACKED, CHECKPOINTS)
 # All that a run writes. Only that is deleted: the result first, lest half a run be taken for whole,
 # and last the arguments, which show that the directory holds a run.
 WRITTEN = (
@@ -37,6 +38,7 @@ WRITTEN = (
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"),
     *("model/config.json", "model/generation_config.json"),
     *("model/model*.safetensors", "model/model.safetensors.index.json"),
+    f"{TRACKED}/events.out.tfevents.*",
     *(f"{CHECKPOINTS}/checkpoint-*/*.{end}" for end in ("json", "safetensors", "pt", "pth", "bin")),
     ARGUMENTS,
 )

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_adam_and_trackers_reach_the_trainer(arguments):
     assert group["betas"] == (0.8, 0.99) and group["eps"] == 1e-6
     with pytest.raises(ValueError, match=r"trackers tensorbord.*tensorboard"):
         train(arguments("tracked", trackers=["tensorbord"]))
+
+
+def test_what_tensorboard_writes_outlives_the_run_and_no_overwriting(arguments):
+    pytest.importorskip("tensorboard")
+    made = arguments(trackers=["tensorboard"], save_steps=2)
+    with pytest.raises(KilledError):
+        train(made, callbacks=(KillAt(5),))
+    train(made)
+    written = list((made.directory() / "tracked").glob("events.out.tfevents.*"))
+    assert written
+    train(replace(made, overwrite=True, epochs=1))
+    assert not any(path.exists() for path in written)
 
 
 def test_accumulated_batches_are_the_large_batch(arguments):
