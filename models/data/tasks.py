@@ -208,8 +208,9 @@ def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
     """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows].
 
     Precision, recall and F1 are those of class 1 where there are two classes, and otherwise means
-    over the classes that have one. A score that is not defined is NaN: a correlation with a
-    constant, precision where nothing is predicted as positive.
+    over the classes that occur; one that is never predicted has precision 0 there. A score that is
+    not defined is NaN: a correlation with a constant, precision where nothing is predicted as
+    positive.
     """
     import numpy as np
     from scipy import stats
@@ -217,8 +218,9 @@ def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
 
     guesses = predictions.reshape(-1) if task.regression else predictions.argmax(axis=-1)
     varied = all(np.isfinite(v).all() and v.min() < v.max() for v in (guesses, labels))
-    average = "binary" if task.num_labels == 2 else "macro"
-    options: dict[str, Any] = {"average": average, "zero_division": math.nan}
+    options: dict[str, Any] = {"average": "macro", "zero_division": 0.0}
+    if task.num_labels == 2:
+        options = {"average": "binary", "zero_division": math.nan}
     formulas: dict[str, Callable[[], float]] = {
         "accuracy": lambda: (guesses == labels).mean(),
         "precision": lambda: metrics.precision_score(labels, guesses, **options),

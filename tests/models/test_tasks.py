@@ -306,6 +306,8 @@ def test_scores_of_several_classes_are_means_over_those_that_occur():
     assert scores["recall"] == pytest.approx((1 + 1 / 2 + 1) / 3), "no row is of the fourth class"
     assert scores["precision"] == pytest.approx((1 / 2 + 1 + 1) / 3)
     assert scores["f1"] == pytest.approx(2 * (2 / 3) / 3 + 1 / 3)
+    constant = tasks.metrics_of(tasks.task_of("snli"), np.eye(3)[[0, 0]], np.array([0, 1]))
+    assert constant["precision"] == pytest.approx(1 / 4), "the class never predicted counts as 0"
     assert set(tasks.task_of("stsb").scores) == {"pearson", "spearman", "mse"}
 
 
