@@ -27,6 +27,7 @@ FILE = "adapter_model.safetensors"
 ENDS = (
     *("output.dense", "attn.o", "out_lin", "lin2"),  # BERT and its kin; MPNet; DistilBERT
     *("attn.c_proj", "mlp.c_proj", "attn.Wo", "mlp.Wo"),  # GPT-2, ModernBERT
+    "mlp.fc2",  # ViT
     *("o_proj", "down_proj", "SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
 )
 
