@@ -14,7 +14,12 @@ from typing import Any
 import safetensors
 import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from lora_kernels.injection.targets import inside
 
@@ -79,6 +84,15 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
+def image_shape(source: str) -> tuple[int, int]:
+    """Side and channels of the images that a model reads. Raises ValueError for one of texts."""
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    if not isinstance(getattr(config, "image_size", None), int):
+        raise ValueError(f"--model {source} reads no square images, as a ViT does: name one")
+    return config.image_size, config.num_channels
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model for a task; `new` are the modules that are not the checkpoint's, `notes` say why."""
@@ -89,7 +103,11 @@ class Loaded:
 
 
 def load_model(
-    source: str, task: Task, pad_token_id: int, max_length: int, dropout: float | None = None
+    source: str,
+    task: Task,
+    pad_token_id: int | None,
+    max_length: int,
+    dropout: float | None = None,
 ) -> Loaded:
     """The model in fp32 with a head for `task`; what is new is drawn from torch's generator.
 
@@ -102,7 +120,10 @@ def load_model(
     with _loading(source):
         config = AutoConfig.from_pretrained(source)
         classes = list(config.id2label.values())
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        kind = (
+            AutoModelForImageClassification if task.images else AutoModelForSequenceClassification
+        )
+        model, found = kind.from_pretrained(
             source,
             num_labels=task.num_labels,
             problem_type="regression" if task.regression else "single_label_classification",
@@ -124,6 +145,8 @@ def load_model(
         new = tuple(dict.fromkeys((*new, *heads_in(model))))
     if others := [path for path in new if path not in heads_in(model)]:
         notes.append(f"not in the checkpoint, drawn anew: {', '.join(others)}")
+    if task.images:
+        return Loaded(model, new, tuple(notes))
     model.config.pad_token_id = pad_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and 8 * math.ceil(max_length / 8) > limit:

@@ -10,16 +10,23 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments, default_data_collator, set_seed
 
 from . import run_directory, show
 from .arguments import Arguments, check
 from .attach import WAYS, Attached, attach
 from .checkpoints import KEPT
-from .data import tokens
+from .data import digits, tokens
 from .data.tasks import Task, load, metrics_of, task_of
 from .digests import digests
-from .loading import Loaded, checkpoint_activations, load_model, load_tokenizer, model_source
+from .loading import (
+    Loaded,
+    checkpoint_activations,
+    image_shape,
+    load_model,
+    load_tokenizer,
+    model_source,
+)
 from .progress import SaveEvery
 from .result import (
     describe_data,
@@ -43,7 +50,7 @@ def run(
     directory, identity = arguments.directory(), arguments.identity()
     data = load(task, arguments.data_dir)
     source = model_source(arguments.model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = None if task.images else load_tokenizer(source)
     used = tokens.sample(data.splits, arguments.max_train_samples, arguments.max_eval_samples)
     identity |= digests(used, source)
     choice = {"resume": arguments.resume, "overwrite": arguments.overwrite}
@@ -52,9 +59,13 @@ def run(
         print(f"{directory} holds this run, finished; --overwrite runs it again")
         return finished
 
-    rows, scored, order = tokens.encode(used, tokenizer, arguments.max_length)
+    if task.images:
+        rows, scored, order = digits.encode(used, *image_shape(source))
+    else:
+        rows, scored, order = tokens.encode(used, tokenizer, arguments.max_length)
     loaded, attached = _attach(task, source, tokenizer, arguments)
-    tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
+    if not task.images:
+        tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
     result = {
         **describe_run(arguments, task, source),
         **describe_data(task, data, used, scored),
@@ -86,7 +97,11 @@ def _attach(
     """The pretrained model with a head for the task, and the same made ready to train."""
     set_seed(arguments.seed)
     loaded = load_model(
-        source, task, tokenizer.pad_token_id, arguments.max_length, arguments.model_dropout
+        source,
+        task,
+        getattr(tokenizer, "pad_token_id", None),
+        arguments.max_length,
+        arguments.model_dropout,
     )
     if arguments.gradient_checkpointing:
         checkpoint_activations(loaded.model)
@@ -112,7 +127,9 @@ def _trainer(
         args=_training_arguments(arguments, len(rows), scored, task),
         train_dataset=rows.remove_columns("length"),
         eval_dataset=scored.get("validation"),
-        data_collator=tokens.collator(tokenizer, arguments.max_length, arguments.pad_to_max),
+        data_collator=default_data_collator
+        if tokenizer is None
+        else tokens.collator(tokenizer, arguments.max_length, arguments.pad_to_max),
         compute_metrics=metrics,
         lengths=rows["length"],
         scores=partial(metrics_of, task),

@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 
-from . import docstrings
+from . import digits, docstrings
 from .splits import SPLITS, normalise, stratified_split
 
 
@@ -34,7 +34,7 @@ class Task:
     none means regression. `hub` is the path on the Hugging Face hub, `hub_splits` maps our names
     of splits to the hub's. The first of `metrics` is the one to compare runs by; precision, recall
     and F1 are added to those of every classification. A task with `build` is built here and read
-    from nowhere.
+    from nowhere. The rows of `images` are pixels, in place of texts.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task:
     join: bool = False
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in SPLITS})
     build: Callable[[], docstrings.Docstrings] | None = None
+    images: bool = False
 
     @property
     def regression(self) -> bool:
@@ -83,6 +84,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("docstrings", (), tuple(docstrings.PACKAGES), build=docstrings.build),
+        Task("digits", (), tuple("0123456789"), build=digits.build, images=True),
         Task("sst2", (("sentence",),), ("negative", "positive"), ("nyu-mll/glue", "sst2")),
         Task("cola", (("sentence",),), ("unacceptable", "acceptable"), ("nyu-mll/glue", "cola"),
              metrics=("matthews", "accuracy")),
@@ -129,9 +131,10 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
         if data_dir is not None:
             raise ValueError(f"the {task.name} task is built here; it takes no --data-dir")
         built = task.build()
+        column = "pixels" if task.images else "text"
         splits = {
             name: datasets.Dataset.from_dict(
-                {"text": [text for text, _ in rows], "labels": [label for _, label in rows]}
+                {column: [content for content, _ in rows], "labels": [label for _, label in rows]}
             )
             for name, rows in built.splits.items()
         }
@@ -342,5 +345,7 @@ def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Datase
 
 def _keys(split: datasets.Dataset) -> list[str]:
     """Two rows with the same key are the same example: their normalised texts are equal."""
+    if "pixels" in split.column_names:
+        return [str(pixels) for pixels in split["pixels"]]
     pairs = split["text_pair"] if "text_pair" in split.column_names else [""] * len(split)
     return [f"{normalise(a)}|{normalise(b)}" for a, b in zip(split["text"], pairs, strict=True)]
