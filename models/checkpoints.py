@@ -51,7 +51,10 @@ def damage_of(checkpoint: Path) -> str | None:
         if sealed.get(name) != file_digest(path):
             return f"{name} is not what was written"
     steps = json.loads((checkpoint / STATE).read_text())["global_step"]
-    losses = len(json.loads((checkpoint / PROGRESS).read_text())["losses"])
+    progress = json.loads((checkpoint / PROGRESS).read_text())
+    if "epochs" not in progress:
+        return "an earlier version wrote it, which did not tell of epochs"
+    losses = len(progress["losses"])
     if not steps == losses == _step(checkpoint):
         return f"its state is of step {steps}, and it holds {losses} losses"
     return None

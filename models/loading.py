@@ -14,7 +14,12 @@ from typing import Any
 import safetensors
 import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from lora_kernels.injection.targets import inside
 
@@ -79,6 +84,15 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
+def image_shape(source: str) -> tuple[int, int]:
+    """Side and channels of the images that a model reads. Raises ValueError for one of texts."""
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    if not isinstance(getattr(config, "image_size", None), int):
+        raise ValueError(f"--model {source} reads no square images, as a ViT does: name one")
+    return config.image_size, config.num_channels
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model for a task; `new` are the modules that are not the checkpoint's, `notes` say why."""
@@ -88,22 +102,35 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> Loaded:
+def load_model(
+    source: str,
+    task: Task,
+    pad_token_id: int | None,
+    max_length: int,
+    dropout: float | None = None,
+) -> Loaded:
     """The model in fp32 with a head for `task`; what is new is drawn from torch's generator.
+
+    `dropout` takes the place of every probability of dropout in the model's configuration.
 
     Raises ValueError for a source that cannot be loaded or whose weights are another model's, and
     for a model with fewer positions than a batch padded from `max_length` needs.
     """
     names = dict(enumerate(task.labels))
     with _loading(source):
-        classes = list(AutoConfig.from_pretrained(source).id2label.values())
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(source)
+        classes = list(config.id2label.values())
+        kind = (
+            AutoModelForImageClassification if task.images else AutoModelForSequenceClassification
+        )
+        model, found = kind.from_pretrained(
             source,
             num_labels=task.num_labels,
             problem_type="regression" if task.regression else "single_label_classification",
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head; others are refused below
             output_loading_info=True,
+            **({} if dropout is None else dict.fromkeys(_dropouts(config), dropout)),
             **({"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}),
         )
         reshaped = {name for name, *_ in found["mismatched_keys"]}
@@ -118,11 +145,23 @@ def load_model(source: str, task: Task, pad_token_id: int, max_length: int) -> L
         new = tuple(dict.fromkeys((*new, *heads_in(model))))
     if others := [path for path in new if path not in heads_in(model)]:
         notes.append(f"not in the checkpoint, drawn anew: {', '.join(others)}")
+    if task.images:
+        return Loaded(model, new, tuple(notes))
     model.config.pad_token_id = pad_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and 8 * math.ceil(max_length / 8) > limit:
         raise ValueError(f"--max-length {max_length}: {source} has {limit} positions")
     return Loaded(model, new, tuple(notes))
+
+
+def _dropouts(config: Any) -> list[str]:
+    """The fields of a configuration that are probabilities of dropout, and not of whole layers."""
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if "drop" in name and "layerdrop" not in name and "layer_drop" not in name
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    ]
 
 
 def _read_safetensors(path: Path) -> None:

@@ -6,17 +6,21 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
+from torch import nn
 
+from lora_kernels.injection.inject import fused_layers
+
+from .adaptive import ranks_of
 from .arguments import Arguments
+from .attach import Attached, parameter_counts
 from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
 from .loading import model_name
-from .methods import METHODS, Attached, parameter_counts
+from .methods import METHODS
 from .trainer import ExactTrainer, clean
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "peft", "lora-kernels")
@@ -47,6 +51,7 @@ def describe_data(task: Task, data: TaskData, used: Splits, scored: Splits) -> d
     """Where the rows came from, how many are `used` and `scored`, and what a constant scores."""
     return {
         "data": data.origin,
+        "dropped": dict(data.dropped),
         "rows": {name: len(split) for name, split in used.items()},
         "scored": {name: len(split) for name, split in scored.items()},
         "baseline": {
@@ -67,26 +72,77 @@ def describe_model(attached: Attached) -> dict[str, Any]:
     }
 
 
-def describe_training(trainer: ExactTrainer) -> dict[str, Any]:
-    """The history by epoch, speed and memory of a run that has trained and scored."""
-    losses, epochs = trainer.step_losses, int(trainer.args.num_train_epochs)
-    per_epoch = len(losses) // epochs
-    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+def describe_ranks(model: nn.Module) -> dict[str, Any]:
+    """The rank that is left of each layer, and how many LoRA parameters that makes."""
+    ranks, layers = ranks_of(model), fused_layers(model)
+    sizes = {path: layer.lora_A.numel() + layer.lora_B.numel() for path, layer in layers.items()}
+    kept = sum(sizes[path] * rank // layers[path].rank for path, rank in ranks.items())
+    return {"ranks": ranks, "lora_parameters_left": kept}
+
+
+def describe_training(task: Task, trainer: ExactTrainer) -> dict[str, Any]:
+    """The history by epoch, time and memory of a run that has trained and scored.
+
+    The scores of train in an epoch's row are those of its rows as they were trained on.
+    """
+    losses, args = trainer.step_losses, trainer.args
+    batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size)
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    rates = [log for log in trainer.state.log_history if "learning_rate" in log]
+    scores = [log for log in trainer.state.log_history if "eval_loss" in log]
     history: list[dict[str, Any]] = []
-    for epoch in range(epochs):
+    for epoch, row in enumerate(trainer.epochs):
         own = losses[epoch * per_epoch : (epoch + 1) * per_epoch]
-        row: dict[str, Any] = {"epoch": epoch + 1, "train_loss": sum(own) / len(own)}
-        if logs:
-            validation = clean(logs[epoch], "eval")
-            row |= {f"validation_{name}": value for name, value in validation.items()}
-        history.append(row)
-    scoring = sum(log["eval_runtime"] for log in logs)
+        history.append({"epoch": epoch + 1, "train_loss": sum(own) / len(own), **row})
+        history[-1]["learning_rate"] = rates[epoch]["learning_rate"]
+        if scores:
+            validation = clean(scores[epoch], "eval")
+            history[-1] |= {f"validation_{name}": value for name, value in validation.items()}
+    whole, steps = divmod(len(losses), per_epoch)
+    rest = steps * args.gradient_accumulation_steps * args.train_batch_size
+    seconds = trainer.meter.read()
     return {
         "history": history,
+        "best_epoch": _best_epoch(history, f"validation_{task.metrics[0]}"),
+        "steps_per_epoch": per_epoch,
         "seconds": trainer.seconds,
-        "samples_per_second": epochs * len(trainer.train_dataset) / (trainer.seconds - scoring),
-        "peak_memory": _peak_memory(),
+        "seconds_of": {name: seconds.get(name, 0.0) for name in ("training", "scoring", "saving")},
+        "samples_per_second": (whole * len(trainer.train_dataset) + rest) / seconds["training"],
+        "peak_memory": trainer.meter.memory(),
     }
+
+
+def _best_epoch(history: Sequence[Mapping[str, Any]], metric: str) -> int | None:
+    """The first epoch with the highest `metric`; None where no epoch has one."""
+    scored = [row for row in history if math.isfinite(row.get(metric, math.nan))]
+    return max(scored, key=lambda row: row[metric])["epoch"] if scored else None
+
+
+def logits_of(predictions: Any) -> Any:
+    """What the head says, [rows, num_labels], of all that a model returns."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def predictions_of(
+    task: Task,
+    scored: Splits,
+    order: Mapping[str, Sequence[int]],
+    predictions: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each row that was scored: split, number within it, label, prediction.
+
+    `order` holds the numbers, split by split. Classes are numbers, as in the data.
+    """
+    found = []
+    for name, split in scored.items():
+        logits = logits_of(predictions[name])
+        guesses = logits.reshape(-1) if task.regression else logits.argmax(axis=-1)
+        rows = zip(order[name], split["labels"], guesses.tolist(), strict=True)
+        found += [
+            {"split": name, "row": row, "label": label, "prediction": guess}
+            for row, label, guess in sorted(rows)
+        ]
+    return found
 
 
 def describe_numbers(result: Mapping[str, Any], losses: Sequence[float]) -> dict[str, Any]:
@@ -120,15 +176,10 @@ def describe_numbers(result: Mapping[str, Any], losses: Sequence[float]) -> dict
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-
-
-def _peak_memory() -> dict[str, Any]:
-    """Bytes: of the GPU since its counter was reset, or else of this process in all its life."""
-    if torch.cuda.is_available():
-        return {"of": "GPU, allocated", "bytes": torch.cuda.max_memory_allocated()}
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"of": "process, resident", "bytes": kibibytes * 1024}
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in numbers.items()
+    }
 
 
 def _versions() -> dict[str, str]:

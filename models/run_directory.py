@@ -7,6 +7,7 @@ whole.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -21,29 +22,32 @@ from safetensors import SafetensorError
 from lora_kernels.durable import locked, replacing
 
 from . import show
+from .arguments import DIGESTS, Arguments
 from .checkpoints import last_checkpoint
 
 RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"
-STEPS, HISTORY, PLOT = "steps.csv", "history.csv", "plot.png"
-FOLDERS = ("adapter", "model", CHECKPOINTS)
+STEPS, HISTORY, PLOT, PREDICTIONS = "steps.csv", "history.csv", "plot.png", "predictions.csv"
+RANKS = "ranks.png"
+TRACKED = "tracked"  # what TensorBoard writes; other trackers have places of their own
+FOLDERS = ("adapter", "model", TRACKED, CHECKPOINTS)
 # All that a run writes. Only that is deleted: the result first, lest half a run be taken for whole,
 # and last the arguments, which show that the directory holds a run.
 WRITTEN = (
     RESULT,
-    *(STEPS, HISTORY, PLOT),
+    *(STEPS, HISTORY, PREDICTIONS, PLOT, RANKS),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"),
     *("model/config.json", "model/generation_config.json"),
     *("model/model*.safetensors", "model/model.safetensors.index.json"),
+    f"{TRACKED}/events.out.tfevents.*",
     *(f"{CHECKPOINTS}/checkpoint-*/*.{end}" for end in ("json", "safetensors", "pt", "pth", "bin")),
     ARGUMENTS,
 )
 _ASIDE = re.compile(  # what killed writers leave beside these files, now and in earlier versions
     r"((adapter|model|checkpoints/checkpoint-\d+)/)?"
-    r"\.(adapter|model|result|arguments|steps|history|plot|seal)[^/]*"
+    r"\.(adapter|model|result|arguments|steps|history|plot|predictions|ranks|seal)[^/]*"
     r"(-\d+-\d+\.(new|old)|\.\d+\.part)(\.\w+)?(/.*)?|\.run\.lock"
 )
 _OURS = {"task", "method", "rank", "seed"}  # every version's `arguments.json` has these
-DIGESTS = ("data_sha256", "model_sha256")  # versions before 0.2 did not note them
 
 
 def find_run(
@@ -106,6 +110,9 @@ def _find(
     if overwrite or not _holds_run(directory):
         return None
     before, finished = read_json(directory / ARGUMENTS), (directory / RESULT).is_file()
+    # A flag that came later had no other value then.
+    later = {field.name: field.default for field in dataclasses.fields(Arguments)}
+    before |= {name: later[name] for name in identity.keys() & later.keys() - before.keys()}
     noted = all(name in before for name in DIGESTS)
     if not finished:
         if not noted and any((directory / CHECKPOINTS).glob("checkpoint-*")):
@@ -237,14 +244,15 @@ def finish(
     directory: Path,
     result: Mapping[str, Any],
     losses: Sequence[float],
+    predictions: Sequence[Mapping[str, Any]],
     save: Callable[[Path], Any],
 ) -> None:
     """Write the files of a run that has ended, the result last, and drop its checkpoints.
 
-    `losses` are those of every step. `save` writes what was trained into the directory that it is
-    given, which becomes `result["saved"]`.
+    `losses` are those of every step, `predictions` a row for each row that was scored. `save`
+    writes what was trained into the directory that it is given, which becomes `result["saved"]`.
     """
-    per_epoch = len(losses) // len(result["history"])
+    per_epoch = result["steps_per_epoch"]
     steps = [
         {"step": step, "epoch": (step - 1) // per_epoch + 1, "loss": loss}
         for step, loss in enumerate(losses, start=1)
@@ -252,10 +260,14 @@ def finish(
     with writing(directory):
         write_csv(directory / STEPS, steps)
         write_csv(directory / HISTORY, result["history"])
+        write_csv(directory / PREDICTIONS, predictions)
         with replacing(directory / result["saved"]) as aside:
             save(aside)
         with replacing(directory / PLOT) as aside:
             show.plot(result, losses).savefig(aside, dpi=150)
+        if "ranks" in result:
+            with replacing(directory / RANKS) as aside:
+                show.plot_ranks(result["ranks"]).savefig(aside, dpi=150)
         write_json(directory / RESULT, result)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 

@@ -19,8 +19,7 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
     ]
     metric = result["primary_metric"]
     epochs = [row["epoch"] for row in history]
-    per_epoch = len(losses) / max(len(history), 1)
-    ends = [round(epoch * per_epoch) for epoch in epochs]
+    ends = [min(epoch * result["steps_per_epoch"], len(losses)) for epoch in epochs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(
@@ -36,8 +35,10 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
         if test is not None:
             right.plot(epochs[-1:], [test], "*", markersize=12, label=f"test {test:.3f}")
     if metric == "accuracy":
-        baseline = next(reversed(result["baseline"]["splits"].values()))
-        right.axhline(baseline, color="0.5", linestyle="--", label=f"majority class {baseline:.3f}")
+        splits = result["baseline"]["splits"]
+        name = next(name for name in ("validation", "test", "train") if name in splits)
+        label = f"majority class, {name} {splits[name]:.3f}"
+        right.axhline(splits[name], color="0.5", linestyle="--", label=label)
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel=metric, xticks=epochs[:: max(1, len(epochs) // 8)])
     for axes in (left, right):
@@ -46,6 +47,34 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
             axes.legend(fontsize=8)
     figure.suptitle(f"{result['task']}, {result['model_name']}, {result['method']}", fontsize=10)
     return figure
+
+
+def plot_ranks(ranks: Mapping[str, int]) -> Figure:
+    """The rank of each layer as a map: a column for each block, a row for each layer of a block."""
+    places: dict[tuple[str, str], int] = {}
+    for path, rank in ranks.items():
+        pieces = path.split(".")
+        at = next((i for i, piece in enumerate(pieces) if piece.isdigit()), None)
+        block, name = ("", path) if at is None else (pieces[at], ".".join(pieces[at + 1 :]))
+        places[name, block] = rank
+    names, blocks = (list(dict.fromkeys(keys)) for keys in zip(*places, strict=True))
+    table = [[places.get((name, block), math.nan) for block in blocks] for name in names]
+    size = (2.5 + 0.5 * len(blocks), 1.4 + 0.4 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1.6 * max(ranks.values()), aspect="auto")
+    axes.set_xticks(range(len(blocks)), blocks)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="block", title="rank of each layer")
+    for (name, block), rank in places.items():
+        axes.text(blocks.index(block), names.index(name), str(rank), ha="center", va="center")
+    return figure
+
+
+def _console() -> Console:
+    """The terminal; where output goes to a file, lines of a width that the tables fit in."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=110)
 
 
 def print_parameters(result: Mapping[str, Any]) -> None:
@@ -58,7 +87,7 @@ def print_parameters(result: Mapping[str, Any]) -> None:
         if count["total"]:
             share = count["trainable"] / count["total"]
             table.add_row(group, f"{count['trainable']:,}", f"{count['total']:,}", f"{share:.2%}")
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     strategies = sorted({row["strategy"] for row in result["fused"]})
     if result["fused"]:
@@ -82,7 +111,7 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
         numbers = ["-" if metrics[n] is None else f"{metrics[n]:.4f}" for n in names]
         baseline = f"{result['baseline']['splits'][split]:.4f}"
         table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     counts, memory = result["parameters"], result["peak_memory"]
     console.print(
@@ -91,6 +120,12 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
         f"{result['seconds']:.0f} s, {result['samples_per_second']:.0f} samples/s, "
         f"peak memory {memory['bytes'] / 2**20:,.0f} MiB ({memory['of']})"
     )
+    if "ranks" in result:
+        ranks = result["ranks"].values()
+        console.print(
+            f"ranks from {min(ranks)} to {max(ranks)}, {sum(ranks)} in all, which are "
+            f"{result['lora_parameters_left']:,} parameters"
+        )
     for split, count in result["repeated_texts"].items():
         if count:
             console.print(f"note: {count} {split} rows have a text that is in train too")

@@ -1,29 +1,29 @@
-"""The Hugging Face Trainer with three changes: exact resume, small checkpoints, every step's loss.
+"""The Hugging Face Trainer with four changes: it resumes exactly, saves little, and counts more.
 
 * The order of an epoch depends on (seed, epoch) alone. Trainer's own samplers draw it from the
   global generator. A run that resumes within an epoch no longer has the generator's state at the
   start of that epoch, and would see other batches.
 * A checkpoint holds the parameters that train, not the frozen model.
 * The loss of each step is kept at full precision, so that two methods can be compared.
+* Each epoch has a row: its seconds, its learning rate, and the scores of the training rows as they
+  were trained on. Time and memory of training, scoring and saving are counted apart.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .checkpoints import PROGRESS, TRAINED, seal
+from .meter import Meter
+from .progress import Progress, clean
 from .run_directory import writing
 
 _POOL = 50  # batches among which examples are sorted by length
@@ -65,26 +65,40 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class ExactTrainer(Trainer):
-    """Trainer with the three changes that this module's docstring lists.
+    """Trainer with the changes that this module's docstring lists.
 
     `lengths` are the tokens of each training row. `new` are modules that no pretrained file holds:
-    checkpoints hold them though they may not train. `step_losses` and `seconds` survive a resume.
-    Progress shows as one bar and a line for each epoch, instead of Trainer's own callbacks.
+    checkpoints hold them though they may not train. `step_losses`, `epochs`, `seconds` and what a
+    callback with `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one
+    bar and a line for each epoch, instead of Trainer's own callbacks.
     """
 
     def __init__(
-        self, *args: Any, lengths: Sequence[int], new: Sequence[str] = (), **kwargs: Any
+        self,
+        *args: Any,
+        lengths: Sequence[int],
+        scores: Callable[[Any, Any], dict[str, float]],
+        new: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._lengths = lengths
+        self._scores = scores
         self._new = tuple(f"{path}." for path in new)
         self._losses: list[torch.Tensor] = []
-        self._started = time.perf_counter()
-        self._ended: float | None = None
-        self._seconds_before = 0.0
+        self._step_loss: Any = 0.0  # of the batches of a step so far
+        self._batches = 0
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.epochs: list[dict[str, float]] = []
+        self.predictions: dict[str, Any] = {}
+        if self.args.gradient_accumulation_steps > 1:
+            # Trainer hands such models the rows of a step, by which not all divide their loss.
+            self.model_accepts_loss_kwargs = False
+        self.meter = Meter()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(Progress())
+        self.add_callback(_Counting(self))
 
     @property
     def step_losses(self) -> list[float]:
@@ -94,43 +108,81 @@ class ExactTrainer(Trainer):
     @property
     def seconds(self) -> float:
         """Wall time of training so far, without the time between a kill and its resume."""
-        now = time.perf_counter() if self._ended is None else self._ended
-        return self._seconds_before + now - self._started
+        seconds = self.meter.read()
+        return sum(seconds[name] for name in ("training", "scoring", "saving") if name in seconds)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, by the clock."""
-        self._started = time.perf_counter()
-        output = super().train(*args, **kwargs)
+        with self.meter.phase("training"):
+            output = super().train(*args, **kwargs)
         self._check_steps()
-        self._ended = time.perf_counter()
         return output
 
     def score(self, splits: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-        """Split -> loss and metrics of the model as it is at the end of training."""
+        """Split -> loss and metrics of the model as it is at the end of training.
+
+        `predictions` then holds the model's outputs for each split.
+        """
         validations = [log for log in self.state.log_history if "eval_loss" in log]
-        return {
+        scores = {}
+        for name, split in splits.items():
             # The last epoch ended with the validation scores of this very model.
-            name: clean(validations[-1], "eval")
-            if name == "validation"
-            else clean(self.evaluate(split, metric_key_prefix=name), name)
-            for name, split in splits.items()
-        }
+            if name == "validation" and "eval" in self.predictions:
+                scores[name] = clean(validations[-1], "eval")
+                self.predictions[name] = self.predictions.pop("eval")
+            else:
+                scores[name] = clean(self.evaluate(split, metric_key_prefix=name), name)
+        return scores
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Score a split, by the clock."""
+        with self.meter.phase("scoring" if self.is_in_train else "final scoring"):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep what the model says of each row of the split that was scored last."""
+        output = super().evaluation_loop(*args, **kwargs)
+        self.predictions[kwargs.get("metric_key_prefix", "eval")] = output.predictions
+        return output
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any) -> Any:
+        """Compute the loss, and keep what the model says of the training rows."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
+        if model.training:
+            self._seen.append((outputs["logits"].detach().float(), inputs["labels"]))
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one step and keep its loss on the device: to read it here would wait for the GPU."""
-        self._check_steps()
+        """Run one batch and add its loss to the step's, on the device: to read it would wait."""
+        if self._batches == 0:
+            self._check_steps()
         loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss.detach().clone())
+        self._step_loss = self._step_loss + loss.detach()
+        self._batches += 1
+        if self._batches == self.current_gradient_accumulation_steps:
+            self._losses.append(self._step_loss.clone())
+            self._step_loss, self._batches = 0.0, 0
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the parameters that train, and the losses and seconds so far."""
+        """Write the parameters that train, and what else survives a resume."""
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self._trained().items()}
         save_file(trained, directory / TRAINED)
-        progress = {"losses": self.step_losses, "seconds": self.seconds}
+        progress = {
+            "losses": self.step_losses,
+            "seconds": self.meter.read(),
+            "epochs": self.epochs,
+            "seen": [[t.tolist() for t in pair] for pair in self._seen],
+            "callbacks": [callback.state_dict() for callback in self._stateful()],
+        }
         (directory / PROGRESS).write_text(json.dumps(progress))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Leave out an epoch behind the last step, of which Trainer would make one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         """What a checkpoint holds: the parameters that train, and those that are new."""
@@ -150,101 +202,64 @@ class ExactTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         directory = Path(self.args.output_dir)
-        with writing(directory.parent):
+        with writing(directory.parent), self.meter.phase("saving"):
             super()._save_checkpoint(*args, **kwargs)
             seal(directory / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
+        self._load_trained(directory)
+        progress = json.loads((directory / PROGRESS).read_text())
+        device = self.args.device
+        self._losses = [torch.tensor(loss, device=device) for loss in progress["losses"]]
+        self._seen = [
+            (torch.tensor(logits, device=device), torch.tensor(labels, device=device))
+            for logits, labels in progress["seen"]
+        ]
+        self.epochs = progress["epochs"]
+        for name, seconds in progress["seconds"].items():
+            self.meter.seconds[name] += seconds
+        for callback, state in zip(self._stateful(), progress["callbacks"], strict=True):
+            callback.load_state_dict(state)
+
+    def _stateful(self) -> list[Any]:
+        return [c for c in self.callback_handler.callbacks if hasattr(c, "load_state_dict")]
+
+    def _load_best_model(self) -> None:
+        self._load_trained(Path(self.state.best_model_checkpoint or ""))
+        self.predictions.pop("eval", None)  # of another epoch
+
+    def _load_trained(self, directory: Path) -> None:
         saved, trained = load_file(directory / TRAINED), self._trained()
         if saved.keys() != trained.keys():
             raise ValueError(f"{directory} holds other parameters than this run trains")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
-        progress = json.loads((directory / PROGRESS).read_text())
-        device = self.args.device
-        self._losses = [torch.tensor(loss, device=device) for loss in progress["losses"]]
-        self._seconds_before = progress["seconds"]
+
+    def end_epoch(self) -> None:
+        """Add the row of an epoch that has been trained."""
+        seconds = self.meter.read()["training"]
+        logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
+        scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
+        self._seen = []
+        self.epochs.append(
+            {
+                **{f"train_{name}": value for name, value in scores.items()},
+                "seconds": seconds - sum(row["seconds"] for row in self.epochs),
+            }
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)
 
 
-class SaveEvery(TrainerCallback):
-    """Asks for a checkpoint every `steps` steps, but not where an epoch ends; 0 asks for none.
+class _Counting(TrainerCallback):
+    """Tells the trainer where an epoch ends, before that epoch is scored and saved."""
 
-    At the end of an epoch, Trainer's own `save_steps` saves before the epoch is scored, and a run
-    that resumes from there never scores it.
-    """
+    def __init__(self, trainer: ExactTrainer) -> None:
+        self.trainer = trainer
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the flag that Trainer reads."""
-        ends_epoch = float(state.epoch).is_integer()
-        if self.steps and state.global_step % self.steps == 0 and not ends_epoch:
-            control.should_save = True
-
-
-class Progress(TrainerCallback):
-    """A progress bar for training and for scoring, and one readable line for each epoch."""
-
-    def __init__(self) -> None:
-        self._bars: dict[str, tqdm] = {}
-
-    def _advance(self, name: str, total: int, done: int | None = None) -> None:
-        if name not in self._bars:
-            # In a log file a bar redrawn twice a second is noise.
-            pause = 0.5 if sys.stderr.isatty() else 15.0
-            self._bars[name] = tqdm(
-                total=total, desc=name, leave=False, dynamic_ncols=True, mininterval=pause
-            )
-        bar = self._bars[name]
-        bar.update(1 if done is None else done - bar.n)
-
-    def _close(self, name: str) -> None:
-        if name in self._bars:
-            self._bars.pop(name).close()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance the training bar."""
-        self._advance("training", state.max_steps, state.global_step)
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        """Advance the scoring bar."""
-        self._advance("scoring", len(eval_dataloader))
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """Print an epoch's numbers above the bar."""
-        self._close("scoring")
-        if metrics and "eval_loss" in metrics:
-            numbers = "  ".join(
-                f"{name} {value:.4f}" for name, value in clean(metrics, "eval").items()
-            )
-            tqdm.write(f"epoch {state.epoch:.0f}  validation  {numbers}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the training bar."""
-        self._close("training")
-
-
-def clean(logged: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Name -> loss and metrics among what Trainer logs for a split, without the prefix.
-
-    The loss comes first, the rest by name. (Trainer's order is lost on a resume, which reads the
-    earlier logs from a file.)
-    """
-    noise = re.compile(rf"{prefix}_(runtime|.*_per_second|model_preparation_time)")
-    return {
-        name.removeprefix(f"{prefix}_"): value
-        for name, value in sorted(
-            logged.items(), key=lambda item: (item[0] != f"{prefix}_loss", item[0])
-        )
-        if name.startswith(f"{prefix}_") and not noise.fullmatch(name)
-    }
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the epoch's row."""
+        self.trainer.end_epoch()

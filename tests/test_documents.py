@@ -90,7 +90,11 @@ def flags_of_training() -> set[str]:
     (cls,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")
     fields = [n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)]
     names = [name.replace("_", "-") for name in fields]
-    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | {"--help"}
+    return (
+        {f"--{name}" for name in names}
+        | {f"--no-{name}" for name in names}
+        | {"--help", "--config"}
+    )
 
 
 @each_document

@@ -43,6 +43,8 @@ FAMILIES = (
     Family("distilbert", ("distilbert",), ("q_lin", "v_lin"), ("pre_classifier", *_HEAD)),
     Family("gpt2", ("gpt2",), ("c_attn",), ("score", *_HEAD), {"c_attn": ("q", "k", "v")}),
     Family("neox", ("gpt_neox", "bloom"), ("query_key_value",), ("score", *_HEAD)),
+    # Earlier versions of transformers call them query and value.
+    Family("vit", ("vit",), (r"re:.*\.(query|value|q_proj|v_proj)",), _HEAD),
     Family("t5", ("t5", "mt5"), ("q", "v"), ("classification_head", *_HEAD)),
     Family("llama", _LLAMA, ("q_proj", "v_proj"), ("score", *_HEAD)),
 )

@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 
-from . import docstrings
+from . import digits, docstrings
 from .splits import SPLITS, normalise, stratified_split
 
 
@@ -32,8 +32,9 @@ class Task:
     `columns` lists the known spellings of the text columns; the first one that is present is read.
     Two columns are a sentence pair, or one text with `join`. `labels` are the names of the classes;
     none means regression. `hub` is the path on the Hugging Face hub, `hub_splits` maps our names
-    of splits to the hub's. The first of `metrics` is the one to compare runs by. A task with
-    `build` is built here and read from nowhere.
+    of splits to the hub's. The first of `metrics` is the one to compare runs by; precision, recall
+    and F1 are added to those of every classification. A task with `build` is built here and read
+    from nowhere. The rows of `images` are pixels, in place of texts.
     """
 
     name: str
@@ -44,11 +45,18 @@ class Task:
     join: bool = False
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in SPLITS})
     build: Callable[[], docstrings.Docstrings] | None = None
+    images: bool = False
 
     @property
     def regression(self) -> bool:
         """Whether the label is a number, and not a class."""
         return not self.labels
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """All the metrics of a run."""
+        rest = () if self.regression else ("precision", "recall", "f1")
+        return tuple(dict.fromkeys((*self.metrics, *rest)))
 
     @property
     def num_labels(self) -> int:
@@ -58,11 +66,15 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits of a task, where they came from, and what of the source they lack, in `notes`."""
+    """The splits of a task, where they came from, and what of the source they lack, in `notes`.
+
+    `dropped` counts the rows of each split that have no label.
+    """
 
     splits: dict[str, datasets.Dataset]
     origin: dict[str, Any]
     notes: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -72,6 +84,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("docstrings", (), tuple(docstrings.PACKAGES), build=docstrings.build),
+        Task("digits", (), tuple("0123456789"), build=digits.build, images=True),
         Task("sst2", (("sentence",),), ("negative", "positive"), ("nyu-mll/glue", "sst2")),
         Task("cola", (("sentence",),), ("unacceptable", "acceptable"), ("nyu-mll/glue", "cola"),
              metrics=("matthews", "accuracy")),
@@ -107,9 +120,9 @@ def task_of(name: str) -> Task:
 def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
     """Every labelled split of `task`, from `data_dir` if it is given, or else from the hub.
 
-    Rows labelled -1 are dropped: their label is hidden, or the annotators did not agree. A split of
-    such rows alone is left out. A source with a single split is split 80/10/10 by
-    `stratified_split`.
+    Rows without a label, or with the class -1, are dropped and counted: their label is hidden, or
+    the annotators did not agree. A split of such rows alone is left out. A source with a single
+    split is split 80/10/10 by `stratified_split`.
 
     Raises FileNotFoundError for a missing directory or file, and ValueError for missing columns and
     labels that do not parse, naming the file and what was found.
@@ -118,9 +131,10 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
         if data_dir is not None:
             raise ValueError(f"the {task.name} task is built here; it takes no --data-dir")
         built = task.build()
+        column = "pixels" if task.images else "text"
         splits = {
             name: datasets.Dataset.from_dict(
-                {"text": [text for text, _ in rows], "labels": [label for _, label in rows]}
+                {column: [content for content, _ in rows], "labels": [label for _, label in rows]}
             )
             for name, rows in built.splits.items()
         }
@@ -148,6 +162,7 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
         for name, (_, drop) in found.items()
         if drop
     ]
+    dropped = {name: drop for name, (_, drop) in found.items()}
     splits = {name: split for name, (split, _) in found.items() if len(split)}
     if "train" not in splits:
         raise ValueError(f"task {task.name}: no labelled train split in {origin}")
@@ -159,7 +174,8 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
         found |= {name: (split, 0) for name, split in splits.items()}
     empty = [name for name in found if not len(splits.get(name, ()))]
     notes += [f"{name}: left out, since no row of it is left" for name in empty]
-    return TaskData({n: s for n, s in splits.items() if len(s)}, origin, tuple(notes))
+    kept = {name: split for name, split in splits.items() if len(split)}
+    return TaskData(kept, origin, tuple(notes), dropped)
 
 
 def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dict[str, float]:
@@ -194,7 +210,10 @@ def repeated_texts(splits: Mapping[str, datasets.Dataset]) -> dict[str, int]:
 def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
     """Metric -> score of `predictions` [rows, num_labels] against `labels` [rows].
 
-    A score that is not defined is NaN: a correlation with a constant, F1 without a positive.
+    Precision, recall and F1 are those of class 1 where there are two classes, and otherwise means
+    over the classes that occur; one that is never predicted has precision 0 there. A score that is
+    not defined is NaN: a correlation with a constant, precision where nothing is predicted as
+    positive.
     """
     import numpy as np
     from scipy import stats
@@ -202,15 +221,20 @@ def metrics_of(task: Task, predictions: Any, labels: Any) -> dict[str, float]:
 
     guesses = predictions.reshape(-1) if task.regression else predictions.argmax(axis=-1)
     varied = all(np.isfinite(v).all() and v.min() < v.max() for v in (guesses, labels))
+    options: dict[str, Any] = {"average": "macro", "zero_division": 0.0}
+    if task.num_labels == 2:
+        options = {"average": "binary", "zero_division": math.nan}
     formulas: dict[str, Callable[[], float]] = {
         "accuracy": lambda: (guesses == labels).mean(),
-        "f1": lambda: metrics.f1_score(labels, guesses, zero_division=math.nan),
+        "precision": lambda: metrics.precision_score(labels, guesses, **options),
+        "recall": lambda: metrics.recall_score(labels, guesses, **options),
+        "f1": lambda: metrics.f1_score(labels, guesses, **options),
         "matthews": lambda: metrics.matthews_corrcoef(labels, guesses),
         "pearson": lambda: stats.pearsonr(labels, guesses).statistic if varied else math.nan,
         "spearman": lambda: stats.spearmanr(labels, guesses).statistic if varied else math.nan,
         "mse": lambda: np.square(labels - guesses).mean(),
     }
-    return {name: float(formulas[name]()) for name in task.metrics}
+    return {name: float(formulas[name]()) for name in task.scores}
 
 
 def _read_directory(directory: Path) -> dict[str, tuple[str, list[dict[str, str]]]]:
@@ -277,10 +301,10 @@ def _examples(
         table["text_pair"] = []
     for number, row in enumerate(rows, start=1):
         texts = [row[column] for column in columns]
-        if any(text is None for text in (*texts, row["label"])):
-            raise ValueError(f"{source}: row {number} holds no text or no label")
+        if any(text is None for text in texts):
+            raise ValueError(f"{source}: row {number} holds no text")
         label = _label(task, row["label"], f"{source}: row {number}")
-        if label == -1:
+        if label is None:
             dropped += 1
             continue
         table["text"].append(texts[0] if pair else " ".join(texts))
@@ -290,9 +314,11 @@ def _examples(
     return datasets.Dataset.from_dict(table), dropped
 
 
-def _label(task: Task, value: Any, where: str) -> int | float:
-    """The label that `value` spells: a class id, a class name or a score."""
+def _label(task: Task, value: Any, where: str) -> int | float | None:
+    """The label that `value` spells: a class id, a class name or a score; None if it is missing."""
     label: int | float
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
     if isinstance(value, str) and value in task.labels:
         return task.labels.index(value)
     try:
@@ -303,7 +329,7 @@ def _label(task: Task, value: Any, where: str) -> int | float:
         known = ", ".join(f"{i}={name}" for i, name in enumerate(task.labels))
         wanted = "a finite number" if task.regression else f"one of {known}"
         raise ValueError(f"{where}: label {value!r} is not {wanted}")
-    return label
+    return None if label == -1 and not task.regression else label
 
 
 def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Dataset]:
@@ -319,5 +345,7 @@ def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Datase
 
 def _keys(split: datasets.Dataset) -> list[str]:
     """Two rows with the same key are the same example: their normalised texts are equal."""
+    if "pixels" in split.column_names:
+        return [str(pixels) for pixels in split["pixels"]]
     pairs = split["text_pair"] if "text_pair" in split.column_names else [""] * len(split)
     return [f"{normalise(a)}|{normalise(b)}" for a, b in zip(split["text"], pairs, strict=True)]

@@ -31,8 +31,10 @@ def sample(
 
 def encode(
     splits: dict[str, datasets.Dataset], tokenizer: Any, max_length: int
-) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
-    """The rows to train on, with their `length`, and split -> the rows to score.
+) -> tuple[datasets.Dataset, dict[str, datasets.Dataset], dict[str, list[int]]]:
+    """The rows to train on, with their `length`; split -> the rows to score; and their numbers.
+
+    The numbers say which row of the split each one is that is scored.
 
     Raises ValueError where the tokenizer knows less than half of what is in train.
     """
@@ -43,7 +45,11 @@ def encode(
             "its vocabulary is missing, or of another language"
         )
     encoded = {name: tokenise(split, tokenizer, max_length) for name, split in splits.items()}
-    return encoded["train"], {name: scored(name, split) for name, split in encoded.items()}
+    chosen = {name: order(name, split) for name, split in encoded.items()}
+    rows = {
+        name: split.select(chosen[name]).remove_columns("length") for name, split in encoded.items()
+    }
+    return encoded["train"], rows, chosen
 
 
 def known_share(texts: Sequence[str], tokenizer: Any) -> float:
@@ -88,16 +94,17 @@ def check_ids(splits: Iterable[datasets.Dataset], vocabulary: int | None) -> Non
         )
 
 
-def scored(name: str, tokens: datasets.Dataset) -> datasets.Dataset:
-    """The rows of a split that are scored: all of them, or a sample of train.
+def order(name: str, tokens: datasets.Dataset) -> list[int]:
+    """The numbers of the rows of a split that are scored: all of them, or a sample of train.
 
     They are sorted by length. Scores do not depend on the order, and there is less padding.
     """
+    rows = list(range(len(tokens)))
     if name == "train" and len(tokens) > TRAIN_SCORED:
-        tokens = tokens.shuffle(seed=0).select(range(TRAIN_SCORED))
+        numbers = datasets.Dataset.from_dict({"row": rows})
+        rows = numbers.shuffle(seed=0).select(range(TRAIN_SCORED))["row"][:]
     lengths = tokens["length"][:]
-    ordered = tokens.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    return ordered.remove_columns("length")
+    return sorted(rows, key=lengths.__getitem__)
 
 
 def collator(tokenizer: Any, max_length: int, pad_to_max: bool) -> DataCollatorWithPadding:

@@ -56,6 +56,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture
 def arguments(bert, data, tmp_path) -> Callable[..., Any]:
     """Makes the `Arguments` of a short run into `tmp_path / name`, with what a test changes."""
+    from models.methods import METHODS
     from models.train import Arguments  # needs `datasets`, without which the tests are skipped
 
     def build(name: str = "run", **changes: Any) -> Arguments:
@@ -70,7 +71,7 @@ def arguments(bert, data, tmp_path) -> Callable[..., Any]:
             "rank": 4,
             "learning_rate": 5e-3,
         }
-        if changes.get("method") == "full":  # which has no rank
+        if "rank" in METHODS.get(changes.get("method", "lora"), METHODS["lora"]).unread:
             del default["rank"]
         return Arguments(**{**default, **changes})
 

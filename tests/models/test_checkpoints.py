@@ -63,7 +63,7 @@ def sealed(tmp_path) -> Path:
         for name in NEEDED:
             (folder / name).write_text(f"{name} of {step}")
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        (folder / "progress.json").write_text(json.dumps({"losses": [0.5] * step}))
+        (folder / "progress.json").write_text(json.dumps({"losses": [0.5] * step, "epochs": []}))
         seal(folder)
     return tmp_path
 
@@ -82,10 +82,14 @@ def test_every_file_of_a_checkpoint_counts(sealed, name, damage):
 def test_a_checkpoint_counts_once_it_is_sealed_with_as_many_losses_as_steps(sealed):
     (sealed / "checkpoint-4" / "seal.json").unlink()
     assert last_checkpoint(sealed)[0] == sealed / "checkpoint-2"
-    (sealed / "checkpoint-2" / "progress.json").write_text(json.dumps({"losses": [0.5]}))
-    seal(sealed / "checkpoint-2")
-    found, passed_over = last_checkpoint(sealed)
-    assert found is None and "step 2, and it holds 1 losses" in passed_over[1]
+    for progress, damage in (
+        ({"losses": [0.5], "epochs": []}, "step 2, and it holds 1 losses"),
+        ({"losses": [0.5, 0.5]}, "an earlier version wrote it"),
+    ):
+        (sealed / "checkpoint-2" / "progress.json").write_text(json.dumps(progress))
+        seal(sealed / "checkpoint-2")
+        found, passed_over = last_checkpoint(sealed)
+        assert found is None and damage in passed_over[1]
     shutil.copytree(sealed / "checkpoint-2", sealed / "checkpoint-old")
     assert last_checkpoint(sealed)[0] is None and last_checkpoint(sealed / "nowhere") == (None, [])
 

@@ -111,6 +111,17 @@ def test_runs_of_earlier_versions_are_read_back_if_finished_and_refused_if_not(a
     train(arguments("unfinished", epochs=1, overwrite=True))
 
 
+def test_a_flag_that_came_later_had_its_default_in_an_earlier_run(arguments):
+    made = arguments(epochs=1)
+    result = train(made)
+    path = made.directory() / "arguments.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in before.items() if k != "adam_beta2"}))
+    assert train(made) == json.loads(json.dumps(result))
+    with pytest.raises(ValueError, match=r"adam_beta2 0\.999 -> 0\.99"):
+        train(arguments(epochs=1, adam_beta2=0.99))
+
+
 def test_checkpoints_of_nobody_are_not_taken_over(arguments):
     made = arguments(save_steps=2)
     cut_off(made)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("datasets", reason="the models read their data by it")
+from models.methods import METHODS
 from models.run_directory import ARGUMENTS, RESULT, WRITTEN, find_run, opened
 from models.train import train
 
 IDENTITY = {"task": "sst2", "method": "lora", "rank": 4, "seed": 0}
 FILES = (
-    *("result.json", "steps.csv", "history.csv", "plot.png", "arguments.json"),
+    *("result.json", "steps.csv", "history.csv", "predictions.csv", "plot.png", "arguments.json"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("checkpoints/checkpoint-2/optimizer.pt", "checkpoints/checkpoint-2/seal.json"),
     *(".steps.csv.host-12-34.new.csv", ".adapter.a-host.org-1-2.new/adapter_config.json"),
@@ -54,7 +55,7 @@ def test_all_that_a_run_wrote_goes_and_what_others_wrote_stays(tmp_path):
 
 
 def test_a_run_of_each_method_leaves_only_what_overwriting_deletes(arguments):
-    for method in ("lora", "peft", "full"):
+    for method in METHODS:
         if method == "peft":
             pytest.importorskip("peft")
         made = arguments(method, method=method, epochs=1)

@@ -127,10 +127,11 @@ def test_a_truncated_or_damaged_archive_is_named(tmp_path):
 
 def test_dropped_rows_and_empty_splits_are_counted(tmp_path):
     header = ["premise", "hypothesis", "label"]
-    write_csv(tmp_path / "train.csv", header, [["a", "b", 2], ["c", "d", -1], ["e", "f", -1]])
+    write_csv(tmp_path / "train.csv", header, [["a", "b", 2], ["c", "d", -1], ["e", "f", " "]])
     write_csv(tmp_path / "validation.csv", header, [["g", "h", 1]])
     write_csv(tmp_path / "test.csv", header, [["i", "j", -1]])
     found = tasks.load(tasks.task_of("snli"), tmp_path)
+    assert found.dropped == {"train": 2, "validation": 0, "test": 1}
     assert found.notes == (
         "train: 2 rows without a label are dropped",
         "test: 1 rows without a label are dropped",

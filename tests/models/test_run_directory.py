@@ -25,11 +25,12 @@ def test_run_directory_is_whole(arguments):
     result = train(made)
     directory = made.directory()
     assert {path.name for path in directory.iterdir()} == {
-        "adapter", "arguments.json", "history.csv", "plot.png", "result.json", "steps.csv",
+        "adapter", "arguments.json", "history.csv", "plot.png", "predictions.csv", "result.json",
+        "steps.csv",
     }  # fmt: skip
     assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(result))
     assert set(result["metrics"]) == set(ROWS)
-    assert set(result["metrics"]["test"]) == {"loss", "accuracy"}
+    assert set(result["metrics"]["test"]) == {"loss", "accuracy", "precision", "recall", "f1"}
     assert result["rows"] == result["scored"] == ROWS
     assert result["seconds"] > 0 and result["samples_per_second"] > 0
     assert result["peak_memory"]["bytes"] > 2**20

@@ -290,9 +290,25 @@ def test_metrics_match_values_worked_out_by_hand():
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]])  # 0 1 0 1
     labels = np.array([0, 1, 1, 1])
     scores = tasks.metrics_of(tasks.task_of("mrpc"), logits, labels)
-    assert scores == {"accuracy": 0.75, "f1": pytest.approx(0.8)}
+    assert scores == {
+        "accuracy": 0.75,
+        "precision": 1.0,
+        "recall": pytest.approx(2 / 3),
+        "f1": pytest.approx(0.8),
+    }
     matthews = tasks.metrics_of(tasks.task_of("cola"), logits, labels)["matthews"]
     assert matthews == pytest.approx((2 * 1 - 0) / math.sqrt(2 * 3 * 1 * 2))
+
+
+def test_scores_of_several_classes_are_means_over_those_that_occur():
+    guesses = np.eye(4)[[0, 0, 1, 2]]
+    scores = tasks.metrics_of(tasks.task_of("ag_news"), guesses, np.array([0, 1, 1, 2]))
+    assert scores["recall"] == pytest.approx((1 + 1 / 2 + 1) / 3), "no row is of the fourth class"
+    assert scores["precision"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert scores["f1"] == pytest.approx(2 * (2 / 3) / 3 + 1 / 3)
+    constant = tasks.metrics_of(tasks.task_of("snli"), np.eye(3)[[0, 0]], np.array([0, 1]))
+    assert constant["precision"] == pytest.approx(1 / 4), "the class never predicted counts as 0"
+    assert set(tasks.task_of("stsb").scores) == {"pearson", "spearman", "mse"}
 
 
 def test_regression_metrics_tell_rank_from_line():

@@ -53,7 +53,10 @@ DISTIL = {
     "num_labels": 3,
 }
 
+VIT = {**SMALL, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VIT)),
     "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**BERT)),
     "xlm-roberta": lambda: tf.XLMRobertaForSequenceClassification(tf.XLMRobertaConfig(**BERT)),
     "camembert": lambda: tf.CamembertForSequenceClassification(tf.CamembertConfig(**BERT)),
@@ -111,9 +114,17 @@ def batch(seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def batch_for(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """What `model` reads: token ids, or images of 8 x 8."""
+    if getattr(model, "main_input_name", "input_ids") != "pixel_values":
+        return batch(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(3, 1, 8, 8, generator=generator).to(model.dtype)}
+
+
 def logits(model: nn.Module, seed: int = 0) -> Tensor:
     with torch.no_grad():
-        return model(**batch(seed)).logits
+        return model(**batch_for(model, seed)).logits
 
 
 def randomise(model: nn.Module, *names: str) -> None:
@@ -168,7 +179,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def run(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Logits, and the gradients of a random weighting of them, for every parameter that trains."""
     model.zero_grad(set_to_none=True)
-    output = model(**batch(seed)).logits
+    output = model(**batch_for(model, seed)).logits
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     (output * weights.to(output.dtype)).sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
