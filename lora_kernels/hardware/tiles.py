@@ -77,6 +77,8 @@ DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
     ("any", 4, True): _FLOAT_WIDE,
     ("sm_90", 2, False): _HOPPER,
     ("sm_100", 2, False): _HOPPER,
+    # With two stages ptxas spills two registers of a thread, under fp16 with fp32 adapters.
+    ("sm_120", 2, True): _HALF_WIDE._replace(output_gradients=Tile(32, 64, 0, 4, 1)),
     ("gfx942", 2, False): _AMD,
 }
 
