@@ -40,6 +40,8 @@ def arguments_of(cell: Cell, runs: Path, data_dir: Path | None) -> Arguments:
     """
     from .data.tasks import task_of
 
+    runs = runs.absolute()  # a node of a cluster may have another working directory
+    data_dir = None if data_dir is None else data_dir.absolute()
     flags = dict(cell.flags)
     folder = flags.pop("data", flags["task"])
     place: Path | None = None
