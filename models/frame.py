@@ -35,7 +35,7 @@ def frame_of(recipe: Recipe, runs: Path) -> pd.DataFrame:
 def _row(recipe: Recipe, cell: Cell, runs: Path) -> dict[str, Any]:
     directory = cell.directory(runs)
     row: dict[str, Any] = {**cell.labels, "seed": cell.seed, "cell": cell.name, "why": ""}
-    row |= dict.fromkeys(NUMBERS, math.nan)
+    row |= dict.fromkeys(("score", "epoch", *NUMBERS), math.nan)
     row |= {"curve": [], "result": None, "directory": directory}
     if not (directory / RESULT).is_file():
         failed = (directory / ERROR).is_file()
