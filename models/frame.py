@@ -88,9 +88,9 @@ def _worse(split: str, result: Mapping[str, Any]) -> str:
         return ""
     if "mse" in scores:
         error = _number(scores["mse"])
-        return "" if error < baseline else f"worse than the mean (mse {error:.3g}, {baseline:.3g})"
+        return "" if error < baseline else "worse than the mean of the labels"
     accuracy = _number(scores.get("accuracy"))
-    return "" if accuracy > baseline else f"no better than the largest class ({baseline:.3f})"
+    return "" if accuracy > baseline else f"no better than the largest class, {baseline:.3f}"
 
 
 def _number(value: Any) -> float:
@@ -140,7 +140,7 @@ class Quantity(NamedTuple):
 
 def variation(scores: pd.Series) -> float:
     """The coefficient of variation: standard deviation over mean."""
-    return scores.std() / scores.mean() if len(scores.dropna()) > 1 else math.nan
+    return scores.std() / abs(scores.mean()) if len(scores.dropna()) > 1 else math.nan
 
 
 def _at(epoch: int) -> Callable[[pd.DataFrame, str], float]:
@@ -189,7 +189,11 @@ def summary(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
                 "s an epoch": group["seconds an epoch"].mean(),
                 "MiB": group["memory, MiB"].mean(),
                 "published": _exact(recipe, labels),
-                "remarks": "; ".join(dict.fromkeys(why for why in group["why"] if why)),
+                "remarks": "; ".join(
+                    f"{why} ({count} of {len(group)})"
+                    for why, count in group["why"].value_counts(sort=False).items()
+                    if why
+                ),
             }
         )
     return pd.DataFrame(rows)
@@ -249,6 +253,8 @@ def published(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
         wanted = [row.where, row.ratio_to or {}, row.minus or {}]
         if any(label not in recipe.axes[axis] for part in wanted for axis, label in part.items()):
             continue  # the small form leaves these labels out
+        if recipe.is_small and row.by == "formula":
+            continue  # it counts another base
         quantity = QUANTITIES[row.quantity]
         group = matching(frame, row.where)
         ours = quantity.of(group, recipe.statistic)

@@ -133,10 +133,10 @@ def test_what_is_not_defined_or_missing_is_not_counted(toy, runs):
     row = row_of(table, task="easy", method="full")
     assert row["n of N"] == "2 of 3" and row["mean"] == pytest.approx(0.62)
     assert "accuracy is not defined" in row["remarks"]
-    assert "no better than the largest class (0.610)" in row["remarks"]  # of the seed with 0.60
+    assert "no better than the largest class, 0.610 (1 of 3)" in row["remarks"]  # seed 0
     row = row_of(table, task="hard", method="lora")
     assert row["n of N"] == "0 of 3" and math.isnan(row["mean"])
-    assert row["remarks"] == "ValueError: no such thing"
+    assert row["remarks"] == "ValueError: no such thing (1 of 3)"
 
 
 def test_the_best_epoch_and_another_split_are_picked(toy, runs):
