@@ -1,7 +1,8 @@
 """Tables and figures of a sweep, beside what was published: `python -m models.report runs/sweep`.
 
-Writes one page, `report.html`, which holds its figures and needs no other file, and the same as
-`report.md` with its figures in a folder. Cells that have no run are shown as missing.
+Writes one page, `report.html`, which holds its figures and needs no other file; the same as
+`report.md` with its figures in a folder; and `cells.csv`, a row for each run. Cells that have no
+run are shown as missing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .frame import frame_of, published, splits, summary
 from .recipes import RECIPES, recipe_of
 from .recipes.recipe import Recipe
 
+CELLS = "cells.csv"
 TEMPLATES = Path(__file__).parent / "templates"
 # How columns of numbers are printed; others have four digits behind the point.
 FORMS = {
@@ -72,6 +74,7 @@ class Section:
     pictures: Sequence[Picture]
     absent: Sequence[str]
     notes: Sequence[str]
+    runs: pd.DataFrame
 
 
 def section_of(recipe: Recipe, runs: Path) -> Section:
@@ -107,6 +110,7 @@ def section_of(recipe: Recipe, runs: Path) -> Section:
             if row["state"] != "done"
         ],
         _notes(done),
+        frame.drop(columns=[*recipe.axes, "result", "directory", "curve", "seed"]),
     )
 
 
@@ -163,7 +167,11 @@ def _caption(recipe: Recipe, done: pd.DataFrame) -> list[str]:
     if recipe.is_small:
         full = recipe_of(recipe.name.removesuffix("-small"))
         base = full.base.get("model") or ", ".join(full.axes.get("model", {}))
-        lines.insert(0, f"Small form: the base and the rows below stand in for {base}.")
+        lines.insert(
+            0,
+            f"Small form: the base and the rows below stand in for {base}. Its learning rates are "
+            "not tuned, and full fine-tuning needs that most: it is no verdict on a method.",
+        )
     if any(name.startswith("tiny") for name in bases):
         lines.append("A tiny random base shows that the command works; its scores say nothing.")
     return lines + ([recipe.note] if recipe.note else [])
@@ -223,6 +231,9 @@ def write(sections: Sequence[Section], out: Path, command: str) -> Mapping[str, 
         for picture in section.pictures:
             with replacing(out / "figures" / f"{section.name}-{picture.name}.png") as aside:
                 aside.write_bytes(picture.png)
+    with replacing(out / CELLS) as aside:
+        rows = pd.concat([section.runs for section in sections])
+        rows.dropna(axis="columns", how="all").to_csv(aside, index=False)
     for name, path in paths.items():
         with replacing(path) as aside:
             aside.write_text(render(sections, name, command=command), encoding="utf-8")

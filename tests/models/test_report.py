@@ -320,6 +320,10 @@ def test_markdown_and_page_have_the_same_cells(written, toy):
         assert f"(figures/toy-{picture.name}.png)" in text
         path = written / f"figures/toy-{picture.name}.png"
         assert path.read_bytes() == picture.png and picture.png[:4] == b"\x89PNG"
+    rows = pd.read_csv(written / "cells.csv")
+    assert rows["cell"].tolist() == [cell.name for cell in toy.cells()]
+    assert rows["score"].tolist()[:2] == [SCORES["lora"][0], SCORES["full"][0]]
+    assert rows["state"].value_counts().to_dict() == {"done": 6, "missing": 5, "failed": 1}
     assert {p.name for p in section.pictures} == {"curves", "map", "parameters", "costs"}
 
 
