@@ -128,12 +128,14 @@ def clean_sms(folder: Path, data_dir: Path | None) -> Path:
             for text, label in zip(split["text"], split["labels"], strict=True):
                 by_class[label].append(text)
         size = min(map(len, by_class.values()))
+
+        def chosen(texts: list[str]) -> list[str]:
+            return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:size]
+
         rows = [
             {"text": text, "label": label}
             for label, texts in sorted(by_class.items())
-            for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[
-                :size
-            ]
+            for text in chosen(texts)
         ]
 
         def split(rows: list[dict[str, Any]], share: float) -> list[str]:

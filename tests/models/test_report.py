@@ -190,6 +190,13 @@ def test_published_numbers_stand_beside_ours(toy, runs):
     assert missing["ours"] == "missing" and missing["n of N"] == "0 of 3"
 
 
+def test_a_count_by_formula_stands_beside_the_full_form_alone(toy, tmp_path):
+    count = Published({"method": "lora"}, 7, quantity="method's parameters", by="formula")
+    full = Recipe(**{**vars(toy), "published": (count,)})
+    for form, rows in ((full, 1), (full.small_form(), 0)):
+        assert len(published(form, frame_of(form, tmp_path))) == rows
+
+
 def test_splits_have_scores_losses_and_minutes(toy, runs):
     table = splits(toy, frame_of(toy, runs))
     row = row_of(table, task="easy", method="lora")

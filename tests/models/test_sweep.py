@@ -134,6 +134,21 @@ def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_numbers(recipe, tmp_pa
     assert not (cut / ERROR).exists()
 
 
+def test_a_sweep_that_is_stopped_stops_its_cells(recipe, tmp_path):
+    _, wrong, long = recipe.cells()
+    long.flags["epochs"] = 200
+    work = {
+        cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in (wrong, long)
+    }
+    ends = sweep.in_processes(work, jobs=2)
+    assert next(ends)[0] is wrong
+    ends.close()
+    directory = work[long].directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "cell"):  # waits until the cell's process has ended
+        assert not (directory / RESULT).exists()
+
+
 def test_a_process_that_dies_is_no_failed_cell():
     context = sweep.multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
