@@ -109,6 +109,8 @@ def claims(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for claim in recipe.claims:
+        if not {claim.better, claim.worse} <= recipe.axes[claim.axis].keys():
+            continue  # the small form leaves a label out
         others = [axis for axis in recipe.axes if axis != claim.axis]
         parts = list(frame.groupby(others, sort=False)) if others else [((), frame)]
         for labels, part in parts:
@@ -142,7 +144,7 @@ def _tests(recipe: Recipe, claim: Claim, part: pd.DataFrame, where: str) -> list
             "test": test_name,
             "difference": math.nan if test is None else test.difference,
             "p": math.nan if test is None else test.p,
-            "80 % power from": math.nan if test is None else test.detectable,
+            "power 80 % from": math.nan if test is None else test.detectable,
             "of": "" if test is None else test.of,
             "verdict": why if test is None else test.verdict,
         }

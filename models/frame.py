@@ -56,7 +56,7 @@ def _row(recipe: Recipe, cell: Cell, runs: Path) -> dict[str, Any]:
     row["curve"] = [_number(epoch.get(f"validation_{metric}")) for epoch in result["history"]]
     if result.get("diverged"):
         row["why"] = "diverged"
-    elif worse := _worse(recipe.split, result):
+    elif worse := _worse(recipe.split, result, metric, score):
         row["why"] = "; ".join(filter(None, (row["why"], worse)))
     return row
 
@@ -80,8 +80,8 @@ def _score(recipe: Recipe, result: Mapping[str, Any]) -> tuple[float, float, str
     return score, len(history), why
 
 
-def _worse(split: str, result: Mapping[str, Any]) -> str:
-    """Whether a constant guess does as well, in words."""
+def _worse(split: str, result: Mapping[str, Any], metric: str, score: float) -> str:
+    """Whether a constant guess does as well, in words; a score other than accuracy cannot tell."""
     baseline = result["baseline"]["splits"].get(split)
     scores = result["metrics"].get(split, {})
     if baseline is None:
@@ -89,7 +89,7 @@ def _worse(split: str, result: Mapping[str, Any]) -> str:
     if "mse" in scores:
         error = _number(scores["mse"])
         return "" if error < baseline else "worse than the mean of the labels"
-    accuracy = _number(scores.get("accuracy"))
+    accuracy = score if metric == "accuracy" else _number(scores.get("accuracy"))
     return "" if accuracy > baseline else f"no better than the largest class, {baseline:.3f}"
 
 

@@ -24,7 +24,7 @@ from lora_kernels.durable import replacing
 
 from .compare import claims
 from .figures import figures, png
-from .frame import frame_of, published, splits, summary
+from .frame import NUMBERS, frame_of, published, splits, summary
 from .recipes import RECIPES, recipe_of
 from .recipes.recipe import Recipe
 
@@ -33,7 +33,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # How columns of numbers are printed; others have four digits behind the point.
 FORMS = {
     "parameters": ",.0f", "MiB": ",.0f", "s an epoch": ".3g", "CV": ".2%", "best epoch": "g",
-    "minutes": ".2f", "p": ".3g", "difference": "+.4f", "80 % power from": ".3g",
+    "minutes": ".2f", "p": ".3g", "difference": "+.4f", "power 80 % from": ".3g",
 }  # fmt: skip
 
 
@@ -92,9 +92,8 @@ def section_of(recipe: Recipe, runs: Path) -> Section:
         table("Beside the published numbers", _published_in_words(recipe), beside),
         table("Scores of each split", "After the last epoch, means over seeds.",
               splits(recipe, frame) if len(done) else pd.DataFrame()),
-        table("Does one beat the other?", "Two-sided tests at 5 %, not corrected for their number; "
-              "the last column but two is the smallest difference that the test finds in four of "
-              "five cases.", tested),
+        table("Does one beat the other?", "Two-sided tests at 5 %, not corrected for their number. "
+              "Each finds the difference in the column on power in four of five cases.", tested),
     ]  # fmt: skip
     return Section(
         recipe.name,
@@ -110,7 +109,7 @@ def section_of(recipe: Recipe, runs: Path) -> Section:
             if row["state"] != "done"
         ],
         _notes(done),
-        frame.drop(columns=[*recipe.axes, "result", "directory", "curve", "seed"]),
+        frame[["cell", "state", "why", "score", "epoch", *NUMBERS]],
     )
 
 
@@ -183,7 +182,7 @@ def _notes(done: pd.DataFrame) -> list[str]:
     for result in done["result"]:
         found = list(result.get("notes", ()))
         found += [
-            f"{count} {split} rows of {result['task']} have a text that is in train too"
+            f"rows of {result['task']}'s {split} split whose text is in train too: {count}"
             for split, count in result["repeated_texts"].items()
             if count
         ]

@@ -147,6 +147,10 @@ def test_the_best_epoch_and_another_split_are_picked(toy, runs):
     write_run(cell, runs, 0.7, history=early)
     frame = frame_of(Recipe(**fields), runs)
     assert frame.iloc[0]["score"] == 0.95 and frame.iloc[0]["epoch"] == 1
+    low = {"validation": {"loss": 1.0, "accuracy": 0.3}, "train": {"loss": 1.0}}
+    shutil.rmtree(cell.directory(runs))
+    write_run(cell, runs, 0.3, history=early, metrics=low)
+    assert frame_of(Recipe(**fields), runs).iloc[0]["why"] == "", "the best epoch is better"
     absent = frame_of(Recipe(**{**fields, "pick": "last", "split": "test"}), runs)
     assert absent["score"].isna().all()
     assert absent.iloc[0]["why"].startswith("the data has no test split")
@@ -248,6 +252,8 @@ def test_claims_are_tested_on_pairs_of_the_same_seed(toy, runs):
     assert len(rows) == 3
     assert rows.iloc[0]["p"] == pytest.approx(stats.binomtest(7, 7).pvalue)
     assert rows.iloc[0]["verdict"] == "better"
+    absent = Recipe(**{**vars(toy), "claims": (Claim("method", "lora", "adapter"),)})
+    assert claims(absent, frame_of(toy, runs)).empty
     hard = table[table["where"] == "task hard"]
     assert hard["verdict"].tolist() == ["needs two seeds of both"]
 
@@ -309,7 +315,7 @@ def test_the_page_is_whole_and_needs_no_other_file(written):
     for told in (
         "A <toy> | of two", "a <note>", "0.8600 ± 0.0100 (report)", "missing", "0 of 3",
         "ValueError: no such thing", "toy/hard-full/seed-2: missing", "toy-base", "seeds: 0, 1, 2",
-        "7 validation rows of sst2 have a text that is in train too (6 of 6 cells)",
+        "rows of sst2's validation split whose text is in train too: 7 (6 of 6 cells)",
     ):  # fmt: skip
         assert told.lower() in page.text.lower(), told
 
