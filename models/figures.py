@@ -146,7 +146,7 @@ def _parameters(recipe: Recipe, done: pd.DataFrame) -> Figure:
         if part["method's parameters"].min() > 0:
             axes.set_xscale("log")
         axes.set(title=title, xlabel="parameters", ylabel=recipe.metric or "score")
-        axes.margins(x=0.2)
+        axes.margins(x=0.2, y=0.15)
         axes.grid(alpha=0.3)
     return figure
 

@@ -98,7 +98,12 @@ def _number(value: Any) -> float:
 
 
 def _method_parameters(result: Mapping[str, Any]) -> float:
-    """What the method trains: LoRA or adapters, or else all but the head."""
+    """What the method trains: LoRA or adapters, or else all but the head.
+
+    Of adaptive ranks it is what is left at the end.
+    """
+    if "lora_parameters_left" in result:
+        return float(result["lora_parameters_left"])
     counts = {group: count["trainable"] for group, count in result["parameters"].items()}
     return counts["lora"] + counts.get("adapter", 0) or counts["all"] - counts["head"]
 

@@ -201,6 +201,11 @@ def test_a_count_by_formula_stands_beside_the_full_form_alone(toy, tmp_path):
         assert len(published(form, frame_of(form, tmp_path))) == rows
 
 
+def test_adaptive_ranks_count_by_what_is_left(toy, tmp_path):
+    write_run(next(toy.cells()), tmp_path, 0.9, lora_parameters_left=42)
+    assert frame_of(toy, tmp_path).iloc[0]["method's parameters"] == 42
+
+
 def test_splits_have_scores_losses_and_minutes(toy, runs):
     table = splits(toy, frame_of(toy, runs))
     row = row_of(table, task="easy", method="lora")
