@@ -8,5 +8,11 @@ with a head for the task (`head`), attaches a method to it (`attach`, with `houl
 checkpoint (`checkpoints`), if rows and model are still the same (`digests`). A task is a row of
 `data.tasks.TASKS`, a method a row of `methods.METHODS`.
 
+A published experiment is a row of `recipes.RECIPES`: which runs, and what was printed. `sweep` runs
+its cells, each one a run (`cells`), or says what they would take (`dry_run`, `estimate`); `bases`
+makes what small forms need. `report` reads the runs into one table (`frame`), sets it beside what
+was published, tests the claims (`compare`) and draws (`figures`). `results/` holds the report of
+small forms.
+
 Rule: this folder imports `lora_kernels` and never `bench`.
 """

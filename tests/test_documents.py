@@ -110,6 +110,11 @@ def test_every_command_exists(document):
             flags = {word for word in rest if word.startswith("--")}
             if module == "models.train":
                 assert flags <= flags_of_training(), flags - flags_of_training()
+            if module in ("models.sweep", "models.report"):
+                known = set(
+                    re.findall(r'"(--[a-z-]+)"', path.with_suffix(".py").read_text("utf-8"))
+                )
+                assert flags <= known, flags - known
             if module == "bench" and rest:
                 assert rest[0] in SUITES, rest
                 flags -= flags_of_training() if "--train-run" in rest else set()
