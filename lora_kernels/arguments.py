@@ -6,7 +6,6 @@ tensor or a module that is none by TypeError. Numbers may be NumPy's; a bool is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from operator import index
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LARGEST = 1e30
+
 
 def finite(name: str, value: Any) -> float:
-    """A number that is neither infinite nor NaN."""
-    if not _is_number(value) or not math.isfinite(value):
+    """A number that is neither infinite nor NaN, with room for products in float32."""
+    if not _is_number(value) or not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be a finite number: got {_short(value)}")
     return value
 
@@ -48,17 +49,16 @@ def flag(name: str, value: Any) -> bool:
 
 def names(name: str, value: Any) -> tuple[str, ...]:
     """One name, or several; none is empty."""
-    several = (value,) if isinstance(value, str) else value
-    several = tuple(several) if isinstance(several, Iterable) else (None,)
-    if not all(isinstance(each, str) and each for each in several):
+    several = _several((value,) if isinstance(value, str) else value, str)
+    if several is None or "" in several:
         raise ValueError(f"{name} must be a name or several: got {_short(value)}")
     return several
 
 
 def flags(name: str, value: Any) -> tuple[bool, ...]:
     """Several of True and False."""
-    several = tuple(value) if isinstance(value, Iterable) else (None,)
-    if not all(isinstance(each, bool) for each in several):
+    several = _several(value, bool)
+    if several is None:
         raise ValueError(f"{name} must be several of True and False: got {_short(value)}")
     return several
 
@@ -78,13 +78,6 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def tensor(name: str, value: Any) -> Tensor:
-    """A tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor: got {_short(value)}")
-    return value
-
-
 def floating(name: str, value: Any) -> torch.dtype:
     """A floating dtype."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
@@ -92,18 +85,31 @@ def floating(name: str, value: Any) -> torch.dtype:
     return value
 
 
+def tensor(name: str, value: Any) -> Tensor:
+    """A tensor."""
+    return _instance(name, value, Tensor, "a tensor")
+
+
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
     """A mapping, such as a state dict."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping: got {_short(value)}")
-    return value
+    return _instance(name, value, Mapping, "a mapping")
 
 
 def module(name: str, value: Any) -> nn.Module:
     """A module, such as a model."""
-    if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be an nn.Module: got {_short(value)}")
+    return _instance(name, value, nn.Module, "an nn.Module")
+
+
+def _instance(name: str, value: Any, cls: type, words: str) -> Any:
+    if not isinstance(value, cls):
+        raise TypeError(f"{name} must be {words}: got {_short(value)}")
     return value
+
+
+def _several(value: Any, cls: type) -> tuple[Any, ...] | None:
+    """The values as a tuple; None unless they are several, each of this class."""
+    several = tuple(value) if isinstance(value, Iterable) else (None,)
+    return several if all(isinstance(each, cls) for each in several) else None
 
 
 def _is_number(value: Any) -> bool:

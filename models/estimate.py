@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,8 +60,10 @@ def estimate(arguments: Arguments) -> Estimate:
     rows, scored, tokens = SIZES[arguments.task]
     rows = min(rows, arguments.max_train_samples or rows)
     scored = min(scored, 2 * arguments.max_eval_samples if arguments.max_eval_samples else scored)
-    tokens = patches or (arguments.max_length if arguments.pad_to_max else tokens)
-    tokens = min(tokens, arguments.max_length) if not patches else tokens
+    if patches:
+        tokens = patches
+    elif arguments.pad_to_max or tokens > arguments.max_length:
+        tokens = arguments.max_length
     batches = math.ceil(rows / arguments.batch_size)
     steps = arguments.epochs * math.ceil(batches / arguments.gradient_accumulation)
     seen = rows * arguments.epochs
@@ -138,22 +139,13 @@ def check_fits(arguments: Arguments) -> None:
 def rate_here() -> float:
     """FLOPs a second of a float32 matrix product on this machine, measured in about 0.2 s."""
     import torch
+    from torch.utils.benchmark import Timer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 512
     a = torch.randn(size, size, device=device)
-    count, started = 0, 0.0
-    for _ in range(3):
-        a @ a
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    while time.perf_counter() - started < 0.2:
-        a @ a
-        count += 1
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return 2 * size**3 * count / (time.perf_counter() - started)
+    timer = Timer("a @ a", globals={"a": a})  # it warms up, and waits for a GPU
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.2).median
 
 
 def seconds(work: float) -> float:

@@ -7,24 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import arguments
 from ..injection.expressions import check_expression
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
+def _passes(check: Callable[..., Any], *limits: Any) -> Callable[[Any], bool]:
+    """Whether a value passes a check of `arguments`."""
+
+    def passes(value: Any) -> bool:
+        try:
+            check("", value, *limits)
+        except ValueError:
+            return False
+        return True
+
+    return passes
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_dropout(value: Any) -> bool:
-    return is_number(value) and 0 <= value < 1
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+_is_number = _passes(arguments.finite)
+_is_rank = _passes(arguments.integer, 1)
+_is_dropout = _passes(arguments.probability)
+_is_bool = _passes(arguments.flag)
 
 
 def _are_names(value: Any) -> bool:
@@ -48,11 +51,11 @@ def _mapping(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # Field of PEFT's LoraConfig that is followed -> whether a value has its type, and that in words.
 FOLLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha_pattern": (_mapping(is_number), "an object of finite numbers"),
+    "alpha_pattern": (_mapping(_is_number), "an object of finite numbers"),
     "exclude_modules": (_name_or_names, "a regular expression or a list of names"),
     "layers_pattern": (_name_or_names, "a name or a list of names"),
     "layers_to_transform": (_are_indices, "an integer or a list of integers"),
-    "lora_alpha": (is_number, "a finite number"),
+    "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (_is_dropout, "a number in [0, 1)"),
     "modules_to_save": (_are_names, "a list of names"),
     "r": (_is_rank, "an integer of at least 1"),

@@ -264,22 +264,6 @@ def test_the_caller_s_tensors_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_output_may_be_changed_in_place(strategy):
-    case = Case(M=12, N=24, K=16, R=3)
-    given = inputs(case, torch.float32)
-
-    def relu_after(*arguments):
-        return torch.relu_(call(case, strategy)(*arguments))
-
-    def relu_reference(*arguments):
-        return torch.relu(call(case, "library")(*arguments))
-
-    actual, expected = run(given, relu_after), run(given, relu_reference)
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name])
-
-
 def test_float64_passes_gradcheck_through_the_library():
     case = Case(M=5, N=4, K=6, R=2)
     given = inputs(case, torch.float64)
@@ -287,18 +271,6 @@ def test_float64_passes_gradcheck_through_the_library():
         lambda x, a, b, bias: lora_linear(x, given.weight, a, b, bias=bias, scale=0.7),
         (given.x, given.lora_A, given.lora_B, given.bias),
     )
-
-
-def test_a_second_derivative_is_refused():
-    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float64)
-    y = lora_linear(given.x, given.weight, given.lora_A, given.lora_B)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.square().sum(), given.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):  # where zeros were no error
-        torch.autograd.functional.hessian(
-            lambda x: lora_linear(x, given.weight, given.lora_A, given.lora_B).square().sum(),
-            given.x,
-        )
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["function", "operator"])
@@ -325,60 +297,6 @@ def test_a_weight_that_is_not_frozen_gets_its_gradient(compiled):
     torch.testing.assert_close(dweight, given.dy.T @ given.x)
 
 
-def test_torch_func_is_refused_in_words():
-    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float32)
-
-    def loss(lora_A):
-        return lora_linear(given.x, given.weight, lora_A, given.lora_B).sum()
-
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(loss)(given.lora_A.detach())
-
-
-def bad(**changes):
-    """A fitting call with some arguments replaced."""
-    arguments = {
-        "x": torch.zeros(2, 6), "weight": torch.zeros(4, 6),
-        "lora_A": torch.zeros(3, 6), "lora_B": torch.zeros(4, 3), "bias": torch.zeros(4),
-    }  # fmt: skip
-    arguments.update(changes)
-    return arguments
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"x": torch.zeros(2, 5)}, ValueError, r"x has 5 features.*K = 6"),
-        (
-            {"lora_A": torch.zeros(0, 6), "lora_B": torch.zeros(4, 0)},
-            ValueError,
-            r"rank must be at least 1",
-        ),
-        ({"lora_A": torch.zeros(3, 5)}, ValueError, r"lora_A must be \[3, 6\].*got \[3, 5\]"),
-        ({"lora_B": torch.zeros(4, 2)}, ValueError, r"lora_B \[4, 3\].*\[4, 2\]"),
-        ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[4\]: got \[5\]"),
-        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\): got 1.0"),
-        ({"dropout": -0.1}, ValueError, r"got -0.1"),
-        (
-            {"x": torch.zeros(2, 6, dtype=torch.int64)},
-            TypeError,
-            r"floating dtype: got torch.int64",
-        ),
-        (
-            {"weight": torch.zeros(4, 6, dtype=torch.float16)},
-            TypeError,
-            r"x is torch.float32 but weight",
-        ),
-        ({"strategy": "spilt"}, ValueError, r"unknown strategy 'spilt'.*did you mean 'split'"),
-        ({"lora_A": torch.zeros(3, 6, device="meta")}, ValueError, r"share one device.*meta"),
-        ({"weight": torch.zeros(6)}, ValueError, r"two: got \[2, 6\], \[6\]"),
-    ],
-)
-def test_bad_input_gets_one_error_that_names_the_values(changes, error, words):
-    with pytest.raises(error, match=words):
-        lora_linear(**bad(**changes))
-
-
 def test_a_zero_B_gives_the_frozen_layer_and_a_gradient_to_B_alone():
     given = inputs(Case(M=20, N=24, K=16, R=3), torch.float32)
     given.lora_B.data.zero_()
@@ -401,15 +319,16 @@ def test_the_output_can_be_changed_in_place(strategy):
     given = inputs(case, torch.float32)
     arguments = given.weight, given.lora_A, given.lora_B
     gradients = []
-    for shape in ((30,), (2, 3, 5)):
+    for shape, in_place in (((30,), False), ((30,), True), ((2, 3, 5), True)):
         x = given.x.detach().view(*shape, 16).requires_grad_()
         y = lora_linear(x, *arguments, scale=0.5, strategy=strategy)
         assert y.grad_fn is not None and y.shape == (*shape, 24) and y.is_contiguous()
-        y.mul_(2).add_(1)
+        y = torch.relu_(y.mul_(2)) if in_place else torch.relu(y * 2)
         gradients.append(torch.autograd.grad(y.square().sum(), [x, given.lora_A]))
-    for flat, deep in zip(*gradients, strict=True):
-        assert flat.abs().sum() > 0
-        assert torch.equal(deep.view(flat.shape), flat)
+    for expected, *others in zip(*gradients, strict=True):
+        assert expected.abs().sum() > 0
+        for actual in others:
+            assert torch.equal(actual.view(expected.shape), expected)
 
 
 def test_one_row_without_leading_dimensions():

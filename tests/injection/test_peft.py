@@ -20,18 +20,9 @@ from lora_kernels.autograd.functional import lora_layer, lora_linears
 from lora_kernels.injection.peft import fused_peft_layers
 from tests.support import zoo
 from tests.support.small_layers import Int8Tensor
+from tests.support.zoo import peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def peft_model(name: str = "roberta", **changes) -> nn.Module:
-    """A PEFT model in eval mode, its adapter away from zero."""
-    targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj"]}
-    config = {"r": 3, "lora_alpha": 5, "task_type": "SEQ_CLS"}
-    config["target_modules"] = targets.get(name, ["query", "value"])
-    model = peft.get_peft_model(zoo.build(name), peft.LoraConfig(**config | changes)).eval()
-    zoo.randomise(model, "lora_B")
-    return model
 
 
 def test_a_fused_layer_prints_as_peft_prints_it():
@@ -244,7 +235,7 @@ def test_a_shallow_copy_of_a_layer_runs_on_its_own_state(fused_calls):
 
 
 def test_a_fused_model_goes_with_its_last_name():
-    model = peft_model(target_modules=QKV)
+    model = peft_model(target_modules=["query", "key", "value"])
     fuse_peft(model)
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
     layers[0](torch.randn(2, 5, 32))  # the results of the others wait
@@ -322,76 +313,6 @@ def test_dropout_masks_the_lora_branch_alone_by_pefts_rate():
     torch.testing.assert_close(model.eval()(x), 1 + 2 * x)
 
 
-# ---------------------------------------------------------------- siblings run together
-
-
-QKV = ["query", "key", "value"]
-
-
-def test_siblings_are_one_problem_and_explain_says_so():
-    model = peft_model(target_modules=QKV)
-    fuse_peft(model, group=False)
-    assert zoo.nodes(model) == [1] * 6
-    fuse_peft(model)
-    assert zoo.nodes(model) == [3, 3]
-    assert {p.segments for _, p, _ in fused_peft_layers(model, 8)} == {3}
-    unfuse_peft(model)
-    assert zoo.nodes(model) == []
-
-
-def test_deberta_s_content_projections_are_one_problem_until_unfuse():
-    model = peft_model("deberta-v3", target_modules=["query_proj", "key_proj", "value_proj"])
-    eager = copy.deepcopy(model)
-    fuse_peft(model)
-    zoo.judge_models(model, eager)
-    assert zoo.nodes(model) == [1, 1, 1, 1, 3, 3]
-    fuse_peft(model)
-    parents = [module for module in model.modules() if module is not model]
-    assert sum(len(module._forward_pre_hooks) for module in parents) == 2
-    unfuse_peft(model)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_sibling_that_changes_leaves_its_group_and_comes_back():
-    model = peft_model(target_modules=QKV)
-    eager = copy.deepcopy(model)
-    fuse_peft(model)
-    key = model.base_model.model.roberta.encoder.layer[0].attention.self.key
-    key.merge()
-    assert zoo.nodes(model) == [1, 1, 3]
-    torch.testing.assert_close(zoo.logits(model), zoo.logits(eager))
-    key.unmerge()
-    assert zoo.nodes(model) == [3, 3]
-    key.scaling["default"] *= 2
-    assert zoo.nodes(model) == [1, 1, 1, 3]
-
-
-def test_a_result_that_waits_is_not_that_of_another_adapter():
-    """query(x), a switch of adapters, key(x): the key computed with the first must not come out."""
-    model = peft_model(target_modules=QKV)
-    model.add_adapter("other", peft.LoraConfig(r=3, lora_alpha=5, target_modules=QKV))
-    zoo.randomise(model, "lora_B")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".other." in name:
-                parameter.mul_(-2)
-    eager = copy.deepcopy(model)
-    fuse_peft(model)
-    ours, theirs = (
-        m.base_model.model.roberta.encoder.layer[0].attention.self for m in (model, eager)
-    )
-    x = torch.randn(2, 5, 32)
-    torch.testing.assert_close(ours.query(x), theirs.query(x))
-    for m in (model, eager):
-        m.set_adapter("other")
-    torch.testing.assert_close(ours.key(x), theirs.key(x))
-    torch.testing.assert_close(ours.query(x), theirs.query(x))
-    with torch.no_grad():
-        for attention in (ours, theirs):
-            attention.value.lora_B["other"].weight.mul_(3)
-    torch.testing.assert_close(ours.value(x), theirs.value(x))
-
-
 def test_under_autocast_a_base_that_peft_merged_in_place_is_what_is_used():
     """PEFT merges through `weight.data`, which no version counter shows."""
     model, eager = peft_model(), peft_model()
@@ -409,26 +330,3 @@ def test_under_autocast_a_base_that_peft_merged_in_place_is_what_is_used():
             after, wanted = zoo.logits(model), zoo.logits(eager)
         torch.testing.assert_close(after, wanted, rtol=0.02, atol=0.02)
     assert not torch.equal(after, before)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_grouped_peft_block_compiles_to_one_graph(autocast):
-    model = peft_model(target_modules=QKV)
-    fuse_peft(model)
-    attention = model.base_model.model.roberta.encoder.layer[0].attention.self
-    torch._dynamo.reset()
-
-    def block(x):
-        return attention.query(x) * 2 + attention.key(x) * 3 - attention.value(x)
-
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 5, 32, requires_grad=True)
-    leaves = [x, attention.key.lora_A["default"].weight, attention.value.lora_B["default"].weight]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        results = [f(x) for f in (block, compiled, compiled)]
-    gradients = [torch.autograd.grad(y.float().square().sum(), leaves) for y in results]
-    for y, grads in zip(results[1:], gradients[1:], strict=True):
-        torch.testing.assert_close(y, results[0])
-        for a, b in zip(grads, gradients[0], strict=True):
-            assert b.abs().sum() > 0
-            torch.testing.assert_close(a, b)

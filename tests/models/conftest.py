@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.tiny_run import ROWS, WORDS, label_of, text_of, write_csv
+from tests.support.tiny_run import ROWS, SIZES, WORDS, label_of, text_of, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,8 @@ def tokenizer(tmp_path_factory) -> Any:
 def bert(tmp_path_factory, tokenizer) -> str:
     """A directory with a random BERT and its tokenizer."""
     folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
     torch.manual_seed(0)
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

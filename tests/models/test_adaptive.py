@@ -138,9 +138,7 @@ def test_a_run_ends_within_its_budget_and_peft_reads_its_ranks(arguments, bert, 
     batch = tokenizer(["word1 row3 word7", "word0 row4"], padding=True, return_tensors="pt")
     ours = spy.model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            theirs(**batch).logits, ours.to("cpu")(**batch).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(theirs(**batch).logits, ours.to("cpu")(**batch).logits)
 
 
 def test_a_killed_run_chooses_the_same_ranks(arguments):

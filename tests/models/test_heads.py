@@ -14,7 +14,7 @@ pytest.importorskip("datasets", reason="the models read their data by it")
 from lora_kernels import load_adapter
 from models.train import train
 from tests.models.test_train import Spy
-from tests.support.tiny_run import WORDS, write_csv
+from tests.support.tiny_run import SIZES, WORDS, write_csv
 
 SNLI = ("entailment", "neutral", "contradiction")
 
@@ -27,12 +27,8 @@ def nli(tmp_path, tokenizer):
         folder = tmp_path / "-".join(["nli", kind, *classes]).replace(" ", "")
         names = dict(enumerate(classes))
         config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[kind](
+            **SIZES,
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
             pad_token_id=tokenizer.pad_token_id,
             id2label=names,
             label2id={name: number for number, name in names.items()},
@@ -103,14 +99,7 @@ def test_what_is_new_is_saved_trained_or_not(arguments, tmp_path, tokenizer, met
     if method == "peft":
         peft = pytest.importorskip("peft")
     folder = tmp_path / "masked"
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **SIZES)
     transformers.BertForMaskedLM(config).save_pretrained(folder)  # it has no pooler
     tokenizer.save_pretrained(folder)
     made = arguments(model=str(folder), epochs=1, train_head=train_head, method=method)

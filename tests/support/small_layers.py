@@ -39,6 +39,19 @@ def autocast(dtype=torch.bfloat16):
     return torch.autocast(DEVICE.type, dtype=dtype)
 
 
+def nodes_of(y: torch.Tensor) -> list[int]:
+    """How many layers each of our autograd nodes behind y computes."""
+    pending, seen, found = [y.grad_fn], set(), []
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [child for child, _ in node.next_functions]
+            if "LoRALinears" in type(node).__name__:
+                found.append(node.call.layers)
+    return sorted(found)
+
+
 class Int8Tensor(torch.Tensor):
     """A weight as torchao quantises it: it says that it is float32, and holds int8 and scales."""
 

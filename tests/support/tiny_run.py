@@ -9,6 +9,11 @@ from pathlib import Path
 
 WORDS = [f"word{i}" for i in range(40)]
 ROWS = {"train": 44, "validation": 12, "test": 12}
+# Of a tiny transformer, in the words of transformers' configurations.
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def label_of(row: int) -> int:

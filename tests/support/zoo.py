@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers as tf
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels.layers.linear import FusedLoRALinear
+from tests.support.small_layers import nodes_of
 
 SMALL = {
     "hidden_size": 32,
@@ -141,15 +143,19 @@ def randomise(model: nn.Module, *names: str) -> None:
 
 def nodes(model: nn.Module) -> list[int]:
     """How many layers each of our autograd nodes computes, in a forward of the model."""
-    pending, seen, found = [model(**batch()).logits.grad_fn], set(), []
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending += [child for child, _ in node.next_functions]
-            if "LoRALinears" in type(node).__name__:
-                found.append(node.call.layers)
-    return sorted(found)
+    return nodes_of(model(**batch()).logits)
+
+
+def peft_model(name: str = "roberta", **changes: Any) -> nn.Module:
+    """A PEFT model in eval mode, its adapter away from zero."""
+    import peft
+
+    targets = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj"]}
+    config = {"r": 3, "lora_alpha": 5, "task_type": "SEQ_CLS"}
+    config["target_modules"] = targets.get(name, ["query", "value"])
+    model = peft.get_peft_model(build(name), peft.LoraConfig(**config | changes)).eval()
+    randomise(model, "lora_B")
+    return model
 
 
 class PlainLoRA(nn.Module):
