@@ -47,9 +47,7 @@ def test_only_the_first_x_of_a_call_is_shared_where_others_read_a_second(x):
     assert group_siblings(model) == (("query_proj", "key_proj", "value_proj"),)
     for call in (model, model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         y = call(x, table)
-        assert len(nodes_of(y)) == 3, (
-            "the value does not read the table"
-        )
+        assert len(nodes_of(y)) == 3, "the value does not read the table"
         torch.testing.assert_close(y, alone)
     for a, b in zip(
         torch.autograd.grad(model(x, table).square().sum(), leaves), gradients, strict=True
