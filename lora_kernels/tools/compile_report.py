@@ -46,7 +46,8 @@ class Row(NamedTuple):
     """One compiled kernel; AMD kernels have no counts.
 
     `registers` are those of a thread, `spills` the 4-byte registers that it keeps in local memory,
-    `occupancy` the resident warps of a multiprocessor over the most it holds.
+    `programs` how many a multiprocessor holds at a time, `occupancy` their warps over the most it
+    holds, `byte_loads` the instructions that load a single byte of global memory.
     """
 
     kernel: str
@@ -57,8 +58,10 @@ class Row(NamedTuple):
     spills: int | None
     shared_bytes: int
     shared_limit: int
+    programs: int | None
     occupancy: float | None
     matrix_instructions: int | None
+    byte_loads: int | None
 
     @property
     def refusal(self) -> str | None:
@@ -135,18 +138,19 @@ def _row(source: Any, metadata: Any, binary: bytes, layer: Layer, dtype: str, ar
     count = f"{'of' if layer.columns else 'x'}{len(layer.children)}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
     tile = "-".join([*blocks, *depth, *flags, layout, count])
-    registers = spills = matrix = occupancy = None
+    registers = spills = matrix = byte_loads = programs = occupancy = None
     if arch.startswith("sm_"):
-        registers, spills, matrix = _inspect(binary)
-        occupancy = _occupancy(limits, registers, shared, metadata.num_warps)
+        registers, spills, matrix, byte_loads = _inspect(binary)
+        programs = _programs(limits, registers, shared, metadata.num_warps)
+        occupancy = round(programs * metadata.num_warps / limits.warps, 3)
     return Row(
         metadata.name.strip("_"), tile, dtype, arch, registers, spills, shared,
-        limits.program_shared * 1024, occupancy, matrix,
+        limits.program_shared * 1024, programs, occupancy, matrix, byte_loads,
     )  # fmt: skip
 
 
-def _inspect(cubin: bytes) -> tuple[int, int, int]:
-    """(registers a thread, spilled registers, matrix instructions) of a cubin."""
+def _inspect(cubin: bytes) -> tuple[int, int, int, int]:
+    """(registers a thread, spilled registers, matrix instructions, byte loads) of a cubin."""
     from triton import knobs
 
     def output(*command: str) -> str:
@@ -161,29 +165,30 @@ def _inspect(cubin: bytes) -> tuple[int, int, int]:
     if len(counts) < 3:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[-300:]}")
     matrix = re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", assembly)
-    return int(counts["REG"]), max(int(counts["STACK"]), int(counts["LOCAL"])) // 4, len(matrix)
+    byte_loads = re.findall(r"\bLDG\.E\.[US]8\b", assembly)
+    spills = max(int(counts["STACK"]), int(counts["LOCAL"])) // 4
+    return int(counts["REG"]), spills, len(matrix), len(byte_loads)
 
 
-def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Resident warps of a multiprocessor over the most it holds; `shared` in bytes."""
+def _programs(limits: Architecture, registers: int, shared: int, warps: int) -> int:
+    """How many programs a multiprocessor holds at a time; `shared` in bytes."""
     per_warp = -(-registers * 32 // 256) * 256  # a warp gets registers in blocks of 256
-    programs = min(
+    return min(
         limits.programs,
         limits.warps // warps,
         limits.registers // (per_warp * warps),
         limits.shared * 1024 // (shared + 1024),  # the system takes 1 KiB a program
     )
-    return round(programs * warps / limits.warps, 3)
 
 
 def render(rows: Sequence[Row]) -> str:
     """The rows as a table, then what the gate refuses and why."""
-    line = "{:<16} {:<9} {:<7} {:>4} {:>6} {:>7} {:>5} {:>4}  {}".format
-    titles = ("kernel", "dtype", "arch", "regs", "spills", "shared", "occup", "mma", "tile")
-    lines = [line(*titles)]
+    line = "{:<16} {:<9} {:<7} {:>4} {:>6} {:>7} {:>5} {:>5} {:>4} {:>5}  {}".format
+    counted = ("regs", "spills", "shared", "progs", "occup", "mma", "bytes")
+    lines = [line("kernel", "dtype", "arch", *counted, "tile")]
     for row in rows:
-        counts = (row.registers, row.spills, row.shared_bytes, row.occupancy)
-        cells = ["-" if n is None else str(n) for n in (*counts, row.matrix_instructions)]
+        counts = row[4:7] + row[8:]  # all but the limit, which is the card's
+        cells = ["-" if n is None else str(n) for n in counts]
         lines.append(line(row.kernel, row.dtype, row.arch, *cells, row.tile))
     refused = [row for row in rows if row.refusal]
     lines += [f"REFUSED {row.arch} {row.kernel} {row.tile}: {row.refusal}" for row in refused]
