@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..hardware.cards import ARCHITECTURES, Architecture
+from ..hardware.tiles import Tiles, shipped
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
@@ -38,6 +40,7 @@ SPECIMENS: tuple[Specimen, ...] = (
     (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False),
     (LAYERS["roberta-base.qkv"], 4096, 8, True, False),
     (LAYERS["roberta-base.qkv"], 4096, 8, False, False),
+    (LAYERS["roberta-base.qkv"], 4096, 64, True, False),
     (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, False),
 )
 
@@ -93,9 +96,23 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
             kernels.apply_mask(kernels.apply_mask(x, mask), mask, onto=x)
         return
     adapter = dtype if pure else torch.float32
-    probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
-    x, dy = probe.inputs()
-    probe.backward(x, dy, probe.forward(x))
+    for tiles in _each_shipped(problem, choice.tiles):
+        choice = replace(choice, tiles=tiles)
+        probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
+        x, dy = probe.inputs()
+        probe.backward(x, dy, probe.forward(x))
+
+
+def _each_shipped(problem: Problem, tiles: Tiles) -> Iterator[Tiles]:
+    """The tiles with, in turn, all that are shipped for its GEMMs: sizes of outputs decide."""
+    row = shipped(problem.arch, problem.dtype.itemsize, problem.R, aligned=problem.aligned)
+    dx = row.group_dx if problem.segments > 1 else row.low_rank_gemm
+    for i in range(max(len(row.low_rank_gemm), len(dx), len(row.fused_gemm))):
+        fused = row.fused_gemm[i % len(row.fused_gemm)]
+        yield tiles._replace(
+            low_rank_gemm=row.low_rank_gemm[i % len(row.low_rank_gemm)],
+            low_rank_gemm_dx=dx[i % len(dx)], fused_gemm=fused, fused_gemm_dx=fused,
+        )  # fmt: skip
 
 
 def compile_report(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 
 from lora_kernels import cli
 from lora_kernels.hardware.cards import ARCHITECTURES
+from lora_kernels.hardware.tiles import shipped
 from lora_kernels.tools import compile_report
 from lora_kernels.tools.compile_report import DTYPES, GATED, Row, render
 
@@ -59,6 +61,11 @@ def test_the_gate(arch, dtype, tmp_path):
             assert row["byte_loads"] == 0, row
         name = f"{arch}-{row['kernel']}-{dtype}-{row['tile']}.cubin"
         assert (tmp_path / name).read_bytes()[:4] == b"\x7fELF"
+    compiled = {re.sub("-r[0-9]+-(w.*?-s.*?)-.*", r"-\1", row["tile"]) for row in rows}
+    ranks, size = (16, 64), 4 if dtype == "float32" else 2
+    for tiles in (shipped(arch, size, R) for R in ranks):
+        for m, n, k, warps, stages in {*tiles.low_rank_gemm, *tiles.group_dx, *tiles.fused_gemm}:
+            assert f"m{m}-n{n}-k{k}-w{warps}-s{stages}" in compiled
     masked = [row for row in rows if row["kernel"] == "column_gradients" and "mask" in row["tile"]]
     assert any(row["byte_loads"] == 0 for row in masked)
 
