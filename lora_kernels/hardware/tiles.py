@@ -68,7 +68,7 @@ _HALF = Shipped(
     low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
     group_dx=(Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
     fused_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
-    output_gradients=Tile(32, 128, 0, 4, 4), parameter_gradients=Tile(32, 128, 0, 4, 4),
+    output_gradients=Tile(32, 128, 0, 4, 4), parameter_gradients=Tile(32, 128, 0, 4, 3),
 )  # fmt: skip
 # Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
 # as large as the others, and rows that are not aligned take an address for each element.
