@@ -73,8 +73,8 @@ _HALF = Shipped(
 # Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
 # as large as the others, and rows that are not aligned take an address for each element.
 _HALF_WIDE = _HALF._replace(
-    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(64, 64, 32, 4, 1),
-    low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3)),
+    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(32, 64, 32, 4, 1),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
     group_dx=(Tile(32, 64, 32, 4, 3),), fused_gemm=(Tile(32, 128, 32, 8, 3),),
     output_gradients=Tile(32, 64, 0, 4, 3), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
