@@ -14,7 +14,7 @@ from lora_kernels.algebra.operands import rank_dtype
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import Card
 from lora_kernels.hardware.cost import Launch, Size
-from lora_kernels.hardware.tiles import tiles_for
+from lora_kernels.hardware.tiles import Outputs, tiles_for
 
 from .cases import Case
 
@@ -34,7 +34,8 @@ def minimum(case: Case, direction: str) -> Launch:
 
 
 def _gemm(s: Size, name: str = "gemm") -> Launch:
-    return Launch(name, s.x + s.weight + s.y, s.gemm, vendor=True)
+    out = s.M, (s.K,) if name == "dx" else s.N
+    return Launch(name, s.x + s.weight + s.y, s.gemm, vendor=True, out=out)
 
 
 def floor_forward(s: Size) -> list[Launch]:
@@ -112,5 +113,8 @@ def launches_of(provider: str, case: Case, direction: str, card: Card) -> list[L
         return first(s) + (second(s) if backward else [])
     s = size_of(case)
     aligned = all(size % 16 == 0 for size in (s.K, *s.N))
-    tiles = tiles_for(card.arch, s.element, s.R, tf32=case.dtype == "tf32", aligned=aligned)
+    tiles = tiles_for(
+        card.arch, s.element, s.R, tf32=case.dtype == "tf32", aligned=aligned,
+        outputs=Outputs(s.M, s.N, s.K, card.processors),
+    )  # fmt: skip
     return cost.launches(provider, s, tiles, card.processors, backward=backward)

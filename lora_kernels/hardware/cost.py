@@ -1,11 +1,14 @@
 """The cost model: bytes and FLOPs of each launch of a strategy, and the time they take on a card.
 
-    time = sum over launches of max(bytes / (memory * share), flops / (rate * share)) + gap
+    time = sum of max(bytes / (memory * share), flops / (rate * share) * slowdown) + gap
 
 `choose` uses it for shapes that nobody has measured, and `bench roofline` prints it. A launch moves
 each of its tensors once: what a kernel reads again is taken to come from cache. Partial sums are
 written by one launch and read by another. The shares of the datasheet's memory and matrix rates are
 assumptions until a card is measured. What stays in cache between launches is not modelled.
+
+A GEMM is slowed down by its last wave of tiles (`waves`). Ours has the tile that is launched, the
+vendor's the best of those that a vendor is taken to have.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 
 from .cards import Card
 from .tiles import Tile, Tiles, rank_block, splits_for
+from .waves import VENDOR, best, slowdown
 
 GAP_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
 MEMORY_SHARE = 0.85
@@ -32,7 +36,8 @@ TRITON_OVER_VENDOR = {"sm_90": 0.75, "sm_100": 0.56, "gfx942": 0.69}
 class Launch(NamedTuple):
     """One kernel: the bytes it moves, the FLOPs it computes, whether it is the vendor's.
 
-    `exact` marks products in float32 although x is not: they have no matrix instructions.
+    `exact` marks products in float32 although x is not: they have no matrix instructions. `out` is
+    the (M, each N) that a GEMM writes, in tiles of `tile` (None: those of the vendor).
     """
 
     kernel: str
@@ -40,6 +45,14 @@ class Launch(NamedTuple):
     flops: float = 0.0
     vendor: bool = False
     exact: bool = False
+    out: tuple[int, tuple[int, ...]] | None = None
+    tile: Tile | None = None
+
+    def slowdown(self, processors: int) -> float:
+        """The time of a GEMM on so many multiprocessors over that of one without a last wave."""
+        if self.out is None:
+            return 1.0
+        return slowdown(*self.out, self.tile or best(*self.out, VENDOR, processors), processors)
 
 
 @dataclass
@@ -80,6 +93,11 @@ class Size:
         return [replace(self, N=(N,)) for N in self.N]
 
 
+def _vendor(kernel: str, s: Size, columns: tuple[int, ...], moved: float) -> Launch:
+    """A frozen product of the vendor's, with `columns` of output; `moved` bytes beside weights."""
+    return Launch(kernel, moved + s.weight, s.gemm, vendor=True, out=(s.M, columns))
+
+
 def _library(s: Size, tiles: Tiles, processors: int) -> Costs:
     """All products are the vendor's, which take one dtype: adapters and gradients are cast.
 
@@ -96,10 +114,10 @@ def _library(s: Size, tiles: Tiles, processors: int) -> Costs:
         forward += [Launch("apply_mask", 2 * t.x + t.mask)] * t.dropout + casts
         forward.append(Launch("h", t.x + A + t.h, t.rank_K, vendor=True))
         forward.append(Launch("rank-R product", t.h + B + t.y, t.rank_N, vendor=True))
-        forward.append(Launch("gemm", t.x + t.weight + 2 * t.y, t.gemm, vendor=True))
+        forward.append(_vendor("gemm", t, t.N, t.x + 2 * t.y))
         backward += casts * 2  # lora_A and lora_B, and their gradients
         backward.append(Launch("dh", t.y + B + t.h, t.rank_N, vendor=True))
-        backward.append(Launch("dx", t.y + t.weight + 2 * t.x, t.gemm, vendor=True))
+        backward.append(_vendor("dx", t, (t.K,), t.y + 2 * t.x))
         product = t.h + A + t.x + onto * (not t.dropout)
         backward.append(Launch("rank-R product", product, t.rank_K, vendor=True))
         if t.dropout:
@@ -116,9 +134,14 @@ def _project(s: Size) -> Launch:
 
 
 def _split(s: Size, tiles: Tiles, processors: int) -> Costs:
-    y = Launch("low_rank_gemm", s.x + s.weight + s.h + s.lora_B + s.y, s.gemm + s.rank_N)
-    moved = s.y + s.weight + s.h + s.lora_A + s.mask + s.x
-    dx = Launch("low_rank_gemm", moved, s.gemm + s.rank_K)
+    y = Launch(
+        "low_rank_gemm", s.x + s.weight + s.h + s.lora_B + s.y, s.gemm + s.rank_N,
+        out=(s.M, s.N), tile=tiles.low_rank_gemm,
+    )  # fmt: skip
+    dx = Launch(
+        "low_rank_gemm", s.y + s.weight + s.h + s.lora_A + s.mask + s.x, s.gemm + s.rank_K,
+        out=(s.M, (s.K,)), tile=tiles.low_rank_gemm_dx,
+    )  # fmt: skip
     return [_project(s), y], [*_column_gradients(s, tiles, processors), dx]
 
 
@@ -126,17 +149,19 @@ def _fused(s: Size, tiles: Tiles, processors: int) -> Costs:
     """Every column block computes h, or dh, again. With dropout the forward is that of split."""
     again = sum(_blocks(t.N[0], tiles.fused_gemm) * t.rank_K for t in s.layers())
     moved = s.x + s.weight + s.lora_A + s.lora_B + s.h + s.y
-    y = Launch("fused_gemm", moved, s.gemm + s.rank_N + again)
+    flops = s.gemm + s.rank_N + again
+    y = Launch("fused_gemm", moved, flops, out=(s.M, s.N), tile=tiles.fused_gemm)
     forward = _split(s, tiles, processors)[0] if s.dropout else [y]
-    again = _blocks(s.K, tiles.fused_gemm) * s.rank_N
-    dx = Launch("fused_gemm", moved + s.mask, s.gemm + s.rank_K + again)
+    flops = s.gemm + s.rank_K + _blocks(s.K, tiles.fused_gemm_dx) * s.rank_N
+    out, tile = (s.M, (s.K,)), tiles.fused_gemm_dx
+    dx = Launch("fused_gemm", moved + s.mask, flops, out=out, tile=tile)
     return forward, [dx, *_parameter_gradients(s, tiles, processors, dlora_B=True)]
 
 
 def _hybrid(s: Size, tiles: Tiles, processors: int) -> Costs:
     each = s.layers()
-    y = [Launch("gemm", t.x + t.weight + 2 * t.y, t.gemm, vendor=True) for t in each]
-    dx = [Launch("gemm", t.y + t.weight + 2 * t.x, t.gemm, vendor=True) for t in each]
+    y = [_vendor("gemm", t, t.N, t.x + 2 * t.y) for t in each]
+    dx = [_vendor("gemm", t, (t.K,), t.y + 2 * t.x) for t in each]
     forward = [_project(s), Launch("low_rank", s.h + s.lora_B + s.y, s.rank_N), *y]
     low_rank = Launch("low_rank", s.h + s.lora_A + s.mask + s.x, s.rank_K)
     return forward, [*_column_gradients(s, tiles, processors), low_rank, *dx]
@@ -202,5 +227,6 @@ def microseconds(
         rate = card.single if kernel.exact else card.rate(dtype, tf32)
         share = vendor if kernel.vendor else vendor * triton
         moving = kernel.bytes / (card.memory * memory * 1e3)
-        total += max(moving, kernel.flops / (rate * share * 1e6)) + GAP_US
+        computing = kernel.flops * kernel.slowdown(card.processors) / (rate * share * 1e6)
+        total += max(moving, computing) + GAP_US
     return total

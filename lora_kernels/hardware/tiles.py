@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .waves import best
+
 
 class Tile(NamedTuple):
     """Rows, columns and depth of one program's tile (0: not tiled), its warps and its stages.
 
-    `stages` is how many iterations of loads the compiler keeps under way.
+    The compiler makes one buffer less than there are `stages`: from three on the copy of a step
+    overlaps with the product of another.
     """
 
     m: int
@@ -23,11 +26,16 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tile of each kernel for one problem, and how tensor cores treat fp32 operands."""
+    """The tile of each kernel for one problem, and how tensor cores treat fp32 operands.
+
+    A GEMM has two: one where it computes y, and one where it computes dx.
+    """
 
     project: Tile
     low_rank_gemm: Tile
+    low_rank_gemm_dx: Tile
     fused_gemm: Tile
+    fused_gemm_dx: Tile
     low_rank: Tile  # low_rank_gemm without its GEMM: only the low-rank product is written
     output_gradients: Tile
     parameter_gradients: Tile
@@ -36,45 +44,90 @@ class Tiles(NamedTuple):
 
 KERNELS = Tiles._fields[:-1]
 
+
+class Shipped(NamedTuple):
+    """The tiles of an architecture. For a GEMM there are several: sizes of outputs differ.
+
+    In dx a group adds a masked low-rank product for each layer to one accumulator. That takes
+    registers, so it has tiles of its own; one layer takes those of y.
+    """
+
+    project: Tile
+    low_rank_gemm: tuple[Tile, ...]
+    group_dx: tuple[Tile, ...]
+    fused_gemm: tuple[Tile, ...]
+    low_rank: Tile
+    output_gradients: Tile
+    parameter_gradients: Tile
+
+
 # On sm_86 128 x 128 with 8 warps is the largest output tile whose accumulator stays in registers
 # beside the rank-R product (`lora-kernels compile-report`).
-_HALF = Tiles(
-    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(64, 128, 32, 4, 1),
-    low_rank_gemm=Tile(128, 128, 32, 8, 3), fused_gemm=Tile(128, 128, 32, 8, 3),
-    output_gradients=Tile(64, 128, 0, 4, 2), parameter_gradients=Tile(32, 128, 0, 4, 2),
+_HALF = Shipped(
+    project=Tile(32, 0, 64, 4, 4), low_rank=Tile(64, 128, 32, 4, 1),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
+    group_dx=(Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
+    fused_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+    output_gradients=Tile(32, 128, 0, 4, 4), parameter_gradients=Tile(32, 128, 0, 4, 3),
 )  # fmt: skip
 # Narrower tiles where registers are short: at ranks above 32 the rank-R tiles and accumulators are
 # as large as the others, and rows that are not aligned take an address for each element.
 _HALF_WIDE = _HALF._replace(
-    fused_gemm=Tile(64, 128, 32, 8, 3), low_rank=Tile(64, 64, 32, 4, 1),
-    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(32, 64, 32, 4, 1),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+    group_dx=(Tile(32, 64, 32, 4, 3),), fused_gemm=(Tile(32, 128, 32, 8, 3),),
+    output_gradients=Tile(32, 64, 0, 4, 3), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 # Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
-_FLOAT = Tiles(
-    project=Tile(32, 0, 32, 4, 2), low_rank=Tile(64, 64, 32, 4, 1),
-    low_rank_gemm=Tile(64, 64, 32, 4, 2), fused_gemm=Tile(64, 64, 32, 4, 2),
-    output_gradients=Tile(32, 64, 0, 4, 2), parameter_gradients=Tile(32, 64, 0, 4, 2),
+_FLOAT = Shipped(
+    project=Tile(32, 0, 32, 4, 4), low_rank=Tile(64, 64, 32, 4, 1),
+    low_rank_gemm=(Tile(64, 64, 32, 4, 2),), group_dx=(Tile(64, 64, 32, 4, 2),),
+    fused_gemm=(Tile(64, 64, 32, 4, 2),),
+    output_gradients=Tile(32, 64, 0, 4, 4), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 _FLOAT_WIDE = _FLOAT._replace(
-    fused_gemm=Tile(32, 64, 32, 4, 2), low_rank=Tile(32, 64, 32, 4, 1),
-    output_gradients=Tile(16, 64, 0, 4, 2), parameter_gradients=Tile(16, 64, 0, 4, 2),
+    group_dx=(Tile(32, 64, 32, 4, 2),), fused_gemm=(Tile(32, 64, 32, 4, 2),),
+    low_rank=Tile(32, 64, 32, 4, 1),
+    output_gradients=Tile(16, 64, 0, 4, 4), parameter_gradients=Tile(16, 64, 0, 4, 4),
 )  # fmt: skip
 # The interpreter runs small tests: with small tiles their shapes still have ragged edges.
-_INTERPRETER = Tiles._make([*(Tile(32, 32, 32, 1, 1) for _ in KERNELS), "ieee"])
+_SMALL = Tile(32, 32, 32, 1, 1)
+_INTERPRETER = Shipped(_SMALL, (_SMALL,), (_SMALL,), (_SMALL,), _SMALL, _SMALL, _SMALL)
 
-# WGMMA, on sm_90, takes deeper tiles than MMA.
-_DEEP = Tile(128, 128, 64, 8, 3)
-_HOPPER = _HALF._replace(low_rank_gemm=_DEEP, fused_gemm=_DEEP)
+# sm_80 and sm_90 have shared memory for deeper pipelines. The grid of a gradient is two programs a
+# multiprocessor, so a tile may take almost half of the shared memory.
+_AMPERE = _HALF._replace(
+    low_rank_gemm=(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4)),
+    group_dx=(Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
+    fused_gemm=(Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
+    output_gradients=Tile(64, 128, 0, 4, 4),
+)  # fmt: skip
+# WGMMA, on sm_90, takes deeper tiles than MMA, and wider ones for large outputs.
+_HOPPER = _HALF._replace(
+    low_rank_gemm=(
+        Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 3),
+    ),
+    group_dx=(Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    fused_gemm=(Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    output_gradients=Tile(64, 128, 0, 4, 4),
+)  # fmt: skip
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
 # nothing AMD has run.
-_AMD = Tiles._make([*(tile._replace(stages=1) for tile in _HALF[:-1]), "ieee"])
+_AMD = Shipped(
+    project=Tile(32, 0, 64, 4, 1), low_rank=Tile(64, 128, 32, 4, 1),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 1),), group_dx=(Tile(128, 128, 32, 8, 1),),
+    fused_gemm=(Tile(128, 128, 32, 8, 1),),
+    output_gradients=Tile(64, 128, 0, 4, 1), parameter_gradients=Tile(32, 128, 0, 4, 1),
+)  # fmt: skip
 # (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
-DEFAULT_TILES: dict[tuple[str, int, bool], Tiles] = {
+DEFAULT_TILES: dict[tuple[str, int, bool], Shipped] = {
     **{("cpu", size, wide): _INTERPRETER for size in (2, 4) for wide in (False, True)},
     ("any", 2, False): _HALF,
     ("any", 2, True): _HALF_WIDE,
     ("any", 4, False): _FLOAT,
     ("any", 4, True): _FLOAT_WIDE,
+    ("sm_80", 2, False): _AMPERE,
     ("sm_90", 2, False): _HOPPER,
     ("sm_100", 2, False): _HOPPER,
     # With two stages ptxas spills two registers of a thread, under fp16 with fp32 adapters.
@@ -96,16 +149,51 @@ def bucket(M: int) -> int:
     return 1 << (M - 1).bit_length() if M else 0
 
 
-def tiles_for(arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True) -> Tiles:
-    """The shipped tiles of an architecture for elements of `itemsize` bytes at rank R.
+class Outputs(NamedTuple):
+    """The outputs of a layer or a group, y [M, N_g] and dx [M, K], and the card's processors."""
+
+    M: int
+    N: tuple[int, ...]
+    K: int
+    processors: int
+
+
+def shipped(arch: str, itemsize: int, R: int, *, aligned: bool = True) -> Shipped:
+    """The row of an architecture for elements of `itemsize` bytes at rank R.
 
     `aligned` says that N and K are multiples of 16, so that loads can be wide.
     """
     wide = not aligned or rank_block(R) > 32
     kind = arch if aligned or arch == "cpu" else "any"
-    tiles = DEFAULT_TILES.get((kind, itemsize, wide), DEFAULT_TILES["any", itemsize, wide])
+    return DEFAULT_TILES.get((kind, itemsize, wide), DEFAULT_TILES["any", itemsize, wide])
+
+
+def tiles_for(
+    arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True,
+    outputs: Outputs | None = None,
+) -> Tiles:  # fmt: skip
+    """One tile for each kernel of the row: the first, or that in which `outputs` fill a card best.
+
+    M counts by its bucket, so that a batch of a new length compiles nothing new.
+    """
+    row = shipped(arch, itemsize, R, aligned=aligned)
+    M, N, K, processors = outputs or Outputs(0, (), 0, 0)
+
+    def fit(tiles: tuple[Tile, ...], columns: tuple[int, ...], again: int = 0) -> Tile:
+        return best(bucket(M), columns, tiles, processors, again) if M else tiles[0]
+
     tf32 = tf32 or (itemsize == 2 and arch.startswith("sm_"))
-    return tiles._replace(precision="tf32" if tf32 else "ieee")
+    return Tiles(
+        project=row.project,
+        low_rank_gemm=fit(row.low_rank_gemm, N),
+        low_rank_gemm_dx=fit(row.group_dx if len(N) > 1 else row.low_rank_gemm, (K,)),
+        fused_gemm=fit(row.fused_gemm, N, rank_block(R)),
+        fused_gemm_dx=fit(row.fused_gemm, (K,), rank_block(R)),
+        low_rank=row.low_rank,
+        output_gradients=row.output_gradients,
+        parameter_gradients=row.parameter_gradients,
+        precision="tf32" if tf32 else "ieee",
+    )
 
 
 def splits_for(M: int, columns: int, tile: Tile, processors: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..durable import locked, replacing
-from .tiles import DEFAULT_TILES, KERNELS, Tile
+from .tiles import KERNELS, Tile, tiles_for
 
 FORMAT = 1
 KERNEL_SOURCES = Path(__file__).parent.parent / "kernels"
@@ -119,8 +119,9 @@ def _row(row: Mapping[str, Any]) -> Tuned:
     if unknown := set(row["tiles"]) - set(KERNELS):
         raise ValueError(f"unknown kernels {sorted(unknown)}")
     tiles = {kernel: Tile(*sizes) for kernel, sizes in row["tiles"].items()}
+    shipped = tiles_for("any", 2, 16, tf32=False)
     for kernel, tile in tiles.items():
-        if not _is_possible(tile, shipped=getattr(DEFAULT_TILES["any", 2, False], kernel)):
+        if not _is_possible(tile, getattr(shipped, kernel)):
             raise ValueError(f"{kernel} has {tile}")
     median_us = float(row["median_us"])
     if not 0 < median_us < math.inf:

@@ -50,7 +50,7 @@ def _apply_mask(
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     t_ptrs = t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tk
     t = tl.load(t_ptrs, mask=inside, other=0.0)
-    keep = load_keep(mask_ptr, rows, first, M, K, stride_mask, BLOCK_M, BLOCK_K)
+    keep = load_keep(mask_ptr, rows, first, M, stride_mask, BLOCK_M, BLOCK_K)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     kept = tl.where(keep, t, 0.0)
     if ADD:

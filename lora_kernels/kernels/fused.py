@@ -44,12 +44,12 @@ def _fused_gemm(
     stride_mask, h_scale, scale,
     INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, AK_BY: tl.constexpr, VN_BY: tl.constexpr,
+    R_BY: tl.constexpr, AK_BY: tl.constexpr, VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # A program computes a tile [BLOCK_M, BLOCK_N] of the out of one segment, and h [BLOCK_M, R].
     segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
-    R = multiple(R, R_BY)
+    R, stride_mask = multiple(R, R_BY), multiple(stride_mask, MASK_BY)
     stride_ak, stride_vn = multiple(stride_ak, AK_BY), multiple(stride_vn, VN_BY)
     N = pick(Ns, segment)
     rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
@@ -115,7 +115,7 @@ def _fused_gemm(
         if HAS_MASK:
             term_mask_ptr = mask_ptr + at * M.to(tl.int64) * stride_mask
             keep = load_keep(
-                term_mask_ptr, rows, block_n * BLOCK_N, M, N, stride_mask, BLOCK_M, BLOCK_N
+                term_mask_ptr, rows, block_n * BLOCK_N, M, stride_mask, BLOCK_M, BLOCK_N
             )
             product = tl.where(keep, product, 0.0)
         acc += product
@@ -157,6 +157,7 @@ def _plan(
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
+    stride_mask = 0 if mask is None else mask.stride(1)
     outs = tuple(Out((M, N), x[0].dtype) for N in Ns)
     h = Out((len(w), M, R), rank_dtype(x[0].dtype, a[0].dtype))
     blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
@@ -164,12 +165,13 @@ def _plan(
         _fused_gemm, (blocks, 1, 1), (outs, h),
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
-        *w[0].stride(), *a[0].stride(), *v[0].stride(), 0 if mask is None else mask.stride(1),
+        *w[0].stride(), *a[0].stride(), *v[0].stride(), stride_mask,
         h_scale, scale,
         INDEX=index_type((*x, *w, a[0], v[0], h, *outs)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
         PRECISION=precision,
         R_BY=divisor(R), AK_BY=divisor(a[0].stride()[1]), VN_BY=divisor(v[0].stride()[0]),
+        MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -38,10 +38,12 @@ def _column_gradients(
     M, Ps, R, rows_per_split,
     stride_tms, stride_tp, stride_bp, stride_br, stride_mask,
     INPUTS: tl.constexpr, INDEX: tl.constexpr, HAS_MASK: tl.constexpr, WANT_G: tl.constexpr,
-    WANT_D: tl.constexpr, PRECISION: tl.constexpr, R_BY: tl.constexpr, BP_BY: tl.constexpr,
+    WANT_D: tl.constexpr, PRECISION: tl.constexpr,
+    R_BY: tl.constexpr, BP_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R, stride_bp = multiple(R, R_BY), multiple(stride_bp, BP_BY)
+    stride_mask = multiple(stride_mask, MASK_BY)
     # The segment changes fastest from program to program: where segments share their t (x of a
     # group), all but the first find it in the L2 cache.
     segment = tl.program_id(0)
@@ -109,7 +111,7 @@ def _column_gradients(
                 # Of dy nothing is dropped: a mask of no rows, which keeps everything.
                 masked_rows = tl.where(of_x, M, 0)
                 keep = load_keep(
-                    layer_mask_ptr, rows, block_p * BLOCK_P, masked_rows, P, stride_mask,
+                    layer_mask_ptr, rows, block_p * BLOCK_P, masked_rows, stride_mask,
                     BLOCK_M, BLOCK_P,
                 )  # fmt: skip
                 t = tl.where(keep, t, 0.0)
@@ -210,6 +212,7 @@ def _plan(
     """Partial sums d [blocks of columns, G, M, R] and g [splits, columns_total, R], then sums."""
     M = t[0].shape[0]
     Ps = tuple(each.shape[1] for each in t)
+    stride_mask = 0 if mask is None else mask.stride(1)
     blocks_p = triton.cdiv(max(Ps), tile.n)
     rows_per_split = triton.cdiv(triton.cdiv(M, splits), tile.m) * tile.m
     splits = triton.cdiv(M, rows_per_split)
@@ -240,10 +243,11 @@ def _plan(
         _column_gradients, (len(t), blocks_p, splits), (d, partials_A, partials_B),
         M, Ps, R, rows_per_split,
         tuple(each.stride(0) for each in t), t[0].stride(1),
-        *((0, 0) if b is None else b[0].stride()), 0 if mask is None else mask.stride(1),
+        *((0, 0) if b is None else b[0].stride()), stride_mask,
         INPUTS=inputs, INDEX=index_type((*t, dh, h, *(b or ()), d, partials_A, partials_B)),
         HAS_MASK=mask is not None, WANT_G=dh is not None or h is not None, WANT_D=b is not None,
         PRECISION=precision, R_BY=divisor(R), BP_BY=1 if b is None else divisor(b[0].stride(0)),
+        MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=stages,
         then=_plan_sum(sums),

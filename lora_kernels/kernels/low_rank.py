@@ -46,12 +46,13 @@ def _low_rank_gemm(
     scale,
     GEMM: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, VN_BY: tl.constexpr,
+    R_BY: tl.constexpr, VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # A program computes one tile [BLOCK_M, BLOCK_N] of the out of one segment.
     segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
     R, stride_vn = multiple(R, R_BY), multiple(stride_vn, VN_BY)
+    stride_mask = multiple(stride_mask, MASK_BY)
     N = pick(Ns, segment)
     rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
@@ -83,7 +84,7 @@ def _low_rank_gemm(
             # Each term has a mask of its own, so it is masked before it is added.
             term_mask_ptr = mask_ptr + at * M.to(tl.int64) * stride_mask
             keep = load_keep(
-                term_mask_ptr, rows, block_n * BLOCK_N, M, N, stride_mask, BLOCK_M, BLOCK_N
+                term_mask_ptr, rows, block_n * BLOCK_N, M, stride_mask, BLOCK_M, BLOCK_N
             )
             product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             acc += tl.where(keep, rank_dot(u, v, product, dtype, PRECISION), 0.0)
@@ -169,6 +170,7 @@ def _plan(
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
+    stride_mask = 0 if mask is None else mask.stride(1)
     allocated = tuple(Out((M, N), x[0].dtype) for N in Ns) if outs is None else ()
     written = outs or allocated
     blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
@@ -176,12 +178,13 @@ def _plan(
         _low_rank_gemm, (blocks, 1, 1), (allocated,) if outs is None else (),
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
-        *w[0].stride(), *v[0].stride(), 0 if mask is None else mask.stride(1),
+        *w[0].stride(), *v[0].stride(), stride_mask,
         tuple(t.stride()[0] for t in written),
         scale,
         GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *written)), HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
-        PRECISION=precision, R_BY=divisor(R), VN_BY=divisor(v[0].stride()[0]),
+        PRECISION=precision,
+        R_BY=divisor(R), VN_BY=divisor(v[0].stride()[0]), MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

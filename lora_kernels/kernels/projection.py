@@ -41,9 +41,10 @@ def _project(
     stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
     scale, threshold,
     INDEX: tl.constexpr, DRAW: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    R_BY: tl.constexpr, MASK_BY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    R = multiple(R, R_BY)
+    R, stride_mask = multiple(R, R_BY), multiple(stride_mask, MASK_BY)
     # The grid has one axis of G * ceil(M / BLOCK_M) programs; the segment changes fastest.
     segment = tl.program_id(0) % len(A_ptrs)
     A_ptr = pick(A_ptrs, segment)
@@ -74,7 +75,7 @@ def _project(
             tl.store(
                 mask_ptr + rows[:, None] * stride_mask + columns[None, :],
                 packed.to(tl.uint8),
-                mask=row_inside[:, None] & (columns < tl.cdiv(K, 8))[None, :],
+                mask=row_inside[:, None] & (columns < stride_mask)[None, :],
             )
             x = tl.where(spread_bits(packed, BLOCK_M, BLOCK_K // 8), x, 0.0)
         # A^T [BLOCK_K, BLOCK_R]: A lies as [R, K] and is read with its strides swapped.
@@ -119,7 +120,7 @@ def _plan(
         *x.stride(), *lora_A[0].stride(), stride_mask,
         scale, masks.threshold(dropout),
         INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
-        PRECISION=precision, R_BY=divisor(R),
+        PRECISION=precision, R_BY=divisor(R), MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -204,18 +204,19 @@ def spread_bits(packed, ROWS: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def load_keep(
-    mask_ptr, rows, first_column, M, N, stride_mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    mask_ptr, rows, first_column, M, stride_mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Keep flags [ROWS, COLUMNS] of a tile, from a packed mask in memory.
+    """Keep flags [ROWS, COLUMNS] of a tile, from a packed mask [M, stride_mask] in memory.
 
-    Rows from M on and bytes past column N are not loaded: there every element counts as kept. A
-    byte is loaded once and spread in registers; a load for each element would cost as much as a
-    step of the K loop.
+    Bytes outside of the mask are not loaded: there every element counts as kept. A byte is loaded
+    once and spread in registers; a load for each element would cost as much as a step of the K
+    loop. The mask's own width bounds its columns: of that number the compiler knows what divides
+    it, so it sees that neighbouring bytes are inside together, and loads them together.
     """
     columns = first_column // 8 + tl.arange(0, COLUMNS // 8)
     packed = tl.load(
         mask_ptr + rows[:, None] * stride_mask + columns[None, :],
-        mask=(rows < M)[:, None] & (columns * 8 < N)[None, :],
+        mask=(rows < M)[:, None] & (columns < stride_mask)[None, :],
         other=0xFF,
     )
     return spread_bits(packed.to(tl.int32), ROWS, COLUMNS // 8)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..algebra.operands import Operands, Settings, rank_dtype
-from ..hardware.tiles import Tile, Tiles, bucket, tiles_for
+from ..hardware.tiles import Outputs, Tile, Tiles, bucket, tiles_for
 from ..hardware.tuned import Tuned, load_table, table_path
 from .problem import Problem, tf32_allowed
 from .table import STRATEGIES, Strategy, check_strategy, triton_supports
+
+if TYPE_CHECKING:
+    from ..hardware.cards import Card
 
 # The shares of a datasheet that the cost model takes for attained are assumptions. A lead below
 # this one lies within their error, and is no reason to leave `split`.
@@ -82,9 +86,25 @@ def _choice(
 
 
 def _shipped(problem: Problem) -> Tiles:
-    aligned = problem.N % 16 == 0 and problem.K % 16 == 0
-    size = problem.dtype.itemsize
-    return tiles_for(problem.arch, size, problem.R, tf32=problem.tf32, aligned=aligned)
+    outputs = Outputs(problem.M, _widths(problem), problem.K, _card(problem).processors)
+    return tiles_for(
+        problem.arch, problem.dtype.itemsize, problem.R,
+        tf32=problem.tf32, aligned=problem.aligned, outputs=outputs,
+    )  # fmt: skip
+
+
+def _widths(problem: Problem) -> tuple[int, ...]:
+    """The N of each segment; ranges of columns count as a group that is as wide in all."""
+    N = problem.N // problem.segments if problem.columns else problem.N
+    return (N,) * problem.segments
+
+
+def _card(problem: Problem) -> Card:
+    """The datasheet's row for a problem, with the multiprocessors that its card has."""
+    from ..hardware.cards import nearest  # a CPU seldom asks, and importing it takes time
+
+    card = nearest(problem.gpu, problem.arch)
+    return replace(card, processors=problem.processors or card.processors)
 
 
 def _measured(problem: Problem) -> Tuned | None:
@@ -102,13 +122,11 @@ def predict(problem: Problem, strategy: str) -> float:
     if STRATEGIES[strategy].supports(problem) is not None:
         return math.inf
     from ..hardware import cost  # a CPU never asks, and it takes a tenth of the package's import
-    from ..hardware.cards import nearest
 
-    p, card = problem, nearest(problem.gpu, problem.arch)
-    N = p.N // p.segments if p.columns else p.N  # ranges count as a group that is as wide in all
+    p, card = problem, _card(problem)
     rank = rank_dtype(p.dtype, torch.float32).itemsize
     element = p.dtype.itemsize
-    size = cost.Size(p.M, p.K, (N,) * p.segments, p.R, p.dropout, element, rank=rank)
+    size = cost.Size(p.M, p.K, _widths(p), p.R, p.dropout, element, rank=rank)
     launches = cost.launches(strategy, size, _shipped(p), card.processors)
     return cost.microseconds(launches, card, p.dtype, tf32=p.tf32)
 

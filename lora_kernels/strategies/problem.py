@@ -37,6 +37,7 @@ class Problem:
     segments: int = 1
     gpu: str = ""  # the card's name, for its tuned table
     columns: bool = False
+    processors: int = 0  # the card's multiprocessors; 0: those of the card that stands for `arch`
 
     @classmethod
     def on(
@@ -45,8 +46,13 @@ class Problem:
     ) -> Problem:  # fmt: skip
         """The problem on a device of this machine, with torch's own setting for TF32."""
         tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
-        arch, gpu = architecture(device), _gpu(device)
-        return cls(M, N, K, R, dtype, arch, dropout, tf32, segments, gpu, columns)
+        arch, gpu, count = architecture(device), _gpu(device), processors(device)
+        return cls(M, N, K, R, dtype, arch, dropout, tf32, segments, gpu, columns, count)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of 16 elements follow one another, so that loads can be wide."""
+        return self.N % 16 == 0 and self.K % 16 == 0
 
     @property
     def key(self) -> str:
@@ -84,6 +90,14 @@ def architecture(device: torch.device) -> str:
 @cache
 def _gpu(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 0 for another device."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tf32_allowed() -> bool:

@@ -75,7 +75,7 @@ _ROWS = (
         backward=tiled.split_backward,
         supports=triton_supports,
         summary="rank-R products once, then one GEMM seeded with them",
-        kernels=lambda problem: ("project", "low_rank_gemm", *_GRADIENTS),
+        kernels=lambda problem: ("project", "low_rank_gemm", "low_rank_gemm_dx", *_GRADIENTS),
     ),
     Strategy(
         name="fused",
@@ -84,8 +84,8 @@ _ROWS = (
         supports=_fused_supports,
         summary="fewest launches: a GEMM computes the rank-R product from the tiles that it reads",
         kernels=lambda problem: (
-            *(("project", "low_rank_gemm") if problem.dropout else ()),
-            *("fused_gemm", "parameter_gradients"),
+            *(("project", "low_rank_gemm") if problem.dropout else ("fused_gemm",)),
+            *("fused_gemm_dx", "parameter_gradients"),
         ),
     ),
     Strategy(

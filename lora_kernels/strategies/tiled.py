@@ -33,7 +33,7 @@ from ..algebra.operands import (
 )
 from ..hardware.tiles import Tile, Tiles, splits_for
 from .library import add_frozen
-from .problem import triton_kernels
+from .problem import processors, triton_kernels
 
 
 def _project(
@@ -134,7 +134,7 @@ def _split_dx(
     dy: Tensors, operands: Operands, dh: Tensor, mask: Tensor | None, settings: Settings,
     tiles: Tiles,
 ) -> Tensor:  # fmt: skip
-    return _seeded_dx(dy, operands, dh, mask, settings, tiles.low_rank_gemm, tiles.precision)
+    return _seeded_dx(dy, operands, dh, mask, settings, tiles.low_rank_gemm_dx, tiles.precision)
 
 
 def _hybrid_dx(
@@ -190,7 +190,7 @@ def fused_backward(
     (dx,), dh = triton_kernels().fused_gemm(
         dy, operands.weight, operands.lora_B, operands.lora_A, transposed=True,
         h_scale=settings.scale, scale=1 / (1 - settings.dropout), mask=mask,
-        tile=tiles.fused_gemm, precision=tiles.precision,
+        tile=tiles.fused_gemm_dx, precision=tiles.precision,
     )  # fmt: skip
     if not (wanted.dlora_A or wanted.dlora_B):
         return Backward(dx, None, None)
@@ -235,7 +235,4 @@ def _splits(read: Tensors, tile: Tile) -> int:
 
 @lru_cache(maxsize=4096)
 def _splits_on(device: torch.device, M: int, columns: int, tile: Tile) -> int:
-    processors = 2
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return splits_for(M, columns, tile, processors)
+    return splits_for(M, columns, tile, processors(device) or 2)  # 2: the interpreter

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..hardware.cards import ARCHITECTURES, Architecture
+from ..hardware.tiles import Tiles, shipped
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
 from ..strategies.table import STRATEGIES
@@ -38,6 +40,7 @@ SPECIMENS: tuple[Specimen, ...] = (
     (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False),
     (LAYERS["roberta-base.qkv"], 4096, 8, True, False),
     (LAYERS["roberta-base.qkv"], 4096, 8, False, False),
+    (LAYERS["roberta-base.qkv"], 4096, 64, True, False),
     (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, False),
 )
 
@@ -46,7 +49,8 @@ class Row(NamedTuple):
     """One compiled kernel; AMD kernels have no counts.
 
     `registers` are those of a thread, `spills` the 4-byte registers that it keeps in local memory,
-    `occupancy` the resident warps of a multiprocessor over the most it holds.
+    `programs` how many a multiprocessor holds at a time, `occupancy` their warps over the most it
+    holds, `byte_loads` the instructions that load a single byte of global memory.
     """
 
     kernel: str
@@ -57,8 +61,10 @@ class Row(NamedTuple):
     spills: int | None
     shared_bytes: int
     shared_limit: int
+    programs: int | None
     occupancy: float | None
     matrix_instructions: int | None
+    byte_loads: int | None
 
     @property
     def refusal(self) -> str | None:
@@ -90,9 +96,23 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
             kernels.apply_mask(kernels.apply_mask(x, mask), mask, onto=x)
         return
     adapter = dtype if pure else torch.float32
-    probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
-    x, dy = probe.inputs()
-    probe.backward(x, dy, probe.forward(x))
+    for tiles in _each_shipped(problem, choice.tiles):
+        choice = replace(choice, tiles=tiles)
+        probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
+        x, dy = probe.inputs()
+        probe.backward(x, dy, probe.forward(x))
+
+
+def _each_shipped(problem: Problem, tiles: Tiles) -> Iterator[Tiles]:
+    """The tiles with, in turn, all that are shipped for its GEMMs: sizes of outputs decide."""
+    row = shipped(problem.arch, problem.dtype.itemsize, problem.R, aligned=problem.aligned)
+    dx = row.group_dx if problem.segments > 1 else row.low_rank_gemm
+    for i in range(max(len(row.low_rank_gemm), len(dx), len(row.fused_gemm))):
+        fused = row.fused_gemm[i % len(row.fused_gemm)]
+        yield tiles._replace(
+            low_rank_gemm=row.low_rank_gemm[i % len(row.low_rank_gemm)],
+            low_rank_gemm_dx=dx[i % len(dx)], fused_gemm=fused, fused_gemm_dx=fused,
+        )  # fmt: skip
 
 
 def compile_report(
@@ -135,18 +155,19 @@ def _row(source: Any, metadata: Any, binary: bytes, layer: Layer, dtype: str, ar
     count = f"{'of' if layer.columns else 'x'}{len(layer.children)}"
     depth = [f"w{metadata.num_warps}", f"s{metadata.num_stages}"]
     tile = "-".join([*blocks, *depth, *flags, layout, count])
-    registers = spills = matrix = occupancy = None
+    registers = spills = matrix = byte_loads = programs = occupancy = None
     if arch.startswith("sm_"):
-        registers, spills, matrix = _inspect(binary)
-        occupancy = _occupancy(limits, registers, shared, metadata.num_warps)
+        registers, spills, matrix, byte_loads = _inspect(binary)
+        programs = _programs(limits, registers, shared, metadata.num_warps)
+        occupancy = round(programs * metadata.num_warps / limits.warps, 3)
     return Row(
         metadata.name.strip("_"), tile, dtype, arch, registers, spills, shared,
-        limits.program_shared * 1024, occupancy, matrix,
+        limits.program_shared * 1024, programs, occupancy, matrix, byte_loads,
     )  # fmt: skip
 
 
-def _inspect(cubin: bytes) -> tuple[int, int, int]:
-    """(registers a thread, spilled registers, matrix instructions) of a cubin."""
+def _inspect(cubin: bytes) -> tuple[int, int, int, int]:
+    """(registers a thread, spilled registers, matrix instructions, byte loads) of a cubin."""
     from triton import knobs
 
     def output(*command: str) -> str:
@@ -161,29 +182,30 @@ def _inspect(cubin: bytes) -> tuple[int, int, int]:
     if len(counts) < 3:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[-300:]}")
     matrix = re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", assembly)
-    return int(counts["REG"]), max(int(counts["STACK"]), int(counts["LOCAL"])) // 4, len(matrix)
+    byte_loads = re.findall(r"\bLDG\.E\.[US]8\b", assembly)
+    spills = max(int(counts["STACK"]), int(counts["LOCAL"])) // 4
+    return int(counts["REG"]), spills, len(matrix), len(byte_loads)
 
 
-def _occupancy(limits: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Resident warps of a multiprocessor over the most it holds; `shared` in bytes."""
+def _programs(limits: Architecture, registers: int, shared: int, warps: int) -> int:
+    """How many programs a multiprocessor holds at a time; `shared` in bytes."""
     per_warp = -(-registers * 32 // 256) * 256  # a warp gets registers in blocks of 256
-    programs = min(
+    return min(
         limits.programs,
         limits.warps // warps,
         limits.registers // (per_warp * warps),
         limits.shared * 1024 // (shared + 1024),  # the system takes 1 KiB a program
     )
-    return round(programs * warps / limits.warps, 3)
 
 
 def render(rows: Sequence[Row]) -> str:
     """The rows as a table, then what the gate refuses and why."""
-    line = "{:<16} {:<9} {:<7} {:>4} {:>6} {:>7} {:>5} {:>4}  {}".format
-    titles = ("kernel", "dtype", "arch", "regs", "spills", "shared", "occup", "mma", "tile")
-    lines = [line(*titles)]
+    line = "{:<16} {:<9} {:<7} {:>4} {:>6} {:>7} {:>5} {:>5} {:>4} {:>5}  {}".format
+    counted = ("regs", "spills", "shared", "progs", "occup", "mma", "bytes")
+    lines = [line("kernel", "dtype", "arch", *counted, "tile")]
     for row in rows:
-        counts = (row.registers, row.spills, row.shared_bytes, row.occupancy)
-        cells = ["-" if n is None else str(n) for n in (*counts, row.matrix_instructions)]
+        counts = row[4:7] + row[8:]  # all but the limit, which is the card's
+        cells = ["-" if n is None else str(n) for n in counts]
         lines.append(line(row.kernel, row.dtype, row.arch, *cells, row.tile))
     refused = [row for row in rows if row.refusal]
     lines += [f"REFUSED {row.arch} {row.kernel} {row.tile}: {row.refusal}" for row in refused]

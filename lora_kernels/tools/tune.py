@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hardware.tiles import Tile
+from ..hardware.tiles import DEFAULT_TILES, Tile
 from ..hardware.tuned import Tuned, store_rows, table_path
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
@@ -25,16 +25,17 @@ from ..strategies.table import STRATEGIES
 from .probe import training_step
 from .timing import Step, graph_time
 
-# The tiles tried for each kernel besides the shipped one. Where a card cannot hold a tile, it fails
-# to compile and drops out.
+# The tiles tried for each kernel besides the chosen one: those that are shipped for some card, and
+# more. Where a card cannot hold a tile, it fails to compile and drops out.
+_SHIPPED = [DEFAULT_TILES[arch, 2, False] for arch in ("any", "sm_80", "sm_90")]
 _GEMM = (
-    Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4),
-    Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 256, 32, 8, 3),
-    Tile(64, 64, 32, 4, 5), Tile(256, 64, 32, 8, 3),
+    *{tile: None for row in _SHIPPED for tile in (*row.low_rank_gemm, *row.group_dx)},
+    Tile(64, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 5),
+    Tile(256, 64, 32, 8, 3),
 )  # fmt: skip
 _COLUMNS = (
-    Tile(32, 128, 0, 4, 2), Tile(64, 64, 0, 4, 3), Tile(128, 64, 0, 4, 2), Tile(64, 128, 0, 8, 3),
-    Tile(32, 64, 0, 2, 3),
+    *{tile: None for row in _SHIPPED for tile in (row.output_gradients, row.parameter_gradients)},
+    Tile(64, 64, 0, 4, 3), Tile(128, 64, 0, 4, 2), Tile(64, 128, 0, 8, 3), Tile(32, 64, 0, 2, 3),
 )  # fmt: skip
 CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
     "project": (
@@ -42,7 +43,9 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
         Tile(64, 0, 64, 4, 3), Tile(64, 0, 128, 8, 3),
     ),
     "low_rank_gemm": _GEMM,
+    "low_rank_gemm_dx": _GEMM,
     "fused_gemm": _GEMM,
+    "fused_gemm_dx": _GEMM,
     "low_rank": (Tile(32, 128, 32, 4, 1), Tile(64, 64, 32, 4, 1), Tile(128, 128, 32, 8, 1)),
     "output_gradients": _COLUMNS,
     "parameter_gradients": _COLUMNS,

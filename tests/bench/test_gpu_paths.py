@@ -26,7 +26,7 @@ from bench.subjects import METHODS, MODELS, PRECISIONS, Recipe
 from lora_kernels.algebra import masks
 from lora_kernels.strategies import library
 from lora_kernels.strategies.choose import _decide, choose
-from lora_kernels.strategies.problem import Problem, _gpu, architecture
+from lora_kernels.strategies.problem import Problem, _gpu, architecture, processors
 from lora_kernels.strategies.table import STRATEGIES
 from lora_kernels.tools import doctor, probe, tune
 from lora_kernels.tools import timing as stopwatches
@@ -164,7 +164,7 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(masks, "draw", drawn)
     caches = (
-        architecture, _gpu, _decide, records.machine,
+        architecture, _gpu, processors, _decide, records.machine,
         timing.copy_bandwidth, timing.matrix_rate, library._launches_masks,
     )  # fmt: skip
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "tuned"))

@@ -189,7 +189,8 @@ def test_prediction_by_hand():
     share = roofline.Efficiency(0.5, 0.5, "test")
     found = roofline.predict(card, "floor", HAND, "forward", share)
     memory_us = 13_762_560 / (448e9 * 0.5) * 1e6
-    compute_us = 4_831_838_208 / (40.6e12 * 0.5) * 1e6
+    # 768 tiles of 64 x 64 on 46 multiprocessors are 17 waves; such tiles are 6 % slower.
+    compute_us = 4_831_838_208 / (40.6e12 * 0.5) * 1e6 * 1.06 * 17 * 46 / 768
     assert found.launches == 1
     assert found.microseconds == pytest.approx(max(memory_us, compute_us) + cost.GAP_US)
 

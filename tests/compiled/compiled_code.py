@@ -23,7 +23,7 @@ from lora_kernels.algebra import masks
 from lora_kernels.algebra.columns import unfold
 from lora_kernels.algebra.operands import Parts, Settings, Weights
 from lora_kernels.autograd.functional import lora_layer
-from lora_kernels.hardware.tiles import Tile, tiles_for
+from lora_kernels.hardware.tiles import Tile, shipped, tiles_for
 from lora_kernels.kernels import launch
 from lora_kernels.strategies.table import STRATEGIES
 from lora_kernels.tools.absent_card import AbsentCard
@@ -77,7 +77,9 @@ def on(monkeypatch):
 
     def begin(arch: str, strategy: str, dtype: torch.dtype, R: int, **given: Tile) -> Card:
         card = Card(arch)
-        tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)._replace(**given)
+        tiles = tiles_for(arch, dtype.itemsize, R, tf32=dtype is FULL)
+        group_dx, *_ = shipped(arch, dtype.itemsize, R).group_dx  # taken for one layer as well
+        tiles = tiles._replace(**{"low_rank_gemm_dx": group_dx, **given})
         monkeypatch.setattr(driver, "_active", card)
         # A cached launch has addresses where this card looks for tensors (see launches.py).
         monkeypatch.setattr(launch, "CACHED", False)

@@ -16,7 +16,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from lora_kernels import kernels
-from lora_kernels.kernels import launch, projection
+from lora_kernels.hardware.tiles import Tile
+from lora_kernels.kernels import gradients, launch, plan
 from tests.compiled.launches import BASE, Compiled, Launched, card, run, tensors
 
 
@@ -125,26 +126,34 @@ def test_the_variable_has_one_value():
         launch.wants_cache("fast")
 
 
-def test_a_plan_is_made_for_the_card_of_its_tensors(monkeypatch):
-    """On a machine with an RTX card and an H100, not for the one that happens to be current."""
-    asked = []
+@pytest.mark.parametrize(("current", "of_tensors", "stages"), [(86, 90, 1), (90, 86, 4)])
+def test_a_plan_is_made_for_the_card_of_its_tensors(monkeypatch, current, of_tensors, stages):
+    """On a machine with an RTX card and an H100, not for the one that happens to be current.
 
-    def plan(*arguments):
-        asked.append(launch.has_asynchronous_products())
-        return projection._plan(*arguments)
+    On an H100 the gradients of dy at ranks above 32 must not be pipelined, or they race.
+    """
+    made = []
 
-    with card() as active:
+    def planned(kernel, *arguments, **constants):
+        made.append(constants.get("num_stages"))
+        return plan.planned(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(gradients, "planned", planned)
+    with card(GPUTarget("cuda", current, 32)) as active:
 
         @contextmanager
-        def device(of_tensors):
-            current, active.target = active.target, GPUTarget("cuda", 90, 32)
+        def device(index):
+            assert index == dy[0].get_device()
+            before, active.target = active.target, GPUTarget("cuda", of_tensors, 32)
             yield
-            active.target = current
+            active.target = before
 
         monkeypatch.setattr(torch.cuda, "device", device)
-        x, lora_A = torch.zeros(32, 48), (torch.zeros(8, 48),)
-        launch.launch(plan, (x, lora_A, None), 0.0, BASE.tile, "ieee")
-    assert asked == [True]
+        dy, lora_B = (torch.zeros(32, 48),), (torch.zeros(48, 64),)
+        kernels.output_gradients(
+            dy, None, lora_B, scale=1.0, tile=Tile(32, 64, 0, 4, 4), precision="ieee", splits=1
+        )
+    assert made == [None, stages]  # the sum is planned first
 
 
 def test_profilers_are_told(monkeypatch):

@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from lora_kernels import kernels
 from lora_kernels.algebra.operands import Operands, Settings, Wanted, Weights
-from lora_kernels.hardware.tiles import Tile, Tiles
+from lora_kernels.hardware.tiles import KERNELS, Tile, Tiles
 from lora_kernels.kernels import launch, projection
 from lora_kernels.strategies.tiled import (
     fused_backward,
@@ -181,7 +181,7 @@ def run_step(step: Step, made: Any, empty: Callable[..., torch.Tensor]) -> None:
     """Forward and backward of the step, with `empty` in the place of torch's."""
     x, operands, dy, seed = made
     settings = Settings(step.scale, step.dropout)
-    tiles = Tiles._make([step.tile] * 6 + [step.precision])
+    tiles = Tiles._make([step.tile] * len(KERNELS) + [step.precision])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", empty)
         done = FORWARD[step.strategy](x, operands, settings, seed, tiles)

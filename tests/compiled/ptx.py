@@ -149,13 +149,18 @@ class Machine:
         return ~value if negated else value
 
     def write(self, operand: str, value: Array, where: Array | None) -> None:
-        """Bits into a register of every thread, or of those `where` the guard holds."""
+        """Bits into a register of every thread, or of those `where` the guard holds.
+
+        A wider register is filled up by the sign of a signed value, by zeros else.
+        """
         if operand == "_":
             return
         name = operand[1:]
         if value.dtype != bool:
             bits = {"s": 16, "d": 64}.get(name.lstrip("r")[:1], 32)
-            value = value.view(f"u{value.dtype.itemsize}").astype(f"u{bits // 8}")
+            if value.dtype.kind != "i":
+                value = value.view(f"u{value.dtype.itemsize}")
+            value = value.astype(f"{value.dtype.kind}{bits // 8}").view(f"u{bits // 8}")
         if where is not None and not where.all():
             value = np.where(where, value, self.registers.get(name, np.zeros_like(value)))
         self.registers[name] = value

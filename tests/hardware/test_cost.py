@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from lora_kernels import STRATEGIES
 from lora_kernels.hardware import cost
 from lora_kernels.hardware.cards import CARDS
-from lora_kernels.hardware.tiles import tiles_for
+from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 
@@ -26,14 +27,14 @@ def test_bytes_and_flops_by_hand():
     assert gemm.bytes == X + W + H + SMALL + Y
     assert gemm.flops == 2 * 4096 * 768 * 768 + 2 * 4096 * 768 * 16
     blocks = 6  # 768 columns / 128
-    partials, partials_h = 4 * 16 * 768 * 16, 4 * blocks * 4096 * 16  # of 4096 rows / (4 x 64)
-    partials_A = 4 * 28 * 768 * 16  # of twice 82 programs / 6 blocks
+    partials_h = 4 * blocks * 4096 * 16
+    partials = partials_A = 4 * 28 * 768 * 16  # of twice 82 programs / 6 blocks
     assert dB.bytes == Y + H + SMALL + partials + partials_h and dB.flops == 2 * 2 * 4096 * 768 * 16
     assert sum_B.bytes == partials + partials_h + SMALL + H
     assert dA.bytes == X + H + MASK + partials_A and sum_A.bytes == partials_A + SMALL
     assert dx.bytes == Y + W + H + SMALL + MASK + X
     moved = [launch.bytes for launch in (project, gemm, dB, sum_B, dA, sum_A, dx)]
-    assert [round(sum(part) / 1e6) for part in (moved[:2], moved[2:])] == [21, 35]
+    assert [round(sum(part) / 1e6) for part in (moved[:2], moved[2:])] == [21, 37]
     floor = (X + W + Y) / (1008 * 0.85e3)
     assert cost.microseconds([gemm], CARDS["RTX 4090"], torch.bfloat16) > floor
 
@@ -49,13 +50,27 @@ def test_a_group_reads_x_once_whatever_its_widths():
     assert draw.bytes == 3 * MASK and len(each) == 3 * (len(alone) - 1)
 
 
+def test_the_time_of_a_gemm_counts_its_last_wave():
+    """96 tiles of 128 x 128 on 46 multiprocessors take 3 waves, where 96 / 46 would do."""
+    card = CARDS["RTX 3070"]
+    plain = cost.Launch("gemm", 0, 1e9)
+    ours = plain._replace(out=(2048, (768,)), tile=Tile(128, 128, 32, 8, 3))
+    vendor, waves = ours._replace(tile=None, vendor=True), 9 * 46 / 384  # in tiles of 64 x 64
+    times = [
+        cost.microseconds([each], card, torch.bfloat16) - cost.GAP_US
+        for each in (plain, ours, plain._replace(vendor=True), vendor)
+    ]
+    assert times[1] / times[0] == pytest.approx(3 * 46 / 96)
+    assert times[3] / times[2] == pytest.approx(1.06 * waves)
+
+
 def test_every_strategy_has_a_cost():
     assert set(cost.COSTS) == set(STRATEGIES)
 
 
 def test_the_cost_model_prefers_what_the_design_expects():
     big = Problem(4096, 4096, 4096, 16, torch.bfloat16, "sm_90", dropout=True)
-    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False, segments=3)
+    small = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_90", dropout=False)
     dropped = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86", dropout=True, segments=3)
     assert choose(big).strategy == "hybrid"
     assert choose(small).strategy == "fused"

@@ -142,7 +142,7 @@ def test_a_layer_on_a_cpu_runs_the_library():
 
 @pytest.mark.parametrize("arch", ["sm_199", "sm_130", "gfx9999", "gfx90a"])
 def test_an_unknown_card_gets_tiles_that_fit_every_card(arch):
-    safe = {key[1:]: tiles for key, tiles in tiles.DEFAULT_TILES.items() if key[0] == "any"}
+    safe = {key[1:]: row for key, row in tiles.DEFAULT_TILES.items() if key[0] == "any"}
     for dtype, R, dropout, strategy in product(
         DTYPES[:3], (1, 8, 33, 128), (False, True), ("auto", *STRATEGIES)
     ):
@@ -150,7 +150,13 @@ def test_an_unknown_card_gets_tiles_that_fit_every_card(arch):
         if strategy in TRITON:
             assert choice.strategy == strategy
         if choice.tiles is not None:
-            assert choice.tiles._replace(precision="ieee") == safe[dtype.itemsize, R > 32]
+            row = safe[dtype.itemsize, R > 32]
+            assert choice.tiles.project == row.project and choice.tiles.low_rank == row.low_rank
+            assert choice.tiles.output_gradients == row.output_gradients
+            assert choice.tiles.parameter_gradients == row.parameter_gradients
+            for kernel in ("low_rank_gemm", "fused_gemm"):
+                for use in (kernel, f"{kernel}_dx"):
+                    assert getattr(choice.tiles, use) in getattr(row, kernel)
 
 
 def test_every_choice_can_compute_its_problem():
@@ -279,6 +285,7 @@ def test_empty_batches_and_fp64_run_in_the_library(choices):
 def test_torch_s_setting_for_tf32_decides_anew(monkeypatch, fresh_plans):
     monkeypatch.setattr("lora_kernels.strategies.problem.architecture", lambda device: "sm_86")
     monkeypatch.setattr("lora_kernels.strategies.problem._gpu", lambda device: "")
+    monkeypatch.setattr("lora_kernels.strategies.problem.processors", lambda device: 46)
     cuda = torch.device("cuda")
     before = torch.get_float32_matmul_precision()
     try:
@@ -298,6 +305,7 @@ def test_the_newer_setting_for_tf32_is_read_too(monkeypatch, fresh_plans, where)
     """The Trainer uses it (`tf32=True`, or torch_compile); torch's older getter then raises."""
     monkeypatch.setattr("lora_kernels.strategies.problem.architecture", lambda device: "sm_86")
     monkeypatch.setattr("lora_kernels.strategies.problem._gpu", lambda device: "")
+    monkeypatch.setattr("lora_kernels.strategies.problem.processors", lambda device: 46)
     cuda, matmul = torch.device("cuda"), torch.backends.cuda.matmul
     owner = operator.attrgetter(where)(torch)
     before = owner.fp32_precision, matmul.fp32_precision

@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels import STRATEGIES
 from lora_kernels.hardware import tuned
-from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile
+from lora_kernels.hardware.tiles import DEFAULT_TILES, KERNELS, Tile, tiles_for
 from lora_kernels.hardware.tuned import Tuned, load_table, store_rows
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
@@ -47,7 +47,7 @@ def test_a_measured_row_is_chosen_and_says_so():
     store_rows(path, PROBLEM.gpu, {PROBLEM.key: row()})
     choice = choose(PROBLEM)
     assert choice.strategy == "split" and choice.tiles.low_rank_gemm == MEASURED
-    assert choice.tiles.project == DEFAULT_TILES["any", 2, False].project
+    assert choice.tiles.project == tiles_for("any", 2, 8, tf32=False).project
     assert "measured on this card: 12 us" in choice.reason
     named = choose(PROBLEM, "split")
     assert named.tiles == choice.tiles
@@ -140,9 +140,11 @@ def test_a_row_that_cannot_have_been_measured_is_ignored_alone(change):
 def test_shipped_tiles_and_candidates_are_possible_rows():
     path = tuned.table_path("card")
     named = {
-        f"{key} {kernel}": {kernel: getattr(shipped, kernel)}
-        for key, shipped in DEFAULT_TILES.items()
+        f"{key} {kernel} {tile}": {kernel: tile}
+        for key, row in DEFAULT_TILES.items()
         for kernel in KERNELS
+        if (tiles_ := getattr(row, kernel.removesuffix("_dx")))
+        for tile in (tiles_ if isinstance(tiles_[0], Tile) else (tiles_,))
     }
     named |= {
         f"{kernel} {tile}": {kernel: tile}
@@ -150,6 +152,11 @@ def test_shipped_tiles_and_candidates_are_possible_rows():
         for tile in tiles_
     }
     rows = {key: Tuned("split", tiles_, 1.0) for key, tiles_ in named.items()}
+    tried = {tile for tiles_ in tune.CANDIDATES.values() for tile in tiles_}
+    for arch in ("any", "sm_80", "sm_90"):
+        row = DEFAULT_TILES[arch, 2, False]
+        assert {*row.low_rank_gemm, *row.group_dx, *row.fused_gemm} <= tried
+        assert {row.output_gradients, row.parameter_gradients} <= tried
     store_rows(path, "card", rows)
     assert load_table(path) == rows
 
