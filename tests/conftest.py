@@ -9,6 +9,8 @@ import torch
 
 # The models are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+# Without a fixed workspace cuBLAS warns of every product in deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
