@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_kernels.graphs import captured
 from lora_kernels.strategies.choose import choose
-from lora_kernels.tools.timing import captured
 
 from . import cases, timing
 from .cases import Case, measurements

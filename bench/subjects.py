@@ -130,6 +130,14 @@ class Recipe:
     dropout: float = 0.1
 
 
+def _frozen(model: nn.Module, row: Model, recipe: Recipe) -> nn.Module:
+    """Only the head trains, but the gradient goes through every layer, as it does with LoRA."""
+    model.enable_input_require_grads()  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in row.train for part in name.split(".")))
+    return model
+
+
 def _full(model: nn.Module, row: Model, recipe: Recipe) -> nn.Module:
     return model.requires_grad_(True)
 
@@ -160,6 +168,8 @@ class Method:
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
+        Method("frozen", "torch", _frozen, summary="no LoRA: y and dx of each layer"),
+        Method("frozen-graph", "torch", _frozen, graph=True, summary="the same, one CUDA graph"),
         Method("full", "torch", _full, summary="full fine-tuning"),
         Method("peft", "peft", _peft, summary="PEFT, eager"),
         Method("peft-compile", "peft", _peft, compiled=True, summary="PEFT + torch.compile"),

@@ -10,6 +10,7 @@ without a GPU.
 from . import former_names
 from .adapters import load_adapter, save_adapter
 from .autograd.functional import lora_linear
+from .graphs import GraphedStep, graph_trainer
 from .injection.explain import explain
 from .injection.inject import add_lora, merge
 from .injection.peft import fuse_peft, unfuse_peft
@@ -23,11 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "STRATEGIES",
     "FusedLoRALinear",
+    "GraphedStep",
     "LoRAConfig",
     "Report",
     "add_lora",
     "explain",
     "fuse_peft",
+    "graph_trainer",
     "load_adapter",
     "lora_linear",
     "merge",

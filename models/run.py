@@ -76,6 +76,9 @@ def run(
     with run_directory.opened(directory, identity, **choice) as checkpoint:
         trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.graphs is not None:
+            print(trainer.graphs)
+            result["notes"] += str(trainer.graphs).splitlines()
         result["metrics"] = trainer.score(scored)
         result |= describe_training(task, trainer)
         if arguments.method == "lora_adaptive":
@@ -129,11 +132,14 @@ def _trainer(
         eval_dataset=scored.get("validation"),
         data_collator=default_data_collator
         if tokenizer is None
-        else tokens.collator(tokenizer, arguments.max_length, arguments.pad_to_max),
+        else tokens.collator(
+            tokenizer, arguments.max_length, arguments.pad_to_max, 64 if arguments.graphs else 8
+        ),
         compute_metrics=metrics,
         lengths=rows["length"],
         scores=partial(metrics_of, task),
         new=attached.new,
+        graphs=arguments.graphs,
         callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
     )
     for callback in trainer.callback_handler.callbacks:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from lora_kernels.graphs import GraphedStep
 
 from .checkpoints import PROGRESS, TRAINED, seal
 from .meter import Meter
@@ -68,7 +71,8 @@ class ExactTrainer(Trainer):
     """Trainer with the changes that this module's docstring lists.
 
     `lengths` are the tokens of each training row. `new` are modules that no pretrained file holds:
-    checkpoints hold them though they may not train. `step_losses`, `epochs`, `seconds` and what a
+    checkpoints hold them though they may not train. With `graphs` steps are replayed from CUDA
+    graphs. `step_losses`, `epochs`, `seconds` and what a
     callback with `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one
     bar and a line for each epoch, instead of Trainer's own callbacks.
     """
@@ -79,9 +83,12 @@ class ExactTrainer(Trainer):
         lengths: Sequence[int],
         scores: Callable[[Any, Any], dict[str, float]],
         new: Sequence[str] = (),
+        graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.graphs = GraphedStep(self.model, self._forward_backward) if graphs else None
+        self._logits: list[torch.Tensor] = []
         self._lengths = lengths
         self._scores = scores
         self._new = tuple(f"{path}." for path in new)
@@ -149,20 +156,32 @@ class ExactTrainer(Trainer):
         """Compute the loss, and keep what the model says of the training rows."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
         if model.training:
-            self._seen.append((outputs["logits"].detach().float(), inputs["labels"]))
+            self._logits.append(outputs["logits"].detach().float())
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one batch and add its loss to the step's, on the device: to read it would wait."""
         if self._batches == 0:
             self._check_steps()
-        loss = super().training_step(*args, **kwargs)
-        self._step_loss = self._step_loss + loss.detach()
+        model.train()
+        run = self.graphs or partial(self._forward_backward, model)
+        accumulated = self.current_gradient_accumulation_steps
+        loss, logits = run(dict(inputs), *args, accumulated=accumulated, **kwargs)
+        self._seen.append((logits, inputs["labels"].to(logits.device)))
+        self._step_loss = self._step_loss + loss
         self._batches += 1
         if self._batches == self.current_gradient_accumulation_steps:
             self._losses.append(self._step_loss.clone())
             self._step_loss, self._batches = 0.0, 0
         return loss
+
+    def _forward_backward(
+        self, model: Any, inputs: Any, *args: Any, accumulated: int, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch and its logits; `accumulated` tells graphs of the loss's divisor."""
+        self._logits.clear()  # of a step that failed
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        return loss.detach(), self._logits.pop()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the parameters that train, and what else survives a resume."""

@@ -11,6 +11,8 @@ import torch
 torch.set_num_threads(1)
 # Without a fixed workspace cuBLAS warns of every product in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A vendor's product in fp16 may else add slices up in fp16: which ones do depends on the call.
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

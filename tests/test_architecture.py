@@ -34,15 +34,17 @@ for wing in ("hardware", "adapters"):
 MAY_IMPORT["arguments"] = set()  # below all wings too; what callers pass is checked in four
 for wing in ("autograd", "layers", "injection", "adapters"):
     MAY_IMPORT[wing].add("arguments")
-MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
-MAY_IMPORT["__init__"] = {*WINGS, "former_names"}  # the public names
+MAY_IMPORT["graphs"] = set()  # of any step of any model
+MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "graphs", "tools"}
+MAY_IMPORT["__init__"] = {*WINGS, "graphs", "former_names"}  # the public names
 MAY_IMPORT["former_names"] = set()
 MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
-    "FusedLoRALinear", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain", "fuse_peft",
-    "load_adapter", "lora_linear", "merge", "save_adapter", "unfuse_peft",
+    "FusedLoRALinear", "GraphedStep", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain",
+    "fuse_peft", "graph_trainer", "load_adapter", "lora_linear", "merge", "save_adapter",
+    "unfuse_peft",
 }  # fmt: skip
 
 MAX_LINES = 400

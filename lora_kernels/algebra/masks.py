@@ -20,8 +20,8 @@ RESOLUTION = 1 << 16
 
 
 def threshold(dropout: float) -> int:
-    """How many of the 65536 values of a random 16-bit number drop an element."""
-    return round(dropout * RESOLUTION)
+    """How many of the 65536 values of a random 16-bit number drop an element: never all."""
+    return min(round(dropout * RESOLUTION), RESOLUTION - 1)
 
 
 def packed_width(columns: int) -> int:
@@ -49,8 +49,8 @@ def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> 
     #     below = word & below    where bit i of `kept` is 0: a number with a 1 there is not
     #
     # For two-bit numbers and kept = 0b10 that is word_1 | (word_0 & 0): 0b00 and 0b01 are below.
-    # Under the lowest 1 of `kept`, `below` stays zero: the loop starts at that 1. Where `kept` is 0
-    # or 65536 it has no turn, and the value that `below` starts with drops or keeps all.
+    # Under the lowest 1 of `kept`, `below` stays zero: the loop starts at that 1. Where `kept` is
+    # 65536 it has no turn, and the value that `below` starts with keeps all.
     bits = kept | RESOLUTION
     first, words = (bits & -bits).bit_length() - 1, (count + 7) // 8
     below = torch.full((words,), -(kept >> 16), dtype=torch.int64, device=seed.device)

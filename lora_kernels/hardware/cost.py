@@ -21,16 +21,25 @@ import torch
 
 from .cards import Card
 from .tiles import Tile, Tiles, rank_block, splits_for
-from .waves import VENDOR, best, slowdown
+from .waves import VENDOR, best, share, slowdown
 
-GAP_US = 2.0  # from the end of one kernel to the start of the next, in a CUDA graph
+# Measured on one card, an H200 (docs/kernels.md); elsewhere they are assumptions.
+GAP_US = 2.5  # what a launch takes besides its bytes and FLOPs, in a CUDA graph
 MEMORY_SHARE = 0.85
 VENDOR_SHARE = 0.80
+# GB/s of one multiprocessor in a kernel whose products all have R as a side: it waits for each tile
+# before the next step, so a card with much memory bandwidth for its size does not attain it.
+NARROW_GBS = 17.0
+# What a tile of 128 x 128 takes beside its products: it is seeded, its first operands are awaited.
+TILE_US = 1.5
+# The rate of a GEMM that also computes the rank-R product, over that of one seeded with it. On
+# sm_90 the second product waits for the first in every step.
+FUSED_OVER_SEEDED = {"sm_90": 0.62}
 # The rate of Triton's plain tl.dot loop over that of the vendor's GEMM: near 1 where tl.dot becomes
 # mma.sync, less in exact fp32, which has no matrix instructions. On sm_90 and sm_100 the vendor has
 # tensor-memory copies and warp specialisation, the loop has not. gfx942 is compiled for only.
 TRITON_OVER_VENDOR_MMA, TRITON_OVER_VENDOR_EXACT = 0.94, 0.44
-TRITON_OVER_VENDOR = {"sm_90": 0.75, "sm_100": 0.56, "gfx942": 0.69}
+TRITON_OVER_VENDOR = {"sm_90": 0.78, "sm_100": 0.56, "gfx942": 0.69}
 
 
 class Launch(NamedTuple):
@@ -48,11 +57,25 @@ class Launch(NamedTuple):
     out: tuple[int, tuple[int, ...]] | None = None
     tile: Tile | None = None
 
-    def slowdown(self, processors: int) -> float:
-        """The time of a GEMM on so many multiprocessors over that of one without a last wave."""
+    @property
+    def narrow(self) -> bool:
+        """Whether it is ours and all its products have R as a side."""
+        return self.flops > 0 and self.out is None and not self.vendor
+
+    def slowdown(self, card: Card) -> float:
+        """The time of a GEMM over that of one without a last wave and with tiles of 128 x 128."""
         if self.out is None:
             return 1.0
-        return slowdown(*self.out, self.tile or best(*self.out, VENDOR, processors), processors)
+        if self.tile is not None:
+            return slowdown(*self.out, self.tile, card.processors, card.arch)
+        return slowdown(*self.out, best(*self.out, VENDOR, card.processors), card.processors)
+
+    def filling(self, card: Card) -> float:
+        """Microseconds in which our GEMM multiplies nothing: tiles are seeded and stored."""
+        if self.tile is None or self.out is None:
+            return 0.0
+        (M, N), processors = self.out, card.processors
+        return TILE_US * M * sum(N) / (share(M, N, self.tile, processors) * processors * 128 * 128)
 
 
 @dataclass
@@ -225,8 +248,13 @@ def microseconds(
     total = 0.0
     for kernel in kernels:
         rate = card.single if kernel.exact else card.rate(dtype, tf32)
-        share = vendor if kernel.vendor else vendor * triton
-        moving = kernel.bytes / (card.memory * memory * 1e3)
-        computing = kernel.flops * kernel.slowdown(card.processors) / (rate * share * 1e6)
-        total += max(moving, computing) + GAP_US
+        attained = vendor if kernel.vendor else vendor * triton
+        if kernel.kernel == "fused_gemm":
+            attained *= FUSED_OVER_SEEDED.get(card.arch, 1.0)
+        bandwidth = card.memory * memory
+        if kernel.narrow:
+            bandwidth = min(bandwidth, NARROW_GBS * card.processors)
+        moving = kernel.bytes / (bandwidth * 1e3)
+        computing = kernel.flops * kernel.slowdown(card) / (rate * attained * 1e6)
+        total += max(moving, computing) + kernel.filling(card) + GAP_US
     return total

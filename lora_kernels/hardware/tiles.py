@@ -48,12 +48,13 @@ KERNELS = Tiles._fields[:-1]
 class Shipped(NamedTuple):
     """The tiles of an architecture. For a GEMM there are several: sizes of outputs differ.
 
-    In dx a group adds a masked low-rank product for each layer to one accumulator. That takes
-    registers, so it has tiles of its own; one layer takes those of y.
+    `dx` and `group_dx` are those of low_rank_gemm for dx. A group adds a masked low-rank product
+    for each layer to one accumulator, which takes registers.
     """
 
     project: Tile
     low_rank_gemm: tuple[Tile, ...]
+    dx: tuple[Tile, ...]
     group_dx: tuple[Tile, ...]
     fused_gemm: tuple[Tile, ...]
     low_rank: Tile
@@ -66,6 +67,7 @@ class Shipped(NamedTuple):
 _HALF = Shipped(
     project=Tile(32, 0, 64, 4, 4), low_rank=Tile(64, 128, 32, 4, 1),
     low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
+    dx=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
     group_dx=(Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
     fused_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
     output_gradients=Tile(32, 128, 0, 4, 4), parameter_gradients=Tile(32, 128, 0, 4, 3),
@@ -75,14 +77,15 @@ _HALF = Shipped(
 _HALF_WIDE = _HALF._replace(
     project=Tile(32, 0, 64, 4, 3), low_rank=Tile(32, 64, 32, 4, 1),
     low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+    dx=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
     group_dx=(Tile(32, 64, 32, 4, 3),), fused_gemm=(Tile(32, 128, 32, 8, 3),),
     output_gradients=Tile(32, 64, 0, 4, 3), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 # Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
 _FLOAT = Shipped(
     project=Tile(32, 0, 32, 4, 4), low_rank=Tile(64, 64, 32, 4, 1),
-    low_rank_gemm=(Tile(64, 64, 32, 4, 2),), group_dx=(Tile(64, 64, 32, 4, 2),),
-    fused_gemm=(Tile(64, 64, 32, 4, 2),),
+    low_rank_gemm=(Tile(64, 64, 32, 4, 2),), dx=(Tile(64, 64, 32, 4, 2),),
+    group_dx=(Tile(64, 64, 32, 4, 2),), fused_gemm=(Tile(64, 64, 32, 4, 2),),
     output_gradients=Tile(32, 64, 0, 4, 4), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 _FLOAT_WIDE = _FLOAT._replace(
@@ -92,32 +95,40 @@ _FLOAT_WIDE = _FLOAT._replace(
 )  # fmt: skip
 # The interpreter runs small tests: with small tiles their shapes still have ragged edges.
 _SMALL = Tile(32, 32, 32, 1, 1)
-_INTERPRETER = Shipped(_SMALL, (_SMALL,), (_SMALL,), (_SMALL,), _SMALL, _SMALL, _SMALL)
+_ONE = (_SMALL,)
+_INTERPRETER = Shipped(_SMALL, _ONE, _ONE, _ONE, _ONE, _SMALL, _SMALL, _SMALL)
 
 # sm_80 and sm_90 have shared memory for deeper pipelines. The grid of a gradient is two programs a
 # multiprocessor, so a tile may take almost half of the shared memory.
 _AMPERE = _HALF._replace(
     low_rank_gemm=(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4)),
+    dx=(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4)),
     group_dx=(Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
     fused_gemm=(Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
     output_gradients=Tile(64, 128, 0, 4, 4),
 )  # fmt: skip
-# WGMMA, on sm_90, takes deeper tiles than MMA, and wider ones for large outputs.
+# WGMMA, on sm_90, takes deeper tiles than MMA, and wider ones for large outputs. Measured on an
+# H200: docs/kernels.md.
 _HOPPER = _HALF._replace(
+    project=Tile(32, 0, 64, 4, 3), low_rank=Tile(64, 64, 32, 4, 1),
     low_rank_gemm=(
         Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 4, 3),
-        Tile(64, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
     ),
-    group_dx=(Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
-    fused_gemm=(Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
-    output_gradients=Tile(64, 128, 0, 4, 4),
+    dx=(
+        Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+    ),
+    group_dx=(Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    fused_gemm=(Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 3)),
+    output_gradients=Tile(64, 128, 0, 4, 3), parameter_gradients=Tile(64, 64, 0, 4, 3),
 )  # fmt: skip
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
 # nothing AMD has run.
 _AMD = Shipped(
     project=Tile(32, 0, 64, 4, 1), low_rank=Tile(64, 128, 32, 4, 1),
-    low_rank_gemm=(Tile(128, 128, 32, 8, 1),), group_dx=(Tile(128, 128, 32, 8, 1),),
-    fused_gemm=(Tile(128, 128, 32, 8, 1),),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 1),), dx=(Tile(128, 128, 32, 8, 1),),
+    group_dx=(Tile(128, 128, 32, 8, 1),), fused_gemm=(Tile(128, 128, 32, 8, 1),),
     output_gradients=Tile(64, 128, 0, 4, 1), parameter_gradients=Tile(32, 128, 0, 4, 1),
 )  # fmt: skip
 # (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
@@ -180,13 +191,13 @@ def tiles_for(
     M, N, K, processors = outputs or Outputs(0, (), 0, 0)
 
     def fit(tiles: tuple[Tile, ...], columns: tuple[int, ...], again: int = 0) -> Tile:
-        return best(bucket(M), columns, tiles, processors, again) if M else tiles[0]
+        return best(bucket(M), columns, tiles, processors, arch, again) if M else tiles[0]
 
     tf32 = tf32 or (itemsize == 2 and arch.startswith("sm_"))
     return Tiles(
         project=row.project,
         low_rank_gemm=fit(row.low_rank_gemm, N),
-        low_rank_gemm_dx=fit(row.group_dx if len(N) > 1 else row.low_rank_gemm, (K,)),
+        low_rank_gemm_dx=fit(row.group_dx if len(N) > 1 else row.dx, (K,)),
         fused_gemm=fit(row.fused_gemm, N, rank_block(R)),
         fused_gemm_dx=fit(row.fused_gemm, (K,), rank_block(R)),
         low_rank=row.low_rank,
@@ -199,7 +210,18 @@ def tiles_for(
 def splits_for(M: int, columns: int, tile: Tile, processors: int) -> int:
     """How many ranges of rows share the sum of a column gradient [R, columns].
 
-    As many as give each processor two programs, but at least four blocks of rows a program.
+    As many as leave each processor two programs of 64 x 128, or as much more of smaller tiles: all
+    run at once. But a program has at least four blocks of rows.
     """
-    blocks = -(-columns // tile.n)
-    return max(1, min(-(-2 * processors // blocks), M // (4 * tile.m)))
+    programs = processors * max(2, 2 * 64 * 128 // (tile.m * tile.n))
+    return max(1, min(programs // -(-columns // tile.n), M // (4 * tile.m)))
+
+
+def parts_for(M: int, segments: int, K: int, tile: Tile, processors: int) -> int:
+    """How many ranges of K share the sum of h [segments, M, R]: 1, 2, 4 or 8.
+
+    As many as four programs a processor allow; but a program has at least two steps along K.
+    """
+    programs = segments * -(-M // tile.m)
+    wanted = min(8, 4 * processors // programs, K // (2 * tile.k))
+    return 1 << max(wanted, 1).bit_length() - 1

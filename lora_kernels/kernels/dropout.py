@@ -17,7 +17,7 @@ from torch import Tensor
 from ..algebra import masks
 from .launch import launch
 from .plan import Out, Plan, planned
-from .tiles import cast, draw_keep_bytes, index_type, load_keep
+from .tiles import cast, draw_keep, index_type, load_keep, pack
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -29,7 +29,7 @@ def _draw_masks(
     segment = tl.program_id(1)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     columns = tl.program_id(2) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    packed = draw_keep_bytes(tl.load(seed_ptr), rows, columns, segment, threshold)
+    packed = pack(draw_keep(tl.load(seed_ptr), rows, columns, segment, threshold))
     # The masks lie as [G, M, stride_mask]: row r of segment s is row s * M + r of them all.
     tl.store(
         mask_ptr + (segment.to(INDEX) * M + rows)[:, None] * stride_mask + columns[None, :],

@@ -135,8 +135,9 @@ def _column_gradients(
 
 @triton.jit(do_not_specialize=["counts", "lengths"])
 def _add_partials(
-    partial_ptrs, out_ptrs, counts, lengths, scales, INDEX: tl.constexpr, BLOCK: tl.constexpr
-):
+    partial_ptrs, out_ptrs, counts, lengths, scales,
+    INDEX: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     # A job is one out of `length` elements, the sum of `counts[job]` partials of that length. The
     # second axis of the grid is the job; a program adds up BLOCK elements of its out.
     for job in tl.static_range(len(lengths)):
@@ -146,8 +147,13 @@ def _add_partials(
             index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
             acc = tl.zeros((BLOCK,), dtype=tl.float32)
-            for i in range(0, counts[job]):
-                acc += tl.load(partial_ptrs[job] + i * length + index, mask=inside, other=0.0)
+            # AHEAD loads wait for the memory together; they are added one after another.
+            for i in range(0, counts[job], AHEAD):
+                for j in tl.static_range(AHEAD):
+                    here = inside & (i + j < counts[job])
+                    acc += tl.load(
+                        partial_ptrs[job] + (i + j) * length + index, mask=here, other=0.0
+                    )
             tl.store(
                 out_ptrs[job] + index,
                 cast(acc * scales[job], out_ptrs[job].dtype.element_ty),
@@ -256,12 +262,12 @@ def _plan(
 
 def _plan_sum(sums: list[tuple[Out, Out, float]]) -> Plan:
     """out = scale * partials.sum(0) of each (partials, out, scale), added in order."""
-    block = 1024
+    block = 256
     partials, outs, scales = zip(*sums, strict=True)
     lengths = tuple(math.prod(out.shape) for out in outs)
     return planned(
         _add_partials,
         (max(triton.cdiv(length, block) for length in lengths), len(sums), 1), (outs,),
         tuple(each.shape[0] for each in partials), lengths, scales,
-        INDEX=index_type(partials), BLOCK=block,
+        INDEX=index_type(partials), BLOCK=block, AHEAD=8,
     )  # fmt: skip

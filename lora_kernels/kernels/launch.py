@@ -23,6 +23,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +186,7 @@ def _dispatch(
     anchor = next(_flat(tensors))
     steps = []
     # Triton launches on torch's current device, and a plan may ask what card that is.
-    with torch.cuda.device(anchor.get_device()):
+    with torch.cuda.device(anchor.get_device()), _nothing_compiled_in_a_capture():
         following: Plan | None = plan(*tensors, *settings)
         while following is not None:
             kernel, grid, specs, scalars, constants, following = following
@@ -205,6 +206,29 @@ def _dispatch(
         if key is not None:
             _remember(key, steps)
     return outs
+
+
+@contextmanager
+def _nothing_compiled_in_a_capture() -> Iterator[None]:
+    """Within it, a kernel that is not compiled yet is refused while a CUDA graph is captured.
+
+    To load its code is an operation that a capture forbids: the graph would be lost with an error
+    of the driver's, or without one.
+    """
+    initialized = torch.cuda.is_initialized()
+    if INTERPRETED or not initialized or not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+
+    def refuse(**about: Any) -> bool:
+        raise RuntimeError(
+            f"{about['fn'].name} is launched for the first time while a CUDA graph is captured, "
+            "where no kernel can be compiled: run the same step once before the capture"
+        )
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = refuse
+        yield
 
 
 def _remember(key: tuple[Any, ...], steps: list[_Step]) -> None:

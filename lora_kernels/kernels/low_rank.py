@@ -10,6 +10,9 @@ Gradient of x: one out, which sums a term for every segment: (dy_g, weight_g^T, 
 under the mask that the forward drew for g. All terms are added in one accumulator. It is the same
 kernel, given w and v with swapped strides.
 
+Where u = h comes in parts [S, G, M, R] (`projection.py`), each program adds them up, in their
+order; the first block of columns also stores the sum, which the backward reads.
+
 The accumulator starts as the low-rank product instead of zero. That costs one rank-R dot a tile,
 R / K of the GEMM, and no extra pass over out. With GEMM off, only the low-rank part is written, and
 a vendor's GEMM accumulates onto it.
@@ -21,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
 from .plan import Out, Plan, planned
@@ -38,14 +42,23 @@ from .tiles import (
 )
 
 
+@triton.jit
+def _summed(ptrs, inside, stride, PARTS: tl.constexpr):
+    """The sum of PARTS tiles, each `stride` elements after the one before."""
+    total = tl.load(ptrs, mask=inside, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(ptrs + i * stride, mask=inside, other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["M"])
 def _low_rank_gemm(
-    x_ptrs, w_ptrs, bias_ptrs, u_ptr, v_ptrs, mask_ptr, out_ptrs,
+    x_ptrs, w_ptrs, bias_ptrs, u_ptr, v_ptrs, mask_ptr, out_ptrs, sum_ptr,
     M, Ns, Ks, R,
     stride_xms, stride_xks, stride_wn, stride_wk, stride_vn, stride_vr, stride_mask, stride_oms,
     scale,
-    GEMM: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    GEMM: tl.constexpr, PARTS: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     R_BY: tl.constexpr, VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +88,12 @@ def _low_rank_gemm(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for term in tl.static_range(LOW_RANK_TERMS):
         at = segment if LOW_RANK_TERMS == 1 else term
-        u_tile_ptrs = u_ptr + (at * M + rows)[:, None] * R + ranks[None, :]
-        u = tl.load(u_tile_ptrs, mask=row_inside & rank_inside[None, :], other=0.0)
+        u_offsets = (at * M + rows)[:, None] * R + ranks[None, :]
+        u_inside = row_inside & rank_inside[None, :]
+        u = _summed(u_ptr + u_offsets, u_inside, len(v_ptrs) * M.to(INDEX) * R, PARTS)
+        if PARTS > 1:
+            u = cast(u, sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + u_offsets, u, mask=u_inside & (block_n == 0))
         v_ptr = of_term(v_ptrs, segment, term, LOW_RANK_TERMS)
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
@@ -140,11 +157,12 @@ def low_rank_gemm(
     scale: float, tile: Tile, precision: str, bias: tuple[Tensor, ...] | None = None,
     mask: Tensor | None = None, gemm: bool = True, transposed: bool = False,
     outs: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """With one x an out [M, N_g] for each w; with several, the single out that sums all terms.
+) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+    """(outs, u). With one x an out [M, N_g] for each w; with several, the one that sums all terms.
 
     u is [G, M, R] and mask [G, M, ceil(N / 8)], where G = len(v). x, w and outs have one dtype;
     bias, u and v may have others. w and v may have any strides, the same for all w and for all v.
+    Parts of u, fp32 [S, G, M, R], are added up; the u returned is their sum in its `rank_dtype`.
 
     `outs`, if given, are written (their columns lie side by side); else outs are allocated.
     `gemm=False` leaves the products x w^T out. `transposed=True` takes w as [K, N] and v as [R, N]:
@@ -153,10 +171,10 @@ def low_rank_gemm(
     given = (x, w, bias, u, v, mask)
     settings = (scale, tile, precision, gemm, transposed)
     if outs is None:
-        (outs,) = launch(_plan, given, None, *settings)
+        outs, whole = launch(_plan, given, None, *settings)
     else:
-        launch(_plan, (*given, outs), *settings)
-    return outs
+        (whole,) = launch(_plan, (*given, outs), *settings)
+    return outs, u if whole is None else whole
 
 
 def _plan(
@@ -166,7 +184,9 @@ def _plan(
 ) -> Plan:  # fmt: skip
     if transposed:
         w, v = (tuple(t.T for t in each) for each in (w, v))
-    M, R = x[0].shape[0], u.shape[2]
+    M, R = u.shape[-2:]
+    parts = u.shape[0] if u.dim() == 4 else 1
+    whole = None if parts == 1 else Out((len(v), M, R), rank_dtype(x[0].dtype, v[0].dtype))
     sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
@@ -175,15 +195,15 @@ def _plan(
     written = outs or allocated
     blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
     return planned(
-        _low_rank_gemm, (blocks, 1, 1), (allocated,) if outs is None else (),
+        _low_rank_gemm, (blocks, 1, 1), (allocated, whole) if outs is None else (whole,),
         M, Ns, Ks, R,
         tuple(t.stride(0) for t in x), tuple(t.stride(1) for t in x),
         *w[0].stride(), *v[0].stride(), stride_mask,
         tuple(t.stride()[0] for t in written),
         scale,
-        GEMM=gemm, INDEX=index_type((*x, *w, u, v[0], *written)), HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None, EVEN_K=all(K % tile.k == 0 for K in Ks),
-        PRECISION=precision,
+        GEMM=gemm, PARTS=parts, INDEX=index_type((*x, *w, u, v[0], *written)),
+        HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
+        EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
         R_BY=divisor(R), VN_BY=divisor(v[0].stride()[0]), MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -164,8 +164,10 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def draw_keep_bytes(seed, rows, byte_columns, segment, threshold):
-    """Packed keep bits [rows, byte_columns] of the mask that (seed, segment) stands for.
+def draw_keep(seed, rows, byte_columns, segment, threshold):
+    """The mask that (seed, segment) stands for: eight flags [rows, byte_columns], one a bit.
+
+    Flag j of byte column q says whether element 8 q + j is kept (`pack`, `interleave`).
 
     Philox 4x32 turns a counter of four 32-bit numbers into four random ones, 128 bits: eight times
     16 bits, one for each of the eight elements of a byte. An element is kept where its 16 bits are
@@ -184,15 +186,35 @@ def draw_keep_bytes(seed, rows, byte_columns, segment, threshold):
         zero,
         n_rounds=7,
     )
-    kept = ((r0 & 0xFFFF) >= threshold).to(tl.int32)
-    kept |= ((r0 >> 16) >= threshold).to(tl.int32) << 1
-    kept |= ((r1 & 0xFFFF) >= threshold).to(tl.int32) << 2
-    kept |= ((r1 >> 16) >= threshold).to(tl.int32) << 3
-    kept |= ((r2 & 0xFFFF) >= threshold).to(tl.int32) << 4
-    kept |= ((r2 >> 16) >= threshold).to(tl.int32) << 5
-    kept |= ((r3 & 0xFFFF) >= threshold).to(tl.int32) << 6
-    kept |= ((r3 >> 16) >= threshold).to(tl.int32) << 7
-    return kept
+    # A half of r is compared where it lies highest: what is below it decides nothing, because the
+    # lower half of `least` is zero. That is one instruction less than to cut the half out.
+    least = threshold.to(tl.uint32) << 16
+    low, high = (r0 << 16, r1 << 16, r2 << 16, r3 << 16), (r0, r1, r2, r3)
+    return (
+        low[0] >= least, high[0] >= least, low[1] >= least, high[1] >= least,
+        low[2] >= least, high[2] >= least, low[3] >= least, high[3] >= least,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack(flags):
+    """The byte of eight flags, flag j in bit j."""
+    packed = flags[0].to(tl.int32)
+    for j in tl.static_range(1, 8):
+        packed |= flags[j].to(tl.int32) << j
+    return packed
+
+
+@triton.jit
+def interleave(flags, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Keep flags [ROWS, 8 * BYTES] of eight times [ROWS, BYTES]: column 8 q + j is flag j of q.
+
+    Each `join` adds a last axis of two: after three of them element [q, a, b, c] is flag
+    4 a + 2 b + c. A thread holds the eight elements of a byte before and after, so no number moves.
+    """
+    even = tl.join(tl.join(flags[0], flags[4]), tl.join(flags[2], flags[6]))
+    odd = tl.join(tl.join(flags[1], flags[5]), tl.join(flags[3], flags[7]))
+    return tl.reshape(tl.join(even, odd), (ROWS, 8 * BYTES))
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from ..algebra.operands import (
     Wanted,
     segments_of,
 )
-from ..hardware.tiles import Tile, Tiles, splits_for
+from ..hardware.tiles import Tile, Tiles, parts_for, splits_for
 from .library import add_frozen
 from .problem import processors, triton_kernels
 
@@ -39,8 +39,9 @@ from .problem import processors, triton_kernels
 def _project(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor | None]:
-    """h of every segment, and the masks; one launch."""
+    """h of every segment, or parts of it, and the masks; one launch."""
     lora_A, _ = operands.adapters(settings.columns)
+    parts = _parts(x.device, x.shape[0], len(lora_A), x.shape[1], tiles.project)
     return triton_kernels().project(
         x,
         lora_A,
@@ -48,14 +49,18 @@ def _project(
         precision=tiles.precision,
         dropout=settings.dropout,
         seed=seed,
+        parts=parts,
     )
 
 
 def _seeded_gemm(
     x: Tensor, h: Tensor, operands: Operands, settings: Settings, tile: Tile, precision: str,
     gemm: bool = True,
-) -> Tensors:  # fmt: skip
-    """y of each layer; without `gemm`, only its bias and its low-rank product. One launch."""
+) -> tuple[Tensors, Tensor]:  # fmt: skip
+    """(y of each layer, h in one part); without `gemm`, y is only its bias and low-rank product.
+
+    One launch.
+    """
     weight, bias, outs, y = operands.weight, operands.biases(), None, None
     if settings.columns is not None:
         # The kernel sees segments of one weight: first those with LoRA, then the columns between.
@@ -66,11 +71,11 @@ def _seeded_gemm(
         weight = tuple(weight[0][start:stop] for start, stop in ranges)
         bias = None if bias is None else tuple(bias[0][start:stop] for start, stop in ranges)
     _, lora_B = operands.adapters(settings.columns)
-    outs = triton_kernels().low_rank_gemm(
+    outs, h = triton_kernels().low_rank_gemm(
         (x,), weight, h, lora_B, scale=settings.scale, bias=bias, gemm=gemm, outs=outs,
         tile=tile, precision=precision,
     )  # fmt: skip
-    return outs if y is None else y
+    return outs if y is None else y, h
 
 
 def split_forward(
@@ -79,7 +84,7 @@ def split_forward(
     """Two launches: h and the masks, then the GEMMs, each seeded with h lora_B^T."""
     assert tiles is not None
     h, mask = _project(x, operands, settings, seed, tiles)
-    y = _seeded_gemm(x, h, operands, settings, tiles.low_rank_gemm, tiles.precision)
+    y, h = _seeded_gemm(x, h, operands, settings, tiles.low_rank_gemm, tiles.precision)
     return Forward(y, h, mask)
 
 
@@ -107,7 +112,7 @@ def hybrid_forward(
     """Bias and low-rank products are written first; the vendor's GEMMs accumulate onto them."""
     assert tiles is not None
     h, mask = _project(x, operands, settings, seed, tiles)
-    y = _seeded_gemm(x, h, operands, settings, tiles.low_rank, tiles.precision, gemm=False)
+    y, h = _seeded_gemm(x, h, operands, settings, tiles.low_rank, tiles.precision, gemm=False)
     for y_g, weight in zip(y, operands.weight, strict=True):
         add_frozen(y_g, x, weight.T)
     return Forward(y, h, mask)
@@ -123,7 +128,7 @@ def _seeded_dx(
 ) -> Tensor:  # fmt: skip
     """dx of all layers; without `gemm`, only its low-rank products. One launch."""
     lora_A, _ = operands.adapters(settings.columns)
-    (dx,) = triton_kernels().low_rank_gemm(
+    (dx,), _ = triton_kernels().low_rank_gemm(
         dy, operands.weight, dh, lora_A, transposed=True, mask=mask, gemm=gemm,
         scale=1 / (1 - settings.dropout), tile=tile, precision=precision,
     )  # fmt: skip
@@ -236,3 +241,9 @@ def _splits(read: Tensors, tile: Tile) -> int:
 @lru_cache(maxsize=4096)
 def _splits_on(device: torch.device, M: int, columns: int, tile: Tile) -> int:
     return splits_for(M, columns, tile, processors(device) or 2)  # 2: the interpreter
+
+
+@lru_cache(maxsize=4096)
+def _parts(device: torch.device, M: int, segments: int, K: int, tile: Tile) -> int:
+    """The ranges of K that h is summed in."""
+    return parts_for(M, segments, K, tile, processors(device) or 2)

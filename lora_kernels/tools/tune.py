@@ -29,7 +29,7 @@ from .timing import Step, graph_time
 # more. Where a card cannot hold a tile, it fails to compile and drops out.
 _SHIPPED = [DEFAULT_TILES[arch, 2, False] for arch in ("any", "sm_80", "sm_90")]
 _GEMM = (
-    *{tile: None for row in _SHIPPED for tile in (*row.low_rank_gemm, *row.group_dx)},
+    *{tile: None for row in _SHIPPED for tile in (*row.low_rank_gemm, *row.dx, *row.group_dx)},
     Tile(64, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 5),
     Tile(256, 64, 32, 8, 3),
 )  # fmt: skip

@@ -107,8 +107,13 @@ def order(name: str, tokens: datasets.Dataset) -> list[int]:
     return sorted(rows, key=lengths.__getitem__)
 
 
-def collator(tokenizer: Any, max_length: int, pad_to_max: bool) -> DataCollatorWithPadding:
-    """Pads a batch to `max_length`, or to its longest row rounded up to 8, for matrix units."""
+def collator(
+    tokenizer: Any, max_length: int, pad_to_max: bool, multiple: int = 8
+) -> DataCollatorWithPadding:
+    """Pads a batch to `max_length`, or to its longest row rounded up to a `multiple`.
+
+    8 is what matrix units like; a larger one makes fewer shapes.
+    """
     if pad_to_max:
         return DataCollatorWithPadding(tokenizer, "max_length", max_length=max_length)
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)

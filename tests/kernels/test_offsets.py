@@ -91,14 +91,14 @@ def project(x, lora_A, **_):
 def low_rank_gemm_forward(x, weight, h, lora_B, gemm=True, **_):
     return kernels.low_rank_gemm(
         x[:1], weight, torch.stack(h), lora_B, scale=0.5, gemm=gemm, **TILE
-    )
+    )[0]
 
 
 def low_rank_gemm_backward(dy, weight, dh, lora_A, gemm=True, **_):
     return kernels.low_rank_gemm(
         dy, transposed(weight), torch.stack(dh), transposed(lora_A), scale=0.5, mask=mask(),
         gemm=gemm, **TILE,
-    )  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def low_rank_forward(**given):
@@ -244,9 +244,9 @@ def test_low_rank_gemm_writes_and_reads_past_the_limit(
     x, w, v, u = normal(ROWS, 16), normal(width, 16), normal(width, rank), normal(ROWS, rank)
     options = {"scale": 0.5, "gemm": gemm, **TILE}
     large_u = group_tail(rows, u)
-    (out,) = kernels.low_rank_gemm((tail(rows, x),), (w,), large_u, (v,), **options)
+    (out,), _ = kernels.low_rank_gemm((tail(rows, x),), (w,), large_u, (v,), **options)
     assert max(out.numel(), large_u.numel()) > LIMIT
-    (expected,) = kernels.low_rank_gemm((x,), (w,), u[None], (v,), **options)
+    (expected,), _ = kernels.low_rank_gemm((x,), (w,), u[None], (v,), **options)
     assert torch.equal(out[-ROWS:], expected)
 
 
@@ -271,7 +271,7 @@ def test_output_gradients_keep_partial_sums_past_the_limit(last_programs_of_a_la
     dh, _ = kernels.output_gradients((large,), None, (lora_B,), scale=0.5, splits=1, **TILE)
     assert large.numel() < LIMIT and 3 * dh.numel() > LIMIT
     expected, _ = kernels.output_gradients((dy,), None, (lora_B,), scale=0.5, splits=1, **TILE)
-    assert torch.equal(dh[0, -8:], expected[0, -8:])  # the last block of 1024 sums: 8 rows
+    assert torch.equal(dh[0, -2:], expected[0, -2:])  # the last block of 256 sums: 2 rows
 
 
 @pytest.mark.parametrize("large", ["x", "dh"])

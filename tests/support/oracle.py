@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.algebra import masks, reference
 from lora_kernels.autograd.function import mask_of
@@ -136,10 +137,15 @@ def expected(given: Inputs, case: Case, mask: Tensor | None) -> tuple[dict, dict
             eager |= {name: coarser(eager[name], t, exact[name]) for name, t in tf32.items()}
         return exact, eager
     eager = run(given, reference_layer, given.x.dtype)
-    if YARDSTICKS > 1:
+    others = []
+    if DEVICE.type != "cpu" and given.x.dtype is torch.float32:
+        with PlainSums():
+            others.append(run(given, reference_layer, given.x.dtype))
+    if DEVICE.type != "cpu":
         keep = None if keep is None else keep.cpu()
         here = Inputs(*map(on_cpu, vars(given).values()))
-        other = run(here, reference_layer, given.x.dtype)
+        others.append(run(here, reference_layer, given.x.dtype))
+    for other in others:
         eager = {name: coarser(eager[name], other[name], exact[name]) for name in exact}
     return exact, eager
 
@@ -175,9 +181,25 @@ def in_tf32(given: Inputs, case: Case, keep: Tensor | None) -> dict[str, Tensor]
     }
 
 
-# Eager PyTorch's error is that of the vendor's kernel for a shape: a GPU's may cut K in slices and
-# add these up, which rounds half as much as a plain sum. A CPU's is the second yardstick there.
 YARDSTICKS = 1 if DEVICE.type == "cpu" else 2
+
+
+class PlainSums(TorchDispatchMode):
+    """Products as sums from the first term to the last.
+
+    Eager PyTorch's error is that of the vendor's kernel for a shape, which may cut a sum in slices
+    and add these up: that rounds half as much as a plain sum. On a GPU a CPU's product and a plain
+    sum are yardsticks too.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is not torch.ops.aten.mm:
+            return function(*args, **(kwargs or {}))
+        a, b = args
+        total = a.new_zeros(a.shape[0], b.shape[1])
+        for k in range(a.shape[1]):
+            total.addcmul_(a[:, k, None], b[None, k])
+        return total
 
 
 def on_cpu(tensor: Tensor | None) -> Tensor | None:

@@ -64,7 +64,12 @@ def test_the_gate(arch, dtype, tmp_path):
     compiled = {re.sub("-r[0-9]+-(w.*?-s.*?)-.*", r"-\1", row["tile"]) for row in rows}
     ranks, size = (16, 64), 4 if dtype == "float32" else 2
     for tiles in (shipped(arch, size, R) for R in ranks):
-        for m, n, k, warps, stages in {*tiles.low_rank_gemm, *tiles.group_dx, *tiles.fused_gemm}:
+        for m, n, k, warps, stages in {
+            *tiles.low_rank_gemm,
+            *tiles.dx,
+            *tiles.group_dx,
+            *tiles.fused_gemm,
+        }:
             assert f"m{m}-n{n}-k{k}-w{warps}-s{stages}" in compiled
     masked = [row for row in rows if row["kernel"] == "column_gradients" and "mask" in row["tile"]]
     assert any(row["byte_loads"] == 0 for row in masked)
