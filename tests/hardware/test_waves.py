@@ -10,7 +10,7 @@ import pytest
 
 from lora_kernels.hardware.cards import CARDS
 from lora_kernels.hardware.tiles import Outputs, Tile, shipped, tiles_for
-from lora_kernels.hardware.waves import best, share, slowdown
+from lora_kernels.hardware.waves import MEASURED_SLOWNESS_64, best, share, slowdown
 from lora_kernels.tools.shapes import LAYERS
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
@@ -27,6 +27,7 @@ def test_by_hand():
     assert share(128, (100, 100), (128, 128), 2) == pytest.approx(100 / 128)  # a tile for each
     assert slowdown(4096, (4096,), (128, 128), 1) == pytest.approx(1)
     assert slowdown(4096, (4096,), (64, 64), 1) == pytest.approx(1.06)
+    assert slowdown(4096, (4096,), (64, 64), 1, "sm_90") == pytest.approx(1.6)  # measured
 
 
 def test_the_best_tile():
@@ -46,12 +47,14 @@ def taken(
     candidates = shipped(row.arch, 2, 16)
     if not dx:
         return tiles.low_rank_gemm, candidates.low_rank_gemm, sizes.N
-    alone = candidates.low_rank_gemm
-    return tiles.low_rank_gemm_dx, candidates.group_dx if sizes.N[1:] else alone, (sizes.K,)
+    row_of = candidates.group_dx if sizes.N[1:] else candidates.dx
+    return tiles.low_rank_gemm_dx, row_of, (sizes.K,)
 
 
 @pytest.mark.parametrize("card", SHOWN)
 def test_no_tile_leaves_a_tenth_unused_where_another_would_not(card):
+    if CARDS[card].arch in MEASURED_SLOWNESS_64:
+        pytest.skip("measured: there a smaller tile costs more than an empty processor")
     for layer, dx, M in product(LAYERS, (False, True), (512, 1024, 2048, 4096, 8192)):
         tile, candidates, columns = taken(layer, dx, M, card)
         shares = {each: share(M, columns, each, CARDS[card].processors) for each in candidates}
