@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.graphs import captured
+from lora_kernels.hardware.capture import captured
 
 from . import timing, training_run
 from .kernels import explain_error

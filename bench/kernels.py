@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.graphs import captured
+from lora_kernels.hardware.capture import captured
 from lora_kernels.strategies.choose import choose
 
 from . import cases, timing

@@ -14,7 +14,7 @@ from bench import cases, timing
 from bench.check import check
 from bench.kernels import buffers, one_pass
 from bench.providers import Built, providers
-from lora_kernels.graphs import captured
+from lora_kernels.hardware.capture import captured
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,6 @@ without a GPU.
 from . import former_names
 from .adapters import load_adapter, save_adapter
 from .autograd.functional import lora_linear
-from .graphs import GraphedStep, graph_trainer
 from .injection.explain import explain
 from .injection.inject import add_lora, merge
 from .injection.peft import fuse_peft, unfuse_peft
@@ -18,6 +17,7 @@ from .injection.report import Report
 from .layers.config import LoRAConfig
 from .layers.linear import FusedLoRALinear
 from .strategies.table import STRATEGIES
+from .training.graphed_step import GraphedStep, graph_trainer
 
 former_names.install()
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from lora_kernels.graphs import GraphedStep
+from lora_kernels import GraphedStep
 
 from .checkpoints import PROGRESS, TRAINED, seal
 from .meter import Meter

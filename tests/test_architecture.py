@@ -34,9 +34,9 @@ for wing in ("hardware", "adapters"):
 MAY_IMPORT["arguments"] = set()  # below all wings too; what callers pass is checked in four
 for wing in ("autograd", "layers", "injection", "adapters"):
     MAY_IMPORT[wing].add("arguments")
-MAY_IMPORT["graphs"] = set()  # of any step of any model
-MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "graphs", "tools"}
-MAY_IMPORT["__init__"] = {*WINGS, "graphs", "former_names"}  # the public names
+MAY_IMPORT["training"] = {"hardware", "training"}  # of any step of any model
+MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
+MAY_IMPORT["__init__"] = {*WINGS, "training", "former_names"}  # the public names
 MAY_IMPORT["former_names"] = set()
 MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
@@ -132,7 +132,7 @@ def test_imports_make_no_circle():
         visit(path, ())
 
 
-@pytest.mark.parametrize("wing", [*WINGS, "tools"])
+@pytest.mark.parametrize("wing", [*WINGS, "training", "tools"])
 def test_a_wing_says_its_rule_at_the_door(wing):
     door = ast.get_docstring(_tree(PACKAGE / wing / "__init__.py"))
     assert door and "Rule: " in door

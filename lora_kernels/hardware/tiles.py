@@ -48,18 +48,23 @@ KERNELS = Tiles._fields[:-1]
 class Shipped(NamedTuple):
     """The tiles of an architecture. For a GEMM there are several: sizes of outputs differ.
 
-    `dx` and `group_dx` are those of low_rank_gemm for dx. A group adds a masked low-rank product
-    for each layer to one accumulator, which takes registers.
+    `group_dx` are those of low_rank_gemm for the dx of a group. A group adds a masked low-rank
+    product for each layer to one accumulator, which takes registers. `dx` are those for the dx of
+    one layer; an empty `dx` stands for those of y.
     """
 
     project: Tile
     low_rank_gemm: tuple[Tile, ...]
-    dx: tuple[Tile, ...]
     group_dx: tuple[Tile, ...]
     fused_gemm: tuple[Tile, ...]
     low_rank: Tile
     output_gradients: Tile
     parameter_gradients: Tile
+    dx: tuple[Tile, ...] = ()
+
+    def dx_of(self, segments: int) -> tuple[Tile, ...]:
+        """The tiles of low_rank_gemm for the dx of so many layers that share x."""
+        return self.group_dx if segments > 1 else self.dx or self.low_rank_gemm
 
 
 # On sm_86 128 x 128 with 8 warps is the largest output tile whose accumulator stays in registers
@@ -67,7 +72,6 @@ class Shipped(NamedTuple):
 _HALF = Shipped(
     project=Tile(32, 0, 64, 4, 4), low_rank=Tile(64, 128, 32, 4, 1),
     low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
-    dx=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 4, 3)),
     group_dx=(Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
     fused_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
     output_gradients=Tile(32, 128, 0, 4, 4), parameter_gradients=Tile(32, 128, 0, 4, 3),
@@ -77,15 +81,14 @@ _HALF = Shipped(
 _HALF_WIDE = _HALF._replace(
     project=Tile(32, 0, 64, 4, 3), low_rank=Tile(32, 64, 32, 4, 1),
     low_rank_gemm=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
-    dx=(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
     group_dx=(Tile(32, 64, 32, 4, 3),), fused_gemm=(Tile(32, 128, 32, 8, 3),),
     output_gradients=Tile(32, 64, 0, 4, 3), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 # Half as large in fp32, so that two stages fit in 99 KiB of shared memory.
 _FLOAT = Shipped(
     project=Tile(32, 0, 32, 4, 4), low_rank=Tile(64, 64, 32, 4, 1),
-    low_rank_gemm=(Tile(64, 64, 32, 4, 2),), dx=(Tile(64, 64, 32, 4, 2),),
-    group_dx=(Tile(64, 64, 32, 4, 2),), fused_gemm=(Tile(64, 64, 32, 4, 2),),
+    low_rank_gemm=(Tile(64, 64, 32, 4, 2),), group_dx=(Tile(64, 64, 32, 4, 2),),
+    fused_gemm=(Tile(64, 64, 32, 4, 2),),
     output_gradients=Tile(32, 64, 0, 4, 4), parameter_gradients=Tile(32, 64, 0, 4, 4),
 )  # fmt: skip
 _FLOAT_WIDE = _FLOAT._replace(
@@ -95,18 +98,17 @@ _FLOAT_WIDE = _FLOAT._replace(
 )  # fmt: skip
 # The interpreter runs small tests: with small tiles their shapes still have ragged edges.
 _SMALL = Tile(32, 32, 32, 1, 1)
-_ONE = (_SMALL,)
-_INTERPRETER = Shipped(_SMALL, _ONE, _ONE, _ONE, _ONE, _SMALL, _SMALL, _SMALL)
+_INTERPRETER = Shipped(_SMALL, (_SMALL,), (_SMALL,), (_SMALL,), _SMALL, _SMALL, _SMALL)
 
 # sm_80 and sm_90 have shared memory for deeper pipelines. The grid of a gradient is two programs a
 # multiprocessor, so a tile may take almost half of the shared memory.
 _AMPERE = _HALF._replace(
-    low_rank_gemm=(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4)),
-    dx=(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4)),
-    group_dx=(Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
-    fused_gemm=(Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
+    **{  # type: ignore[arg-type]
+        gemm: tuple(tile._replace(stages=4) for tile in getattr(_HALF, gemm))
+        for gemm in ("low_rank_gemm", "group_dx", "fused_gemm")
+    },
     output_gradients=Tile(64, 128, 0, 4, 4),
-)  # fmt: skip
+)
 # WGMMA, on sm_90, takes deeper tiles than MMA, and wider ones for large outputs. Measured on an
 # H200: docs/kernels.md.
 _HOPPER = _HALF._replace(
@@ -127,8 +129,8 @@ _HOPPER = _HALF._replace(
 # nothing AMD has run.
 _AMD = Shipped(
     project=Tile(32, 0, 64, 4, 1), low_rank=Tile(64, 128, 32, 4, 1),
-    low_rank_gemm=(Tile(128, 128, 32, 8, 1),), dx=(Tile(128, 128, 32, 8, 1),),
-    group_dx=(Tile(128, 128, 32, 8, 1),), fused_gemm=(Tile(128, 128, 32, 8, 1),),
+    low_rank_gemm=(Tile(128, 128, 32, 8, 1),), group_dx=(Tile(128, 128, 32, 8, 1),),
+    fused_gemm=(Tile(128, 128, 32, 8, 1),),
     output_gradients=Tile(64, 128, 0, 4, 1), parameter_gradients=Tile(32, 128, 0, 4, 1),
 )  # fmt: skip
 # (architecture, bytes per element of x, not aligned or rank above 32) -> tiles.
@@ -197,7 +199,7 @@ def tiles_for(
     return Tiles(
         project=row.project,
         low_rank_gemm=fit(row.low_rank_gemm, N),
-        low_rank_gemm_dx=fit(row.group_dx if len(N) > 1 else row.dx, (K,)),
+        low_rank_gemm_dx=fit(row.dx_of(len(N)), (K,)),
         fused_gemm=fit(row.fused_gemm, N, rank_block(R)),
         fused_gemm_dx=fit(row.fused_gemm, (K,), rank_block(R)),
         low_rank=row.low_rank,

@@ -106,7 +106,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
 def _each_shipped(problem: Problem, tiles: Tiles) -> Iterator[Tiles]:
     """The tiles with, in turn, all that are shipped for its GEMMs: sizes of outputs decide."""
     row = shipped(problem.arch, problem.dtype.itemsize, problem.R, aligned=problem.aligned)
-    dx = row.group_dx if problem.segments > 1 else row.dx
+    dx = row.dx_of(problem.segments)
     for i in range(max(len(row.low_rank_gemm), len(dx), len(row.fused_gemm))):
         fused = row.fused_gemm[i % len(row.fused_gemm)]
         yield tiles._replace(

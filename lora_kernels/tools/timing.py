@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..graphs import captured
+from ..hardware.capture import captured
 
 Step = Callable[[], tuple[Tensor, ...]]
 

@@ -61,10 +61,12 @@ def test_lanes_drop_exactly(columns, dtype):
 @pytest.mark.parametrize("columns", [5, 64])
 def test_the_ends_of_dropout(columns):
     seed = torch.tensor([3])
-    for dropout, keep in ((1e-6, True), (1 - 1e-6, False)):  # to 16 bits: never, always
-        mask = masks.draw(seed, 2, 9, columns, dropout)
-        assert mask.shape == (2, 9, masks.packed_width(columns))
-        assert (masks.unpack(mask, columns) == keep).all()
+    assert [masks.threshold(p) for p in (1e-6, 0.25, 1 - 1e-6)] == [0, 1 << 14, (1 << 16) - 1]
+    for dropout, rate in ((1e-6, 1.0), (1 - 1e-6, 1 / 65536)):  # to 16 bits: never, almost always
+        mask = masks.draw(seed, 2, 900, columns, dropout)
+        assert mask.shape == (2, 900, masks.packed_width(columns))
+        kept = masks.unpack(mask, columns).double().mean().item()
+        assert kept == pytest.approx(rate, abs=1e-4 if rate < 1 else 0)
     assert masks.draw(seed, 1, 0, columns, 0.5).numel() == 0
     # Two chances from the same seed: whatever the smaller keeps, the larger keeps as well.
     rare, usual = (masks.unpack(masks.draw(seed, 1, 99, 99, p), 99) for p in (0.7, 0.3))

@@ -270,6 +270,26 @@ def test_two_plans_share_no_signature():
         assert [each.grid == (7, 7, 7) for each in active.launched] == [False, True] * 2
 
 
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
+    x, lora_A = torch.zeros(32, 48), (torch.zeros(8, 48),)
+
+    def project(rows: int) -> None:
+        kernels.project(x[:rows], lora_A, tile=BASE.tile, precision="ieee", parts=1)
+
+    with card() as active:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="_project is launched for the first time while"):
+            project(32)
+        assert not active.launched and not launch._STEPS
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        project(32)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        project(32)  # a hit
+        project(16)  # a miss of the cache, but no new kernel
+        assert len(active.launched) == 3
+
+
 def test_masks_of_the_library():
     with card() as active:
         t, mask = torch.zeros(17, 24), torch.zeros(17, 3, dtype=torch.uint8)

@@ -47,8 +47,7 @@ def taken(
     candidates = shipped(row.arch, 2, 16)
     if not dx:
         return tiles.low_rank_gemm, candidates.low_rank_gemm, sizes.N
-    row_of = candidates.group_dx if sizes.N[1:] else candidates.dx
-    return tiles.low_rank_gemm_dx, row_of, (sizes.K,)
+    return tiles.low_rank_gemm_dx, candidates.dx_of(len(sizes.N)), (sizes.K,)
 
 
 @pytest.mark.parametrize("card", SHOWN)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from lora_kernels import GraphedStep, LoRAConfig, add_lora, graph_trainer, graphs
+from lora_kernels import GraphedStep, LoRAConfig, add_lora, graph_trainer
+from lora_kernels.training import graphed_step as graphs
 from tests.support import zoo
 from tests.support.oracle import DEVICE
 
