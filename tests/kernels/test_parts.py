@@ -37,11 +37,12 @@ def test_the_parts_are_the_sum_and_the_mask_is_the_same(parts, dropped):
         torch.testing.assert_close(h.sum(0)[1].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("N", [20, 70])
 @pytest.mark.parametrize("gemm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_next_launch_adds_the_parts_and_keeps_the_sum(dtype, gemm):
-    """One block of columns stores the sum; a layer with N = 70 has several."""
-    given = inputs(Case(M=37, N=70, K=203, R=3, adapter=dtype), dtype)
+def test_the_next_launch_adds_the_parts_and_keeps_the_sum(dtype, gemm, N):
+    """The first block of columns stores the sum: the only one at N = 20, one of three at 70."""
+    given = inputs(Case(M=37, N=N, K=203, R=3, adapter=dtype), dtype)
     parts, _ = projected(given, 4)
     x, w, v = (given.x,), (given.weight,) * 2, (given.lora_B, given.lora_B)
     tile = Tile(32, 32, 32, 4 if MATRIX_INSTRUCTIONS else 1, 1)
