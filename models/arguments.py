@@ -92,7 +92,9 @@ class Arguments:
     max_steps: int | None = flag(None, "stop after this many steps, which take the epochs' place")
     pad_to_max: bool = flag(False, "pad every batch to max_length: one shape, for compiled graphs")
     graphs: bool = flag(
-        False, "replay steps from CUDA graphs (on a GPU); batches are padded to multiples of 64"
+        False,
+        "on a GPU, replay steps from CUDA graphs; batches are padded to multiples of 64, and a "
+        "resumed run draws other dropout masks than an unbroken one",
     )
     precision: Literal["fp32", "fp16", "bf16"] = flag("fp32", "fp16 and bf16 are torch.autocast")
     weight_decay: float = flag(0.0, "AdamW's")

@@ -4,8 +4,9 @@
 
 `choose` uses it for shapes that nobody has measured, and `bench roofline` prints it. A launch moves
 each of its tensors once: what a kernel reads again is taken to come from cache. Partial sums are
-written by one launch and read by another. The shares of the datasheet's memory and matrix rates are
-assumptions until a card is measured. What stays in cache between launches is not modelled.
+written by one launch and read by another; those of h, which are small, are not counted. The shares
+of the datasheet's memory and matrix rates come from one card, an H200, and are assumptions for all
+others. What stays in cache between launches is not modelled.
 
 A GEMM is slowed down by its last wave of tiles (`waves`). Ours has the tile that is launched, the
 vendor's the best of those that a vendor is taken to have.
