@@ -32,8 +32,8 @@ def test_layers():
     for first, *cells in rows:
         name, M, R = re.fullmatch(r"`(\S+)`, ([\d,]+), (\d+)", first).groups()
         key = name, int(M.replace(",", "")), int(R)
-        ours = index[*key, "auto"]
-        others = [index[*key, peer]["median_us"] for peer in ("peft", "peft-compile")]
+        ours = index[(*key, "auto")]
+        others = [index[(*key, peer)]["median_us"] for peer in ("peft", "peft-compile")]
         found = [f"{ours['median_us']:.0f} us", f"{ours['floor_ratio']:.2f}"]
         found += [f"{other / ours['median_us']:.2f}" for other in others]
         assert cells == found, f"README should say: | {first} | {' | '.join(found)} |"

@@ -211,6 +211,28 @@ def test_ranges_of_columns(on, strategy):
         assert torch.equal(found.double(), exact)
 
 
+def test_h_in_parts_of_K(on):
+    on(ARCH, "split", HALF, 8)
+    M, N, K = 70, 90, 320
+
+    def whole(*shape, dtype=HALF):
+        return torch.randint(-2, 3, shape).to(dtype)
+
+    x, weight, lora_A, lora_B = whole(M, K), whole(N, K), whole(8, K), whole(N, 8)
+    tiles = tiles_for(ARCH, 2, 8, tf32=False)
+    options = {"precision": tiles.precision}
+    parts, _ = kernels.project(x, (lora_A,), tile=tiles.project, parts=4, **options)
+    assert parts.shape == (3, 1, M, 8)  # five steps of 64 columns, two a part
+    exact = x.double() @ lora_A.double().T
+    assert torch.equal(parts.sum(0)[0].double(), exact)
+    (y,), h = kernels.low_rank_gemm(
+        (x,), (weight,), parts, (lora_B,), scale=0.0625, tile=tiles.low_rank_gemm, **options
+    )
+    assert torch.equal(h[0].double(), exact.to(HALF).double())
+    low_rank = 0.0625 * (h[0].double() @ lora_B.double().T)
+    assert torch.equal(y.double(), (x.double() @ weight.double().T + low_rank).to(HALF).double())
+
+
 def test_the_library_draws_the_masks_of_the_other_strategies(on):
     on("sm_75", "split", HALF, 3)
     seed = torch.tensor([-(1 << 62) + 12345])
