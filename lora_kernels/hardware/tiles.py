@@ -123,7 +123,7 @@ _HOPPER = _HALF._replace(
     ),
     group_dx=(Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
     fused_gemm=(Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 3)),
-    output_gradients=Tile(64, 128, 0, 4, 3), parameter_gradients=Tile(64, 64, 0, 4, 3),
+    output_gradients=Tile(64, 128, 0, 4, 3), parameter_gradients=Tile(64, 64, 0, 4, 4),
 )  # fmt: skip
 # AMD cards have 64 KiB of shared memory and no asynchronous copies to pipeline by. Compiled only:
 # nothing AMD has run.
@@ -143,7 +143,9 @@ DEFAULT_TILES: dict[tuple[str, int, bool], Shipped] = {
     ("sm_80", 2, False): _AMPERE,
     ("sm_90", 2, False): _HOPPER,
     ("sm_100", 2, False): _HOPPER,
-    # With two stages ptxas spills two registers of a thread, under fp16 with fp32 adapters.
+    # On sm_120 ptxas spills two registers of a thread in the tiles of the other cards.
+    ("sm_120", 2, False): _HALF._replace(parameter_gradients=Tile(64, 64, 0, 4, 3)),
+    ("sm_120", 4, False): _FLOAT._replace(low_rank=Tile(32, 64, 32, 4, 1)),
     ("sm_120", 2, True): _HALF_WIDE._replace(output_gradients=Tile(32, 64, 0, 4, 1)),
     ("gfx942", 2, False): _AMD,
 }

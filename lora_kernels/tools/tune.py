@@ -27,7 +27,7 @@ from .timing import Step, graph_time
 
 # The tiles tried for each kernel besides the chosen one: those that are shipped for some card, and
 # more. Where a card cannot hold a tile, it fails to compile and drops out.
-_SHIPPED = [DEFAULT_TILES[arch, 2, False] for arch in ("any", "sm_80", "sm_90")]
+_SHIPPED = [DEFAULT_TILES[arch, 2, False] for arch in ("any", "sm_80", "sm_90", "sm_120")]
 _GEMM = (
     *{tile: None for row in _SHIPPED for tile in (*row.low_rank_gemm, *row.dx, *row.group_dx)},
     Tile(64, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 5),
