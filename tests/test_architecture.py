@@ -41,8 +41,9 @@ MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
-    "FusedLoRALinear", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain", "fuse_peft",
-    "load_adapter", "lora_linear", "merge", "save_adapter", "unfuse_peft",
+    "FusedLoRACallback", "FusedLoRALinear", "LoRAConfig", "Report", "STRATEGIES", "add_lora",
+    "disable_adapter", "explain", "fuse_peft", "load_adapter", "lora_fa", "lora_linear",
+    "lora_plus", "merge", "save_adapter", "unfuse_peft",
 }  # fmt: skip
 
 MAX_LINES = 400

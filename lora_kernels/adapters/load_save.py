@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from .. import arguments
 from ..injection.inject import describe, fused_layers, inject, refuse_injected, trained_paths
 from ..injection.kept import kept_keys
+from ..injection.methods import METHODS
 from ..injection.report import Report
 from ..injection.targets import inside, name_matches
-from ..injection.wrappers import bare, refuse_sharded
+from ..injection.wrappers import bare, is_sharded, refuse_sharded
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..strategies.table import check_strategy
@@ -38,6 +39,8 @@ from .peft_format import (
     peft_tensors,
     read_peft,
 )
+
+TRAINER_NAME = "model.safetensors"  # transformers' name
 
 
 def save_adapter(
@@ -61,6 +64,45 @@ def save_adapter(
     >>> save_adapter(model, "runs/sst2/adapter")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
+    _save(model, path, state_dict, for_trainer=False)
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """`model.save_pretrained` of a transformers model with LoRA: what `save_adapter` writes.
+
+    Beside it lies `model.safetensors`, which holds the same values under the names of the model's
+    own parameters, and nothing frozen. A Trainer that resumes, or loads the best model, reads that
+    file. `push_to_hub` takes `repo_id` and the other options of the model's `push_to_hub`. Options
+    for files of a whole model, such as `max_shard_size`, have no effect.
+
+    `type(model).save_pretrained(model, path)` writes the whole model, as before.
+    """
+    if is_main_process or is_sharded(model):
+        _save(model, save_directory, state_dict, for_trainer=True)
+    if push_to_hub and is_main_process:
+        repository = options.pop("repo_id", Path(save_directory).name)
+        known = ("commit_message", "private", "token", "revision", "create_pr")
+        uploading = {name: options[name] for name in known if name in options}
+        model.push_to_hub(repository, **uploading)  # type: ignore[operator]
+
+
+METHODS["save_pretrained"] = save_pretrained
+
+
+def _save(
+    model: nn.Module,
+    path: str | PathLike[str],
+    state_dict: Mapping[str, Tensor] | None,
+    *,
+    for_trainer: bool,
+) -> None:
     arguments.module("model", model)
     path = arguments.path("path", path)
     if state_dict is not None:
@@ -76,20 +118,27 @@ def save_adapter(
     wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
     state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
     nameless = config["modules_to_save"] is None
-    state.on_first(partial(_write, path, config, state, layers, train, kept, nameless))
+    own = sorted(wanted) if for_trainer else []
+    own += [key for name in train for key in state.keys(name) if for_trainer]
+    state.on_first(partial(_write, path, config, own, state, layers, train, kept, nameless))
 
 
-def _write(path: Path, config: dict[str, Any], state: State, *rest: Any) -> None:
+def _write(path: Path, config: dict[str, Any], own: list[str], state: State, *rest: Any) -> None:
+    """Write the files; `own` are the keys of what a Trainer needs to go on, if it shall."""
     tensors, metadata = peft_tensors(state, *rest)
     if wrong := [key for key, value in tensors.items() if not bool(value.isfinite().all())]:
         warnings.warn(
             f"{len(wrong)} tensors hold values that are not finite, which load_adapter will "
             f"refuse: {wrong[0]}",
-            stacklevel=3,
+            stacklevel=4,
         )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = safetensors.torch.save(tensors, metadata)
-    write_files(path, {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
+    files = {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content}
+    if own:
+        values = {key: state[key] for key in own}
+        files[TRAINER_NAME] = safetensors.torch.save(values, {"format": "pt"})
+    write_files(path, files)
 
 
 def _warn_of_what_stays_behind(
@@ -108,7 +157,7 @@ def _warn_of_what_stays_behind(
         warnings.warn(
             f"{len(left)} trained parameters are not in the adapter, since LoRAConfig's `train` "
             f"does not name their modules: {named}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -41,6 +41,7 @@ class FusedLoRALinear(nn.Module):
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    disabled = False  # whether the layer computes the base layer's y
 
     def __init__(
         self,
@@ -158,14 +159,15 @@ class FusedLoRALinear(nn.Module):
         return lora_layer(x, parts)
 
     def _plain(self, x: Tensor) -> Tensor:
-        """y of a merged layer."""
-        weight = self.weight.T if self.conv1d else self.weight
+        """y of a merged layer, or of a disabled one without its update."""
+        own = self._unmerged if self.disabled and self._unmerged is not None else self.weight
+        weight = own.T if self.conv1d else own
         bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
         return nn.functional.linear(x.to(weight.dtype), weight, bias)
 
     def parts(self) -> Parts | None:
-        """The tensors and settings of a call now; None if merged, which is a plain layer."""
-        if self.merged:
+        """The tensors and settings of a call now; None if merged or disabled: a plain layer."""
+        if self.merged or self.disabled:
             return None
         return self._parts(self.dropout if self.training else 0.0)
 
