@@ -116,6 +116,10 @@ def _save(
         kept = kept_keys(inner, train)
         _warn_of_what_stays_behind(inner, layers, train, kept)
     wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
+    starts = [name for name, layer in layers.items() if layer.taken is not None]
+    wanted |= {f"{name}.{part}" for name in starts for part in ("start_A", "start_B")}
+    if for_trainer:  # a start may be random: resuming needs what it left of the weight
+        wanted |= {f"{name}.weight" for name in starts}
     state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
     nameless = config["modules_to_save"] is None
     own = sorted(wanted) if for_trainer else []

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor, nn
 
 from ..algebra.columns import Ranges, check_columns, fold, unfold, widths
@@ -196,7 +197,7 @@ def peft_tensors(
         lora_A, lora_B = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
         N = layer.out_features if layer.columns is None else sum(widths(layer.columns))
         for name, value, shape in (
-            ("lora_A", lora_A, (rank_of(layer), layer.in_features)),
+            ("lora_A", lora_A, (_rows(layer), layer.in_features)),
             ("lora_B", lora_B, (N, layer.rank)),
         ):
             if value.shape != shape:
@@ -204,10 +205,12 @@ def peft_tensors(
                     f"{path}.{name} is {list(value.shape)}, a part of {list(shape)}: pass a "
                     "gathered state_dict="
                 )
-        tensors[f"{path}.lora_A.weight"] = lora_A
-        tensors[f"{path}.lora_B.weight"] = (
-            lora_B if layer.columns is None else unfold(lora_B, layer.columns, layer.out_features)
-        )
+        if layer.columns is not None:
+            lora_B = unfold(lora_B, layer.columns, layer.out_features)
+        if layer.taken is not None:  # W - s B' A' + s B A is W + s [B, -B'] [A; A']
+            lora_A = torch.cat([lora_A, state[f"{path}.start_A"]])
+            lora_B = torch.cat([lora_B, -state[f"{path}.start_B"]], dim=1)
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = lora_A, lora_B
     train = list(train)
     tensors |= {key: state[key] for path in train for key in state.keys(path)}
     kept = list(kept)
@@ -218,9 +221,14 @@ def peft_tensors(
     return {PREFIX + key: value for key, value in tensors.items()}, metadata
 
 
-def rank_of(layer: FusedLoRALinear) -> int:
-    """The rank of a layer's LoRA as one of the whole layer (see `FusedLoRALinear.unfolded`)."""
+def _rows(layer: FusedLoRALinear) -> int:
+    """The rows of lora_A, whether or not all of them are here."""
     return layer.rank * (1 if layer.columns is None else len(layer.columns))
+
+
+def rank_of(layer: FusedLoRALinear) -> int:
+    """The rank of a layer's LoRA as one of the whole layer, on the unchanged weight."""
+    return _rows(layer) * (1 if layer.taken is None else 2)
 
 
 def peft_config(
@@ -229,12 +237,12 @@ def peft_config(
     """The `LoraConfig` under which PEFT builds the same layers, as a dictionary."""
     rslora = all(layer.rslora for layer in layers.values())
     # PEFT has one `use_rslora` for all layers. A layer that differs keeps its scale by an alpha of
-    # its own, and so does one that is unfolded, to the rank summed over its columns.
+    # its own, and so does one whose rank in the file is another than its own.
     ranks = {path: rank_of(layer) for path, layer in layers.items()}
     alphas = {
         path: _number(
             layer.alpha
-            if layer.columns is None and rslora == layer.rslora
+            if ranks[path] == layer.rank and rslora == layer.rslora
             else layer.scale * (math.sqrt(ranks[path]) if rslora else ranks[path])
         )
         for path, layer in layers.items()

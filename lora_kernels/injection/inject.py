@@ -17,12 +17,14 @@ from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
 from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
+from ..layers.start import takes_weight
 from ..strategies.choose import choose
 from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember
+from .peft_names import by_pattern
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
-from .targets import find_targets, find_train
+from .targets import find_targets, find_train, near_misses
 from .wrappers import bare, refuse_sharded, unwrapped
 
 
@@ -54,12 +56,52 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     with bare(model) as model:
         refuse_injected(model)
         train = find_train(model, config.train)
-        columns, skipped = find_targets(model, config.targets, train)
-        ranks = dict.fromkeys(columns, (config.rank, config.alpha))
+        columns, skipped = find_targets(model, config, train)
+        ranks = _ranks(config, columns)
+        _refuse_tied(model, config, ranks)
         report = inject(model, config, ranks, skipped, columns)
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
     return report
+
+
+def _ranks(config: LoRAConfig, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Path -> rank and alpha, by the patterns; ValueError for a pattern that matches no layer."""
+    paths = list(paths)
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern in patterns:
+            if all(by_pattern({pattern: True}, path, None) is None for path in paths):
+                raise ValueError(
+                    f"pattern {pattern!r} matches no target{near_misses(pattern, paths)}"
+                )
+    return {
+        path: (
+            by_pattern(config.rank_pattern, path, config.rank),
+            by_pattern(config.alpha_pattern, path, config.alpha),
+        )
+        for path in paths
+    }
+
+
+def _refuse_tied(model: nn.Module, config: LoRAConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError where a start would take a part out of a weight that others read too."""
+    if takes_weight(config.init):
+        owners = weight_owners(model)
+        for path in paths:
+            if others := owners[id(model.get_submodule(path).weight)] - {path}:
+                raise ValueError(
+                    f"init={config.init!r} would change the weight of {path!r}, which is tied to "
+                    f"{sorted(others)[0]!r}"
+                )
+
+
+def weight_owners(model: nn.Module) -> dict[int, set[str]]:
+    """id of each parameter -> the paths of the modules that hold it."""
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(path)
+    return owners
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -74,10 +116,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = fused_layers(arguments.module("model", model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
-    owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(path)
+    owners = weight_owners(model)
     for path, layer in layers.items():
         if others := owners[id(layer.weight)] - {path}:
             raise ValueError(
@@ -144,6 +183,7 @@ def inject(
                 rslora=config.rslora,
                 strategy=config.strategy,
                 columns=columns.get(path),
+                init=config.init,
             )
     except Exception:
         for parameter, flag in flags.items():

@@ -16,6 +16,7 @@ from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, why_not_plain
 from .config import check_settings
+from .start import START, check_start, drawn, kaiming, takes_weight
 
 
 class FusedLoRALinear(nn.Module):
@@ -61,7 +62,7 @@ class FusedLoRALinear(nn.Module):
         arguments.integer("out_features", out_features, least=0)
         arguments.flag("bias", bias)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None)
+        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None, START)
 
     @classmethod
     def from_linear(
@@ -74,14 +75,16 @@ class FusedLoRALinear(nn.Module):
         rslora: bool = False,
         strategy: str = "auto",
         columns: Iterable[Range] | None = None,
+        init: str = START,
     ) -> FusedLoRALinear:
         """Wrap an `nn.Linear` or a transformers `Conv1D`; weight and bias are the layer's own, now
         frozen.
 
         lora_A and lora_B are fp32 at least, whatever the base (small updates vanish in half
         precision). `columns` are the (start, stop) of y's columns that get LoRA; None means all, as
-        one. Raises TypeError, with the reason, for a layer that `supports` refuses; ValueError for
-        columns that are not ascending ranges of y's.
+        one. `init` names how lora_A and lora_B start (see `LoRAConfig`); with "pissa" and "olora"
+        weight is a new one, without their part. Raises TypeError, with the reason, for a layer that
+        `supports` refuses; ValueError for columns that are not ascending ranges of y's.
 
         >>> FusedLoRALinear.from_linear(attn.c_attn, rank=4, columns=[(0, 768), (1536, 2304)])
         """
@@ -92,7 +95,7 @@ class FusedLoRALinear(nn.Module):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         ranges = None if columns is None else arguments.ranges("columns", columns)
-        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges)
+        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges, init)
         return self
 
     @staticmethod
@@ -115,9 +118,11 @@ class FusedLoRALinear(nn.Module):
 
     def _adopt(
         self, layer: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool,
-        strategy: str, dtype: torch.dtype, columns: Ranges | None,
+        strategy: str, dtype: torch.dtype, columns: Ranges | None, init: str,
     ) -> None:  # fmt: skip
         check_settings(rank, alpha, dropout, rslora, strategy)
+        if check_start(init, rank) != START and columns is not None:
+            raise ValueError(f"init={init!r} is for whole layers: this one has columns")
         if columns is not None:
             check_columns(columns, features_of(layer)[1])
         nn.Module.__init__(self)
@@ -142,12 +147,31 @@ class FusedLoRALinear(nn.Module):
         self.train(layer.training)
         self.group: Any = None  # the siblings that read the same x (a `group.Group`)
         self._unmerged: nn.Parameter | None = None
-        self.reset_lora_parameters()
+        self.reset_lora_parameters() if init == START else self._start(init)
 
     def reset_lora_parameters(self) -> None:
         """lora_A as PEFT draws it, lora_B zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        kaiming(self.lora_A, self.lora_B)
+
+    @torch.no_grad()
+    def _start(self, init: str) -> None:
+        """Start as `init` says; what it takes out of weight is kept for `taken`."""
+        weight = self.weight.T if self.conv1d else self.weight
+        lora_A, lora_B = drawn(init, weight, self.rank, self.scale)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if takes_weight(init):
+            rest = (weight.to(lora_A) - self.scale * lora_B @ lora_A).to(weight.dtype)
+            rest = rest.T.contiguous() if self.conv1d else rest
+            self.weight = nn.Parameter(rest, requires_grad=False)
+            self.register_buffer("start_A", self.lora_A.detach().clone())
+            self.register_buffer("start_B", self.lora_B.detach().clone())
+
+    @property
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """lora_A and lora_B that weight lacks since the start (PiSSA, OLoRA); None if none."""
+        start_A, start_B = self._buffers.get("start_A"), self._buffers.get("start_B")
+        return None if start_A is None or start_B is None else (start_A, start_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
@@ -163,7 +187,12 @@ class FusedLoRALinear(nn.Module):
         own = self._unmerged if self.disabled and self._unmerged is not None else self.weight
         weight = own.T if self.conv1d else own
         bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
-        return nn.functional.linear(x.to(weight.dtype), weight, bias)
+        x = x.to(weight.dtype)
+        y = nn.functional.linear(x, weight, bias)
+        if self.disabled and (taken := self.taken):
+            start_A, start_B = (part.to(y.dtype) for part in taken)
+            y = y + self.scale * (x @ start_A.T @ start_B.T)
+        return y
 
     def parts(self) -> Parts | None:
         """The tensors and settings of a call now; None if merged or disabled: a plain layer."""
