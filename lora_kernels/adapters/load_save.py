@@ -115,7 +115,8 @@ def _save(
         config = peft_config(inner, layers, train)
         kept = kept_keys(inner, train)
         _warn_of_what_stays_behind(inner, layers, train, kept)
-    wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
+    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
+    wanted |= {*kept}
     starts = [name for name, layer in layers.items() if layer.taken is not None]
     wanted |= {f"{name}.{part}" for name in starts for part in ("start_A", "start_B")}
     if for_trainer:  # a start may be random: resuming needs what it left of the weight
@@ -149,7 +150,7 @@ def _warn_of_what_stays_behind(
     model: nn.Module, layers: dict[str, FusedLoRALinear], train: list[str], kept: list[str]
 ) -> None:
     """Name the parameters that train, but are neither LoRA's nor in a module of `train`."""
-    lora = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
+    lora = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
     left = [
         name
         for name, parameter in model.named_parameters()
@@ -188,8 +189,8 @@ def load_adapter(
 
     Raises FileNotFoundError where there is no adapter, or a file of it is missing. Raises
     ValueError, before anything is changed, with all names, shapes, ranks and alphas that do not fit
-    the model, or with the values in the file that plain LoRA layers cannot represent (DoRA, a
-    trained bias).
+    the model, or with the values in the file that LoRA layers cannot represent (trained biases of
+    the base model, other variants).
 
     >>> load_adapter(model, "runs/sst2/adapter")
     >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
@@ -240,6 +241,8 @@ def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
         targets=tuple(ranks),
         train=tuple(_exactly(model, path) for path in adapter.train),
         strategy=strategy,
+        dora=any(values.magnitude is not None for values in adapter.layers.values()),
+        lora_bias=any(values.bias is not None for values in adapter.layers.values()),
     )
     inject(model, config, ranks, columns=columns)
 
@@ -254,8 +257,8 @@ def _exactly(model: nn.Module, path: str) -> str:
 def _copy(model: nn.Module, adapter: Adapter) -> None:
     """Take over all values of an adapter that fits."""
     for path, layer in fused_layers(model).items():
-        layer.lora_A.copy_(adapter.layers[path].lora_A)
-        layer.lora_B.copy_(adapter.layers[path].lora_B)
+        for name, value in adapter.layers[path].named().items():
+            getattr(layer, name).copy_(value)
     state = model.state_dict()
     for key, value in adapter.others.items():
         state[key].copy_(value)

@@ -37,7 +37,14 @@ from ..injection.peft_names import (
 from ..injection.targets import inside, is_layer
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter, LayerValues, read_tensors, split_lora, under_all_names
+from .files import (
+    Adapter,
+    LayerValues,
+    read_tensors,
+    split_lora,
+    take_vectors,
+    under_all_names,
+)
 from .gather import State
 from .peft_config import read_config
 
@@ -46,6 +53,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 
 
 def read_peft(directory: Path, model: nn.Module) -> Adapter:
@@ -61,7 +69,9 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         if name in tensors:
             raise ValueError(f"{weights} holds {name} twice")
         tensors[name] = value
+    vectors = take_vectors(tensors, MAGNITUDE, BIAS)
     pairs, others = split_lora(tensors, ".weight", directory)
+    _check_vectors(directory, config, pairs.keys(), vectors)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     rslora = config.get("use_rslora", False)
     metadata = _read_metadata(weights)
@@ -75,7 +85,8 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
                 f"{directory}: {path}.lora_A is {list(lora_A.shape)}, but "
                 f"{CONFIG_NAME} gives rank {wanted}"
             )
-        values = LayerValues(lora_A, lora_B, by_pattern(config.get("alpha_pattern"), path, alpha))
+        own_alpha = by_pattern(config.get("alpha_pattern"), path, alpha)
+        values = LayerValues(lora_A, lora_B, own_alpha, None, **vectors.get(path, {}))
         try:
             layers[path] = _folded(values, linear.get(path), columns.get(path), rslora)
         except ValueError as error:
@@ -95,6 +106,21 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         config.get("lora_dropout", 0.0),
         rslora,
     )
+
+
+def _check_vectors(
+    directory: Path, config: Mapping[str, Any], paths: Set[str], vectors: Mapping[str, Any]
+) -> None:
+    """Raise ValueError unless exactly the layers have magnitudes and biases that should."""
+    for field, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        have = {path for path, found in vectors.items() if field in found}
+        should = set(paths) if config.get(flag) else set()
+        if different := sorted(have ^ should):
+            words = "has" if different[0] in have else "lacks"
+            raise ValueError(
+                f"{directory}: {different[0]} {words} the {field} of its LoRA, but {CONFIG_NAME} "
+                f"says {flag}={bool(config.get(flag))}"
+            )
 
 
 def _embeddings(model: nn.Module) -> list[str]:
@@ -117,6 +143,8 @@ def _folded(
     them. What does not fit `layer` stays as it is in the file, and `check_fit` reports it.
     """
     columns = layer.columns if isinstance(layer, FusedLoRALinear) else columns
+    if values.magnitude is not None or values.bias is not None:
+        return values  # of whole layers alone
     if layer is None or columns is None or features_of(layer)[1] != len(values.lora_B):
         return values
     try:
@@ -211,6 +239,10 @@ def peft_tensors(
             lora_A = torch.cat([lora_A, state[f"{path}.start_A"]])
             lora_B = torch.cat([lora_B, -state[f"{path}.start_B"]], dim=1)
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = lora_A, lora_B
+        if layer.has_magnitude:
+            tensors[f"{path}.{MAGNITUDE}"] = state[f"{path}.lora_magnitude"]
+        if layer.has_lora_bias:
+            tensors[f"{path}.{BIAS}"] = state[f"{path}.lora_bias"]
     train = list(train)
     tensors |= {key: state[key] for path in train for key in state.keys(path)}
     kept = list(kept)
@@ -267,7 +299,8 @@ def peft_config(
         "r": rank,
         "rank_pattern": {exactly(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {exactly(path): a for path, a in alphas.items() if a != alpha},
-        "use_dora": False,
+        "lora_bias": any(layer.has_lora_bias for layer in layers.values()),
+        "use_dora": any(layer.has_magnitude for layer in layers.values()),
         "use_rslora": rslora,
         **names_for_peft(model, set(layers), train),
     }

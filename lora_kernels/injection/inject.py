@@ -184,6 +184,8 @@ def inject(
                 strategy=config.strategy,
                 columns=columns.get(path),
                 init=config.init,
+                dora=config.dora,
+                lora_bias=config.lora_bias,
             )
     except Exception:
         for parameter, flag in flags.items():
@@ -193,8 +195,8 @@ def inject(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in fused_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        for name in layer.adapter_names:
+            getattr(layer, name).requires_grad_(True)
     for path in train:
         model.get_submodule(path).requires_grad_(True)
     if config.group:
@@ -210,7 +212,7 @@ def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
     """The report of a model that has LoRA layers."""
     layers = fused_layers(model)
     config = getattr(model, "lora_config", LoRAConfig())
-    groups = {"lora": [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]}
+    groups = {"lora": [getattr(layer, n) for layer in layers.values() for n in layer.adapter_names]}
     for path, name in find_train(model, config.train).items():
         groups.setdefault(name, []).extend(model.get_submodule(path).parameters())
     rows = tuple(fused_row(name, layer) for name, layer in layers.items())

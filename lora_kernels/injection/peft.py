@@ -2,7 +2,7 @@
 
 The PEFT model keeps its modules, parameters, names and files. A supported layer becomes a
 `FusedLinear`, a subclass of PEFT's class that adds a `forward`. Each call decides anew: what PEFT
-does beyond plain LoRA (merged or disabled adapters, several at once, DoRA and other variants, mixed
+does beyond LoRA and DoRA (merged or disabled adapters, several at once, other variants, mixed
 batches) runs PEFT's own forward. A subclass can be copied and pickled like any module, and adds no
 reference from a layer to itself.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .. import arguments
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.functional import lora_layer
 from ..layers.base import is_conv1d, why_not_plain
+from ..layers.dora import Dora, dora_layer
 from ..layers.group import problem_of
 from ..strategies.choose import choose
 from ..strategies.problem import Problem
@@ -111,20 +112,30 @@ def _fused_class() -> Any:
         group: Any
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            parts = self.parts()
-            if parts is None or args or any(v is not None for v in kwargs.values()):
+            plain = plain_lora(self)
+            if isinstance(plain, str) or args or any(v is not None for v in kwargs.values()):
                 return super().forward(x, *args, **kwargs)
+            parts = _parts(self, plain, in_training=False)
+            if plain.magnitude is None:
+                return self._lora(x, parts)
+            dropout = getattr(plain.dropout, "p", 0.0) if plain.dropout.training else 0.0
+            dora = Dora(plain.magnitude, plain.weights.bias, dropout)
+            return dora_layer(x, parts, dora, self._lora)
+
+        def _lora(self, x: Tensor, parts: Parts) -> Tensor:
             if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
                 return y
             return lora_layer(x, parts)
 
         def parts(self) -> Parts | None:
             """The tensors and settings of a call now; None where PEFT's own forward runs."""
-            return _parts(self, in_training=False)
+            plain = plain_lora(self)
+            return None if isinstance(plain, str) else _parts(self, plain, in_training=False)
 
         def own(self) -> Parts | None:
             """The same with the settings as in training."""
-            return _parts(self, in_training=True)
+            plain = plain_lora(self)
+            return None if isinstance(plain, str) else _parts(self, plain, in_training=True)
 
         def _get_name(self) -> str:
             return Linear.__name__  # printed, it is PEFT's layer still
@@ -142,11 +153,19 @@ def __getattr__(name: str) -> Any:  # where a pickle finds the class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _parts(layer: Any, *, in_training: bool) -> Parts | None:
-    plain = plain_lora(layer)
-    if isinstance(plain, str):
-        return None
-    weights, dropout, scale = plain
+class Plain(NamedTuple):
+    """What a PEFT layer that runs fused consists of; `magnitude` is DoRA's."""
+
+    weights: Weights
+    dropout: nn.Module
+    scale: float
+    magnitude: Tensor | None = None
+
+
+def _parts(layer: Any, plain: Plain, *, in_training: bool) -> Parts:
+    weights, dropout, scale, magnitude = plain
+    if magnitude is not None:
+        return Parts(weights._replace(bias=None), Settings(scale, 0.0, layer.strategy))
     probability = getattr(dropout, "p", 0.0) if in_training or dropout.training else 0.0
     return Parts(weights, Settings(scale, probability, layer.strategy))
 
@@ -162,38 +181,64 @@ def fallback_reason(layer: Any) -> str | None:
     return plain if isinstance(plain, str) else None
 
 
-def plain_lora(layer: Any) -> tuple[Weights, nn.Module, float] | str:
-    """Tensors, dropout, scale of a layer that can run fused now; else why it cannot, in words."""
+def plain_lora(layer: Any) -> Plain | str:
+    """What a layer that can run fused now consists of; else why it cannot, in words."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "merged: only the base layer runs"
-    adapters_A, active = layer.lora_A, layer.active_adapters
-    known = [name for name in active if name in adapters_A]
+    known = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(known) != 1:
         return f"{len(known)} adapters are active: {', '.join(known) or 'none'}"
-    (name,) = known
-    if name in layer.lora_variant:
-        variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
-        return f"adapter {name!r} is a LoRA variant: {variant}"
-    base, dropout, scale = layer.base_layer, layer.lora_dropout[name], layer.scaling[name]
-    lora_A, lora_B = adapters_A[name], layer.lora_B[name]
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+    return _plain_adapter(layer, known[0])
+
+
+def _plain_adapter(layer: Any, name: str) -> Plain | str:
+    """The same for its one active adapter."""
+    adapter = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    base, scale, (lora_A, lora_B, dropout) = layer.base_layer, layer.scaling[name], adapter
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A.bias is not None:
         return f"adapter {name!r} is made of {type(lora_A).__name__}, {type(lora_B).__name__}"
-    if lora_A.bias is not None or lora_B.bias is not None:
-        return f"adapter {name!r} has a bias (lora_bias)"
     if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "p", 0.0) >= 1:
         return f"adapter {name!r} has the dropout {dropout}"
     if not isinstance(scale, (int, float)):
         return f"the scaling of adapter {name!r} is a {type(scale).__name__}, no number"
     if not (type(base) is nn.Linear or is_conv1d(base)):
         return f"its base layer is {type(base).__module__}.{type(base).__name__}"
-    if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+    if _is_hooked(base) or any(map(_is_hooked, adapter)):
         return "a module inside it has hooks or a patched forward"
-    weights = Weights(base.weight, base.bias, lora_A.weight, lora_B.weight)
+    bias = base.bias
+    if lora_B.bias is not None:  # lora_bias
+        bias = scale * lora_B.bias if bias is None else bias + scale * lora_B.bias
+    weights = Weights(base.weight, bias, lora_A.weight, lora_B.weight)
     if type(base) is not nn.Linear:  # a Conv1D holds [K, N]
         weights = weights._replace(weight=weights.weight.T)
-    return _why_not(weights) or (weights, dropout, scale)
+    if refusal := _why_not(weights):
+        return refusal
+    if name not in layer.lora_variant:
+        return Plain(weights, dropout, scale)
+    magnitude = _magnitude(layer, name, weights.weight.device)
+    return magnitude if isinstance(magnitude, str) else Plain(weights, dropout, scale, magnitude)
+
+
+def _magnitude(layer: Any, name: str, device: torch.device) -> Tensor | str:
+    """The magnitude of DoRA; why there is none to use, in words."""
+    variant = layer.lora_variant[name]
+    if not _is_of_peft(variant, "DoraLinearVariant"):
+        words = type(variant).__name__.removesuffix("LinearVariant")
+        return f"adapter {name!r} is a LoRA variant: {words}"
+    holder = layer.lora_magnitude_vector[name]
+    if not _is_of_peft(holder, "DoraLinearLayer") or _is_hooked(holder):
+        return f"adapter {name!r} has a magnitude of another class, or with hooks"
+    if holder.weight.device != device:
+        return f"the magnitude of adapter {name!r} is on {holder.weight.device}"
+    weight: Tensor = holder.weight
+    return weight
+
+
+def _is_of_peft(value: Any, name: str) -> bool:
+    cls = type(value)
+    return cls.__name__ == name and cls.__module__.startswith("peft.")
 
 
 def _why_not(weights: Weights) -> str | None:

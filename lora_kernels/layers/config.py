@@ -37,7 +37,11 @@ class LoRAConfig:
     `init` is the start of lora_A and lora_B, at the base model: "kaiming" (PEFT's default: lora_B
     is zero), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>" or "olora". The last three take
     their start out of the frozen weights; `save_adapter` then writes a LoRA of twice the rank, for
-    the unchanged base model. Raises ValueError for values out of range.
+    the unchanged base model.
+
+    `dora` trains the length of each row of the adapted weight too (DoRA, see `layers.dora`), and
+    `lora_bias` a bias beside lora_B; not both, and each for whole layers. Raises ValueError for
+    values out of range.
 
     >>> LoRAConfig(rank=8, alpha=16, dropout=0.1, targets=("query", "value"), train=("classifier",))
     """
@@ -56,6 +60,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     init: str = START
+    dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.rank, self.alpha, self.dropout, self.rslora, self.strategy)
@@ -71,6 +77,9 @@ class LoRAConfig:
         for pattern, alpha in self.alpha_pattern.items():
             arguments.finite(f"alpha_pattern[{pattern!r}]", alpha)
         check_start(self.init, self.rank)
+        arguments.flag("dora", self.dora)
+        if arguments.flag("lora_bias", self.lora_bias) and (self.dora or self.init != START):
+            raise ValueError("lora_bias goes with neither dora nor another init, as in PEFT")
         arguments.flag("group", self.group)
         if self.targets is not None:
             object.__setattr__(self, "targets", arguments.names("targets", self.targets))

@@ -16,6 +16,7 @@ from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, why_not_plain
 from .config import check_settings
+from .dora import Dora, dora_layer, row_norms
 from .start import START, check_start, drawn, kaiming, takes_weight
 
 
@@ -34,6 +35,9 @@ class FusedLoRALinear(nn.Module):
     value of GPT-2's c_attn): lora_A [ranges * R, K] and lora_B [sum of widths, R] hold one below
     the other, as loralib's MergedLinear does.
 
+    With `dora` there is lora_magnitude [N] besides (see `layers.dora`), with `lora_bias` a
+    parameter of that name [N]: y + scale * lora_bias.
+
     >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
     """
 
@@ -42,7 +46,10 @@ class FusedLoRALinear(nn.Module):
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
+    lora_bias: nn.Parameter
     disabled = False  # whether the layer computes the base layer's y
+    has_magnitude = has_lora_bias = False
 
     def __init__(
         self,
@@ -76,6 +83,8 @@ class FusedLoRALinear(nn.Module):
         strategy: str = "auto",
         columns: Iterable[Range] | None = None,
         init: str = START,
+        dora: bool = False,
+        lora_bias: bool = False,
     ) -> FusedLoRALinear:
         """Wrap an `nn.Linear` or a transformers `Conv1D`; weight and bias are the layer's own, now
         frozen.
@@ -95,7 +104,17 @@ class FusedLoRALinear(nn.Module):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         ranges = None if columns is None else arguments.ranges("columns", columns)
+        arguments.flag("dora", dora)
+        arguments.flag("lora_bias", lora_bias)
+        if ranges is not None and (dora or lora_bias):
+            raise ValueError("dora and lora_bias are for whole layers: this one has columns")
         self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges, init)
+        if lora_bias:
+            self.lora_bias = nn.Parameter(self.lora_B.new_zeros(self.out_features))
+            self.has_lora_bias = True
+        if dora:
+            self.lora_magnitude = nn.Parameter(row_norms(self._weights(None), self.scale))
+            self.has_magnitude = True
         return self
 
     @staticmethod
@@ -178,6 +197,12 @@ class FusedLoRALinear(nn.Module):
         parts = self.parts()
         if parts is None:
             return self._plain(x)
+        if self.has_magnitude:
+            dropout = self.dropout if self.training else 0.0
+            return dora_layer(x, parts, Dora(self.lora_magnitude, self.bias, dropout), self._lora)
+        return self._lora(x, parts)
+
+    def _lora(self, x: Tensor, parts: Parts) -> Tensor:
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts)
@@ -186,7 +211,8 @@ class FusedLoRALinear(nn.Module):
         """y of a merged layer, or of a disabled one without its update."""
         own = self._unmerged if self.disabled and self._unmerged is not None else self.weight
         weight = own.T if self.conv1d else own
-        bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
+        bias = self.bias if self.disabled else self._bias()
+        bias = bias if bias is None else bias.to(weight.dtype)
         x = x.to(weight.dtype)
         y = nn.functional.linear(x, weight, bias)
         if self.disabled and (taken := self.taken):
@@ -205,9 +231,27 @@ class FusedLoRALinear(nn.Module):
         return self._parts(self.dropout)
 
     def _parts(self, dropout: float) -> Parts:
-        weight = self.weight.T if self.conv1d else self.weight
-        weights = Weights(weight, self.bias, self.lora_A, self.lora_B)
+        if self.has_magnitude:
+            return Parts(self._weights(None), Settings(self.scale, 0.0, self.strategy))
+        weights = self._weights(self._bias())
         return Parts(weights, Settings(self.scale, dropout, self.strategy, self.columns))
+
+    def _weights(self, bias: Tensor | None) -> Weights:
+        weight = self.weight.T if self.conv1d else self.weight
+        return Weights(weight, bias, self.lora_A, self.lora_B)
+
+    def _bias(self) -> Tensor | None:
+        """The bias of y: the frozen one, and that of LoRA."""
+        if not self.has_lora_bias:
+            return self.bias
+        own = self.scale * self.lora_bias
+        return own if self.bias is None else self.bias + own
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of the parameters that LoRA adds."""
+        magnitude = ("lora_magnitude",) if self.has_magnitude else ()
+        return ("lora_A", "lora_B", *magnitude, *(("lora_bias",) if self.has_lora_bias else ()))
 
     @property
     def merged(self) -> bool:
@@ -218,8 +262,8 @@ class FusedLoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to weight, for inference: weight + scale * lora_B lora_A, rounded once.
 
-        The frozen weight is kept aside, so `unmerge` gives back its very bits. Does nothing if
-        merged.
+        DoRA's gain multiplies the rows of the sum. The frozen weight is kept aside, so `unmerge`
+        gives back its very bits. Does nothing if merged.
         """
         if self.merged:
             return
@@ -228,6 +272,9 @@ class FusedLoRALinear(nn.Module):
         with without_autocast(self.weight.device):
             update = self.scale * (lora_B.to(wide) @ lora_A.to(wide))
         merged = self.weight.to(wide) + (update.T if self.conv1d else update)
+        if self.has_magnitude:
+            gain = self.lora_magnitude / row_norms(self._weights(None), self.scale)
+            merged *= gain if self.conv1d else gain[:, None]
         self._unmerged = self.weight
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
 
@@ -250,8 +297,11 @@ class FusedLoRALinear(nn.Module):
             layer.nx, layer.nf = self.in_features, self.out_features
         else:
             layer.in_features, layer.out_features = self.in_features, self.out_features
-        layer.weight = self.weight
-        layer.register_parameter("bias", self.bias)
+        layer.weight, bias = self.weight, self.bias
+        if self.merged and (total := self._bias()) is not None and total is not bias:
+            trains = bias is not None and bias.requires_grad
+            bias = nn.Parameter(total.detach().to(self.weight.dtype), requires_grad=trains)
+        layer.register_parameter("bias", bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -261,5 +311,7 @@ class FusedLoRALinear(nn.Module):
             f"dropout={self.dropout}, strategy={self.strategy!r}"
             + (f", columns={self.columns}" if self.columns else "")
             + (", rslora=True" if self.rslora else "")
+            + (", dora=True" if self.has_magnitude else "")
+            + (", lora_bias=True" if self.has_lora_bias else "")
             + (", merged" if self.merged else "")
         )

@@ -54,12 +54,19 @@ def fused_calls(monkeypatch) -> list[int]:
     return calls
 
 
+DECODER = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "roberta": peft_model,
     "gpt2-conv1d": lambda: peft_model("gpt2", fan_in_fan_out=True),
     "llama-no-bias": lambda: peft_model("llama"),
     "rslora": lambda: peft_model(use_rslora=True, rank_pattern={"query": 5}),
     "base-biases-train": lambda: peft_model(bias="all"),
+    "dora": lambda: peft_model(use_dora=True),
+    "dora-conv1d": lambda: peft_model("gpt2", fan_in_fan_out=True, use_dora=True),
+    "dora-no-bias": lambda: peft_model("llama", use_dora=True, target_modules=DECODER),
+    "lora-bias": lambda: peft_model(lora_bias=True),
+    "lora-bias-without-bias": lambda: peft_model("llama", lora_bias=True),
 }
 
 
@@ -70,8 +77,9 @@ def test_outputs_and_gradients_are_as_good_as_eager(build, group, fused_calls):
     eager = copy.deepcopy(model)
     report = fuse_peft(model, group=group)
     assert not report.skipped
-    zoo.judge_models(model, eager)
-    assert len(fused_calls) == 4 * len(report.fused) >= 8
+    batches = 16 if "magnitude" in str(list(model.state_dict())) else 4  # these are few numbers
+    zoo.judge_models(model, eager, batches)
+    assert len(fused_calls) == batches * len(report.fused) >= 8
 
 
 def test_half_precision_base_with_fp32_adapters_is_as_good_as_eager(fused_calls):
@@ -154,8 +162,7 @@ STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "disabled": (disabled, "adapters are disabled"),
     "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
     "two": (two_active, "2 adapters are active: default, plain2"),
-    "dora": (lambda model: model.set_adapter("dora"), "'dora' is a LoRA variant: Dora"),
-    "lora-bias": (lambda model: model.set_adapter("biased"), r"'biased' has a bias \(lora_bias\)"),
+    "variant": (lambda model: model.set_adapter("alora"), "'alora' is a LoRA variant: ALora"),
     "hooked": (hooked, "hooks or a patched forward"),
     "base-trains": (base_trains, "the base weight trains too"),
     "quantised": (quantised, "its weight is a tests.support.small_layers.Int8Tensor"),
@@ -167,6 +174,7 @@ def with_adapters() -> nn.Module:
     model = peft_model(task_type=None)
     config = {"r": 2, "target_modules": ["query", "value"]}
     model.add_adapter("plain2", peft.LoraConfig(**config, lora_alpha=9))
+    model.add_adapter("alora", peft.LoraConfig(**config, alora_invocation_tokens=[1]))
     model.add_adapter("dora", peft.LoraConfig(**config, use_dora=True))
     model.add_adapter("biased", peft.LoraConfig(**config, lora_bias=True))
     zoo.randomise(model, "lora_B")
@@ -198,14 +206,14 @@ def test_switching_back_runs_fused_again(fused_calls):
     zoo.logits(model)
     model.unmerge_adapter()
     assert not fused_calls
-    for adapter in ("plain2", "default"):
+    for adapter in ("plain2", "dora", "biased", "default"):
         fresh = with_adapters()
         for each in (model, fresh):
             each.set_adapter(adapter)
         torch.testing.assert_close(
             zoo.logits(copy.deepcopy(model).double()), zoo.logits(fresh.double())
         )
-    assert len(fused_calls) == 8
+    assert len(fused_calls) == 16
 
 
 def test_a_layer_that_holds_one_of_several_active_adapters_runs_fused(fused_calls):
