@@ -15,10 +15,9 @@ from torch import nn
 from .. import arguments
 from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
-from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
+from ..layers.quantised import QuantisedLoRALinear, chosen, quantiser
 from ..layers.start import takes_weight
-from ..strategies.choose import choose
 from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember
 from .peft_names import by_pattern
@@ -110,12 +109,18 @@ def merge(model: nn.Module) -> nn.Module:
     weight += scale * lora_B lora_A. Parameters keep their names and `requires_grad`.
 
     Raises:
-        ValueError: there is no LoRA layer, or a weight is tied to another layer's (an output
-            embedding); the model is then unchanged.
+        ValueError: there is no LoRA layer, or a weight is quantised, or tied to another layer's (an
+            output embedding); the model is then unchanged.
     """
     layers = fused_layers(arguments.module("model", model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
+    for path, layer in layers.items():
+        if isinstance(layer, QuantisedLoRALinear):
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"cannot merge {path!r}: {error}") from None
     owners = weight_owners(model)
     for path, layer in layers.items():
         if others := owners[id(layer.weight)] - {path}:
@@ -175,7 +180,8 @@ def inject(
         new: dict[int, nn.Module] = {}
         for path, (rank, alpha) in ranks.items():
             layer = model.get_submodule(path)
-            new[id(layer)] = FusedLoRALinear.from_linear(
+            kind = FusedLoRALinear if quantiser(layer) is None else QuantisedLoRALinear
+            new[id(layer)] = kind.from_linear(
                 layer,
                 rank=rank,
                 alpha=alpha,
@@ -236,7 +242,7 @@ def trained_paths(model: nn.Module) -> list[str]:
 
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
-    choice = choose(problem_of(layer, TYPICAL_TOKENS), layer.strategy)
+    _, choice = chosen(layer, layer.rank, TYPICAL_TOKENS)
     where = f"columns {layer.columns}: " if layer.columns else ""
     return FusedRow(name, choice.strategy, where + choice.reason)
 

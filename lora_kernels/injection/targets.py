@@ -17,6 +17,7 @@ from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
+from ..layers.quantised import quantiser
 from .bypassed import bypasses, probed
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
@@ -167,7 +168,7 @@ def why_not(model: nn.Module, path: str) -> str | None:
         return f"it is wrapped alone ({name}): wrap it after add_lora"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"
-    return FusedLoRALinear.supports(module)
+    return None if quantiser(module) else FusedLoRALinear.supports(module)
 
 
 def is_layer(module: nn.Module) -> bool:
