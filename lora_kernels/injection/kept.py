@@ -122,6 +122,8 @@ def remember(model: nn.Module, layers: dict[str, FusedLoRALinear], train: Iterab
             }
             setattr(module.config, RECORD, record)
             module.save_pretrained = Method("save_pretrained", module)
+            if getattr(module, "is_quantized", False):
+                module._hf_peft_config_loaded = True  # or Trainer refuses to train the model
             if start:  # a part that is saved by itself, as sentence-transformers does
                 names = tuple("re:" + re.escape(path) for path in record["train"])
                 module.lora_config = replace(model.lora_config, train=names)  # type: ignore[type-var]
@@ -135,7 +137,13 @@ def forget(model: nn.Module) -> None:
     for module in inner:
         vars(module.config).pop(RECORD, None)
     for module in (model, *inner):
-        for name in ("lora_config", "lora_kept", "save_pretrained", "disable_adapter"):
+        for name in (
+            "lora_config",
+            "lora_kept",
+            "save_pretrained",
+            "disable_adapter",
+            "_hf_peft_config_loaded",
+        ):
             vars(module).pop(name, None)
 
 

@@ -126,6 +126,9 @@ def find_train(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             for key, parameter in model.get_submodule(path).named_parameters():
                 if not parameter.is_floating_point():
                     raise ValueError(f"train={name!r}: {path}.{key} is {parameter.dtype}")
+            for key, module in model.get_submodule(path).named_modules(prefix=path):
+                if whose := quantiser(module):
+                    raise ValueError(f"train={name!r}: {key} is {whose}, which cannot train")
     return {path: name for path, name in found.items() if inside(path, found) in (None, path)}
 
 

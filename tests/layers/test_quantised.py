@@ -260,3 +260,28 @@ def test_copies_and_pickles_of_fused_peft_models(kind):
     assert torch.equal(ran_without_grad(copy.deepcopy(model)), expected)
     layer = next(m for m in model.modules() if type(m).__name__.startswith("Fused"))
     assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
+
+
+def test_a_trainer_trains_a_quantised_model_of_add_lora(tmp_path):
+    """transformers asks for PEFT's adapters before it trains a quantised model."""
+    quantization = pytest.importorskip("torchao.quantization")
+    import transformers as tf
+
+    from tests.adapters.test_trainer import trainer
+
+    model_of().save_pretrained(tmp_path / "base")
+    config = tf.TorchAoConfig(
+        quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"]
+    )
+    model = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", quantization_config=config, num_labels=3
+    )
+    with pytest.raises(ValueError, match=r"train='query': .*query is torchao's .*cannot train"):
+        add_lora(model, LoRAConfig(targets="value", train="query"))
+    add_lora(model, LoRAConfig(rank=4, targets=("query", "value"), train="classifier"))
+    run = trainer(model, tmp_path / "run", load_best_model_at_end=True, num_train_epochs=1)
+    before = model.classifier.dense.weight.detach().clone()
+    run.train()
+    assert not torch.equal(model.classifier.dense.weight, before)
+    files = {file.name for file in (tmp_path / "run/checkpoint-4").iterdir()}
+    assert "adapter_model.safetensors" in files and "config.json" not in files
