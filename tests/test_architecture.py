@@ -37,7 +37,7 @@ for wing in ("autograd", "layers", "injection", "adapters"):
 MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
 MAY_IMPORT["__init__"] = {*WINGS, "former_names"}  # the public names
 MAY_IMPORT["former_names"] = set()
-MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
+MAY_IMPORT["cli"] = {"adapters", "tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
