@@ -25,7 +25,7 @@ def add_lora_to(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: 
 
     A y that is a view of another tensor, or one that no graph has made, is left as it is.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         dropped = F.dropout(x, settings.dropout)
         return y + settings.scale * F.linear(F.linear(dropped, lora_A), lora_B).to(y.dtype)
     if y._is_view() or y.is_inference() or not y.is_contiguous() or (y.requires_grad and y.is_leaf):

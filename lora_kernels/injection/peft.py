@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from .. import arguments
 from ..algebra.operands import Parts, Settings, Weights
@@ -101,6 +102,13 @@ def fused_peft_layers(
                 rank = plain.weights.lora_A.shape[0]
                 found.append((name, *chosen(layer, rank, tokens, dtype)))
     return found
+
+
+# Hooks that torch calls for every module (register_module_forward_hook and its like).
+_GLOBAL_HOOKS = (
+    module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks,
+    module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks,
+)  # fmt: skip
 
 
 class _Fused:
@@ -206,6 +214,10 @@ def fallback_reason(layer: Any) -> str | None:
 
 def plain_lora(layer: Any) -> Plain | str:
     """What a layer that can run fused now consists of; else why it cannot, in words."""
+    if any(_GLOBAL_HOOKS):
+        return "there are global module hooks, which expect calls of the modules inside it"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records PEFT's own forward"
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -279,6 +291,8 @@ def _why_not(weights: Weights) -> str | None:
 
 def _never(layer: Any) -> str | None:
     """Why a LoRA layer can never run fused."""
+    if _is_of_peft(layer, "ParamWrapper"):
+        return "its LoRA is on a parameter (target_parameters), not on a linear layer"
     if not any(_is_of_peft(layer, name) for name in _KINDS):
         return f"{type(layer).__module__}.{type(layer).__name__} is no plain LoRA of a linear layer"
     return "its forward is patched already" if "forward" in vars(layer) else None

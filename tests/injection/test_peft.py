@@ -13,6 +13,7 @@ import peft
 import peft.utils.hotswap
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from lora_kernels import fuse_peft, load_adapter, unfuse_peft
@@ -273,6 +274,53 @@ def test_layers_that_are_no_linear_are_reported_and_left_alone():
     assert len(report.fused) == 2
     assert [row.name.split(".")[-1] for row in report.skipped] == ["word_embeddings"]
     assert "Embedding is no plain LoRA of a linear layer" in report.skipped[0].reason
+
+
+def test_global_module_hooks_see_every_call_that_peft_makes(fused_calls):
+    def calls_of(model: nn.Module) -> list[str]:
+        seen: list[str] = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append(type(module).__name__.removeprefix("Fused"))
+        )
+        try:
+            zoo.logits(model)
+            reasons.extend(row.reason for row in fuse_peft(model).skipped if model is fused)
+        finally:
+            handle.remove()
+        return seen
+
+    reasons: list[str] = []
+    fused, eager = peft_model(), peft_model()
+    fuse_peft(fused)
+    assert calls_of(fused) == calls_of(eager) and not fused_calls
+    assert len(reasons) == 4 and "there are global module hooks" in reasons[0]
+    zoo.logits(fused)
+    assert len(fused_calls) == 4, "and without them it runs fused again"
+
+
+def test_target_parameters_are_reported_and_run_as_they_did():
+    torch.manual_seed(0)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    base = tf.MixtralForCausalLM(tf.MixtralConfig(**{**zoo.LLAMA, **sizes})).eval()
+    parameters = ["mlp.experts.gate_up_proj", "k_proj.weight"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    model = peft.get_peft_model(base, config)
+    zoo.randomise(model, "lora_B")
+    expected = zoo.logits(model)
+    report = fuse_peft(model)
+    assert [row.name.split(".")[-1] for row in report.fused] == ["q_proj"]
+    assert sorted(row.name.split(".")[-1] for row in report.skipped) == ["experts", "k_proj"]
+    assert all("on a parameter (target_parameters)" in row.reason for row in report.skipped)
+    torch.testing.assert_close(zoo.logits(model), expected)
+
+
+def test_a_traced_model_is_pefts(fused_calls):
+    model = peft_model()
+    fuse_peft(model)
+    ids = zoo.batch()["input_ids"]
+    traced = torch.jit.trace(model.base_model.model, ids, strict=False, check_trace=False)
+    assert not fused_calls
+    torch.testing.assert_close(traced(ids)["logits"], zoo.logits(model))
 
 
 def test_refusals_name_what_is_wrong():
