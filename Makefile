@@ -18,7 +18,7 @@ COVERED ?= tests
 VERSIONS ?=
 
 DEMO_EXTRAS := models,demo
-ALL_EXTRAS := models,peft,demo,bench,dev
+ALL_EXTRAS := models,peft,quantised,demo,bench,dev
 DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt

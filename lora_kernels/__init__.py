@@ -10,10 +10,12 @@ without a GPU.
 from . import former_names
 from .adapters import load_adapter, save_adapter
 from .autograd.functional import lora_linear
+from .injection.callback import FusedLoRACallback
 from .injection.explain import explain
 from .injection.inject import add_lora, merge
 from .injection.peft import fuse_peft, unfuse_peft
 from .injection.report import Report
+from .injection.training import disable_adapter, lora_fa, lora_plus
 from .layers.config import LoRAConfig
 from .layers.linear import FusedLoRALinear
 from .strategies.table import STRATEGIES
@@ -23,16 +25,20 @@ former_names.install()
 __version__ = "0.1.0"
 __all__ = [
     "STRATEGIES",
+    "FusedLoRACallback",
     "FusedLoRALinear",
     "GraphedStep",
     "LoRAConfig",
     "Report",
     "add_lora",
+    "disable_adapter",
     "explain",
     "fuse_peft",
     "graph_trainer",
     "load_adapter",
+    "lora_fa",
     "lora_linear",
+    "lora_plus",
     "merge",
     "save_adapter",
     "unfuse_peft",

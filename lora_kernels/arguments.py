@@ -40,6 +40,14 @@ def integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def indices(name: str, value: Any) -> tuple[int, ...]:
+    """One integer of at least 0, or several; not none of them."""
+    several = (value,) if isinstance(value, Integral) else _several(value, Integral)
+    if not several:
+        raise ValueError(f"{name} must be an integer or several: got {_short(value)}")
+    return tuple(integer(name, each, least=0) for each in several)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):

@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__
+from .adapters import convert as conversion
 from .tools import compile_report, doctor, shapes, tune
 from .tools.compile_report import DTYPES
 
@@ -43,6 +45,34 @@ def _tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    enabled = arguments.enable_lora and tuple(flag == "1" for flag in arguments.enable_lora)
+    source = conversion.Source(
+        arguments.source, arguments.base, arguments.model_class, arguments.num_labels,
+        arguments.alpha, enabled,
+    )  # fmt: skip
+    form = "merged" if arguments.command == "merge" else arguments.to
+    done = conversion.convert(source, arguments.target, form)
+    if arguments.json:
+        print(json.dumps({**asdict(done), "target": str(arguments.target)}, indent=1))
+    else:
+        alpha = "" if done.alpha is None else f", alpha {done.alpha:g} (the file does not hold it)"
+        print(f"{arguments.target}: {done.form}, LoRA on {done.layers} layers{alpha}")
+        print(f"outputs before and after differ by {done.difference:.1e} of their size")
+    return 0
+
+
+_CONVERTED: dict[str, dict[str, Any]] = {
+    "source": {"type": Path, "metavar": "SRC",
+               "help": "a PEFT directory, a loralib file, a checkpoint or a merged model"},
+    "target": {"type": Path, "metavar": "DST", "help": "what to write; it must not exist"},
+    "--base": {"metavar": "MODEL", "help": "the base model, where SRC does not name it"},
+    "--model-class": {"metavar": "NAME", "help": "transformers' class (default: the base's own)"},
+    "--num-labels": {"type": int, "metavar": "N", "help": "outputs of the task head"},
+    "--alpha": {"type": float, "help": "of a loralib file, which does not hold it"},
+    "--enable-lora": {"nargs": "+", "choices": ["0", "1"], "metavar": "0|1",
+                      "help": "which parts of a loralib MergedLinear have LoRA, such as 1 0 1"},
+}  # fmt: skip
 _MODELS = f"{', '.join(shapes.MODELS)}, or a directory with config.json"
 _ARCHS, _DTYPES = list(compile_report.ARCHITECTURES), list(DTYPES)
 # Name -> what prints and returns the exit code, a summary, and the flags beside --json.
@@ -72,6 +102,19 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, dict[str, di
             "--dtype": {"nargs": "+", "choices": _DTYPES, "default": ["bfloat16"]},
         },
     ),
+    "convert": (
+        _convert,
+        "convert among PEFT directories, loralib files and merged models, and check the outputs",
+        {
+            **_CONVERTED,
+            "--to": {
+                "choices": conversion.FORMS,
+                "help": "default: loralib for a DST that ends in "
+                f"{', '.join(conversion.SUFFIXES)}, else peft",
+            },
+        },
+    ),
+    "merge": (_convert, "fold an adapter into its base model, and check the outputs", _CONVERTED),
 }
 
 
@@ -98,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"lora-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2
     return code

@@ -38,13 +38,13 @@ MAY_IMPORT["training"] = {"hardware", "training"}  # of any step of any model
 MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
 MAY_IMPORT["__init__"] = {*WINGS, "training", "former_names"}  # the public names
 MAY_IMPORT["former_names"] = set()
-MAY_IMPORT["cli"] = {"tools", "__init__"}  # its version
+MAY_IMPORT["cli"] = {"adapters", "tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
-    "FusedLoRALinear", "GraphedStep", "LoRAConfig", "Report", "STRATEGIES", "add_lora", "explain",
-    "fuse_peft", "graph_trainer", "load_adapter", "lora_linear", "merge", "save_adapter",
-    "unfuse_peft",
+    "FusedLoRACallback", "FusedLoRALinear", "GraphedStep", "LoRAConfig", "Report", "STRATEGIES",
+    "add_lora", "disable_adapter", "explain", "fuse_peft", "graph_trainer", "load_adapter", "lora_fa",
+    "lora_linear", "lora_plus", "merge", "save_adapter", "unfuse_peft",
 }  # fmt: skip
 
 MAX_LINES = 400

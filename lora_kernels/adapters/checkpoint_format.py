@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..injection.inject import fused_layers, trained_paths
 from ..injection.kept import RECORD, running_statistics
 from ..injection.targets import inside
-from .files import Adapter, LayerValues, split_lora, under_all_names
+from .files import Adapter, LayerValues, split_lora, take_vectors, under_all_names
 
 PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 
@@ -54,7 +54,9 @@ def read_checkpoint(source: Path, tensors: Mapping[str, Tensor], model: nn.Modul
         )
     if not all(prefix + key in own or "lora_" in key for key in tensors):
         prefix = ""  # the very module that was saved, not one that holds it
-    pairs, others = split_lora({prefix + key: value for key, value in tensors.items()}, "", source)
+    own_tensors = {prefix + key: value for key, value in tensors.items()}
+    vectors = take_vectors(own_tensors, "lora_magnitude", "lora_bias")
+    pairs, others = split_lora(own_tensors, "", source)
     if not layers:
         train = [prefix + path for path in train]
     others |= under_all_names(model, others)  # transformers writes a tied weight under one
@@ -74,7 +76,8 @@ def read_checkpoint(source: Path, tensors: Mapping[str, Tensor], model: nn.Modul
         layer: Any = layers.get(path)
         columns = record.get("columns", {}).get(name) if layer is None else layer.columns
         columns = columns and tuple((int(start), int(stop)) for start, stop in columns)
-        values[path] = LayerValues(lora_A, lora_B, record.get("alpha", {}).get(name), columns)
+        alpha = record.get("alpha", {}).get(name)
+        values[path] = LayerValues(lora_A, lora_B, alpha, columns, **vectors.get(path, {}))
     rest = record.get("dropout", 0.0), record.get("rslora", False)
     return Adapter(source, values, others, tuple(train), tuple(kept & others.keys()), *rest)
 

@@ -20,13 +20,24 @@ class LayerValues:
     """lora_A [R, K] and lora_B [N, R] of one layer; `alpha` is None where the file does not say.
 
     With `columns`, LoRA on G ranges of columns alone, stacked as `FusedLoRALinear` holds it (see
-    `algebra.columns`): lora_A [G R, K], lora_B [sum of N_g, R]. `alpha` belongs to R.
+    `algebra.columns`): lora_A [G R, K], lora_B [sum of N_g, R]. `alpha` belongs to R. DoRA has a
+    magnitude [N], and LoRA may have a bias [N].
     """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float | None
     columns: Ranges | None = None
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors that there are, by the names of the layer's parameters."""
+        found = {
+            "lora_A": self.lora_A, "lora_B": self.lora_B,
+            "lora_magnitude": self.magnitude, "lora_bias": self.bias,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def blocks(self) -> int:
@@ -136,6 +147,20 @@ def split_lora(
         if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
             raise ValueError(f"{source}: {path} has lora_A {lora_A.dtype}, lora_B {lora_B.dtype}")
     return pairs, others
+
+
+def take_vectors(
+    tensors: dict[str, Tensor], magnitude: str, bias: str
+) -> dict[str, dict[str, Tensor]]:
+    """Path -> the `magnitude` and `bias` of its LoRA; they leave `tensors`.
+
+    The two names are those that end their keys.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for field, end in (("magnitude", magnitude), ("bias", bias)):
+        for key in [key for key in tensors if key.endswith(f".{end}")]:
+            found.setdefault(key.removesuffix(f".{end}"), {})[field] = tensors.pop(key)
+    return found
 
 
 def under_all_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

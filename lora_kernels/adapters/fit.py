@@ -64,14 +64,21 @@ def _shapes(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
     fused = layer if isinstance(layer, FusedLoRALinear) else None
     ranks = values.blocks * values.rank if fused is None else len(fused.lora_A)
     width = N if values.columns is None else sum(widths(values.columns))
-    return [
-        f"{path}.{name} is {list(found.shape)} in the file and {wanted} in the model"
-        for name, found, wanted in (
-            ("lora_A", values.lora_A, [ranks, K]),
-            ("lora_B", values.lora_B, [width, ranks // values.blocks]),
-        )
-        if list(found.shape) != wanted
+    wanted = {
+        "lora_A": [ranks, K],
+        "lora_B": [width, ranks // values.blocks],
+        "lora_magnitude": [N],
+        "lora_bias": [N],
+    }
+    problems = [
+        f"{path}.{name} is {list(found.shape)} in the file and {wanted[name]} in the model"
+        for name, found in values.named().items()
+        if list(found.shape) != wanted[name]
     ]
+    for name in () if fused is None else sorted({*fused.adapter_names} ^ {*values.named()}):
+        where = "model" if name in fused.adapter_names else "file"  # type: ignore[union-attr]
+        problems.append(f"{path}.{name} is in the {where} alone")
+    return problems
 
 
 def _columns(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
@@ -102,12 +109,12 @@ def _lora_values(path: str, layer: nn.Module, values: LayerValues) -> list[str]:
     """Where lora_A or lora_B holds what the layer's cannot."""
     own: Tensor = layer.weight  # type: ignore[assignment]
     problems = []
-    for name in ("lora_A", "lora_B"):
+    for name, value in values.named().items():
         dtype = torch.promote_types(own.dtype, torch.float32)
-        if isinstance(layer, FusedLoRALinear):
+        if isinstance(layer, FusedLoRALinear) and name in layer.adapter_names:
             own = getattr(layer, name)
             dtype = own.dtype
-        problems += _value(f"{path}.{name}", getattr(values, name), dtype, own.is_meta)
+        problems += _value(f"{path}.{name}", value, dtype, own.is_meta)
     return problems
 
 

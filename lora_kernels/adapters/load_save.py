@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from .. import arguments
 from ..injection.inject import describe, fused_layers, inject, refuse_injected, trained_paths
 from ..injection.kept import kept_keys
+from ..injection.methods import METHODS
 from ..injection.report import Report
 from ..injection.targets import inside, name_matches
-from ..injection.wrappers import bare, refuse_sharded
+from ..injection.wrappers import bare, is_sharded, refuse_sharded
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..strategies.table import check_strategy
@@ -38,6 +39,8 @@ from .peft_format import (
     peft_tensors,
     read_peft,
 )
+
+TRAINER_NAME = "model.safetensors"  # transformers' name
 
 
 def save_adapter(
@@ -61,6 +64,45 @@ def save_adapter(
     >>> save_adapter(model, "runs/sst2/adapter")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/sst2/adapter")
     """
+    _save(model, path, state_dict, for_trainer=False)
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """`model.save_pretrained` of a transformers model with LoRA: what `save_adapter` writes.
+
+    Beside it lies `model.safetensors`, which holds the same values under the names of the model's
+    own parameters, and nothing frozen. A Trainer that resumes, or loads the best model, reads that
+    file. `push_to_hub` takes `repo_id` and the other options of the model's `push_to_hub`. Options
+    for files of a whole model, such as `max_shard_size`, have no effect.
+
+    `type(model).save_pretrained(model, path)` writes the whole model, as before.
+    """
+    if is_main_process or is_sharded(model):
+        _save(model, save_directory, state_dict, for_trainer=True)
+    if push_to_hub and is_main_process:
+        repository = options.pop("repo_id", Path(save_directory).name)
+        known = ("commit_message", "private", "token", "revision", "create_pr")
+        uploading = {name: options[name] for name in known if name in options}
+        model.push_to_hub(repository, **uploading)  # type: ignore[operator]
+
+
+METHODS["save_pretrained"] = save_pretrained
+
+
+def _save(
+    model: nn.Module,
+    path: str | PathLike[str],
+    state_dict: Mapping[str, Tensor] | None,
+    *,
+    for_trainer: bool,
+) -> None:
     arguments.module("model", model)
     path = arguments.path("path", path)
     if state_dict is not None:
@@ -73,30 +115,42 @@ def save_adapter(
         config = peft_config(inner, layers, train)
         kept = kept_keys(inner, train)
         _warn_of_what_stays_behind(inner, layers, train, kept)
-    wanted = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")} | {*kept}
+    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
+    wanted |= {*kept}
+    starts = [name for name, layer in layers.items() if layer.taken is not None]
+    wanted |= {f"{name}.{part}" for name in starts for part in ("start_A", "start_B")}
+    if for_trainer:  # a start may be random: resuming needs what it left of the weight
+        wanted |= {f"{name}.weight" for name in starts}
     state = State(model, state_dict, lambda key: key in wanted or inside(key, train) is not None)
     nameless = config["modules_to_save"] is None
-    state.on_first(partial(_write, path, config, state, layers, train, kept, nameless))
+    own = sorted(wanted) if for_trainer else []
+    own += [key for name in train for key in state.keys(name) if for_trainer]
+    state.on_first(partial(_write, path, config, own, state, layers, train, kept, nameless))
 
 
-def _write(path: Path, config: dict[str, Any], state: State, *rest: Any) -> None:
+def _write(path: Path, config: dict[str, Any], own: list[str], state: State, *rest: Any) -> None:
+    """Write the files; `own` are the keys of what a Trainer needs to go on, if it shall."""
     tensors, metadata = peft_tensors(state, *rest)
     if wrong := [key for key, value in tensors.items() if not bool(value.isfinite().all())]:
         warnings.warn(
             f"{len(wrong)} tensors hold values that are not finite, which load_adapter will "
             f"refuse: {wrong[0]}",
-            stacklevel=3,
+            stacklevel=4,
         )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = safetensors.torch.save(tensors, metadata)
-    write_files(path, {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content})
+    files = {CONFIG_NAME: text.encode(), WEIGHTS_NAME: content}
+    if own:
+        values = {key: state[key] for key in own}
+        files[TRAINER_NAME] = safetensors.torch.save(values, {"format": "pt"})
+    write_files(path, files)
 
 
 def _warn_of_what_stays_behind(
     model: nn.Module, layers: dict[str, FusedLoRALinear], train: list[str], kept: list[str]
 ) -> None:
     """Name the parameters that train, but are neither LoRA's nor in a module of `train`."""
-    lora = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
+    lora = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
     left = [
         name
         for name, parameter in model.named_parameters()
@@ -108,7 +162,7 @@ def _warn_of_what_stays_behind(
         warnings.warn(
             f"{len(left)} trained parameters are not in the adapter, since LoRAConfig's `train` "
             f"does not name their modules: {named}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -135,8 +189,8 @@ def load_adapter(
 
     Raises FileNotFoundError where there is no adapter, or a file of it is missing. Raises
     ValueError, before anything is changed, with all names, shapes, ranks and alphas that do not fit
-    the model, or with the values in the file that plain LoRA layers cannot represent (DoRA, a
-    trained bias).
+    the model, or with the values in the file that LoRA layers cannot represent (trained biases of
+    the base model, other variants).
 
     >>> load_adapter(model, "runs/sst2/adapter")
     >>> load_adapter(gpt2, "loralib.pt", alpha=32, enable_lora=(True, False, True))
@@ -187,6 +241,8 @@ def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
         targets=tuple(ranks),
         train=tuple(_exactly(model, path) for path in adapter.train),
         strategy=strategy,
+        dora=any(values.magnitude is not None for values in adapter.layers.values()),
+        lora_bias=any(values.bias is not None for values in adapter.layers.values()),
     )
     inject(model, config, ranks, columns=columns)
 
@@ -201,8 +257,8 @@ def _exactly(model: nn.Module, path: str) -> str:
 def _copy(model: nn.Module, adapter: Adapter) -> None:
     """Take over all values of an adapter that fits."""
     for path, layer in fused_layers(model).items():
-        layer.lora_A.copy_(adapter.layers[path].lora_A)
-        layer.lora_B.copy_(adapter.layers[path].lora_B)
+        for name, value in adapter.layers[path].named().items():
+            getattr(layer, name).copy_(value)
     state = model.state_dict()
     for key, value in adapter.others.items():
         state[key].copy_(value)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor, nn
 
 from ..algebra.columns import Ranges, check_columns, fold, unfold, widths
@@ -36,7 +37,14 @@ from ..injection.peft_names import (
 from ..injection.targets import inside, is_layer
 from ..layers.base import features_of
 from ..layers.linear import FusedLoRALinear
-from .files import Adapter, LayerValues, read_tensors, split_lora, under_all_names
+from .files import (
+    Adapter,
+    LayerValues,
+    read_tensors,
+    split_lora,
+    take_vectors,
+    under_all_names,
+)
 from .gather import State
 from .peft_config import read_config
 
@@ -45,6 +53,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 
 
 def read_peft(directory: Path, model: nn.Module) -> Adapter:
@@ -60,7 +69,9 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         if name in tensors:
             raise ValueError(f"{weights} holds {name} twice")
         tensors[name] = value
+    vectors = take_vectors(tensors, MAGNITUDE, BIAS)
     pairs, others = split_lora(tensors, ".weight", directory)
+    _check_vectors(directory, config, pairs.keys(), vectors)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     rslora = config.get("use_rslora", False)
     metadata = _read_metadata(weights)
@@ -74,7 +85,8 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
                 f"{directory}: {path}.lora_A is {list(lora_A.shape)}, but "
                 f"{CONFIG_NAME} gives rank {wanted}"
             )
-        values = LayerValues(lora_A, lora_B, by_pattern(config.get("alpha_pattern"), path, alpha))
+        own_alpha = by_pattern(config.get("alpha_pattern"), path, alpha)
+        values = LayerValues(lora_A, lora_B, own_alpha, None, **vectors.get(path, {}))
         try:
             layers[path] = _folded(values, linear.get(path), columns.get(path), rslora)
         except ValueError as error:
@@ -94,6 +106,21 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         config.get("lora_dropout", 0.0),
         rslora,
     )
+
+
+def _check_vectors(
+    directory: Path, config: Mapping[str, Any], paths: Set[str], vectors: Mapping[str, Any]
+) -> None:
+    """Raise ValueError unless exactly the layers have magnitudes and biases that should."""
+    for field, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        have = {path for path, found in vectors.items() if field in found}
+        should = set(paths) if config.get(flag) else set()
+        if different := sorted(have ^ should):
+            words = "has" if different[0] in have else "lacks"
+            raise ValueError(
+                f"{directory}: {different[0]} {words} the {field} of its LoRA, but {CONFIG_NAME} "
+                f"says {flag}={bool(config.get(flag))}"
+            )
 
 
 def _embeddings(model: nn.Module) -> list[str]:
@@ -116,6 +143,8 @@ def _folded(
     them. What does not fit `layer` stays as it is in the file, and `check_fit` reports it.
     """
     columns = layer.columns if isinstance(layer, FusedLoRALinear) else columns
+    if values.magnitude is not None or values.bias is not None:
+        return values  # of whole layers alone
     if layer is None or columns is None or features_of(layer)[1] != len(values.lora_B):
         return values
     try:
@@ -196,7 +225,7 @@ def peft_tensors(
         lora_A, lora_B = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
         N = layer.out_features if layer.columns is None else sum(widths(layer.columns))
         for name, value, shape in (
-            ("lora_A", lora_A, (rank_of(layer), layer.in_features)),
+            ("lora_A", lora_A, (_rows(layer), layer.in_features)),
             ("lora_B", lora_B, (N, layer.rank)),
         ):
             if value.shape != shape:
@@ -204,10 +233,16 @@ def peft_tensors(
                     f"{path}.{name} is {list(value.shape)}, a part of {list(shape)}: pass a "
                     "gathered state_dict="
                 )
-        tensors[f"{path}.lora_A.weight"] = lora_A
-        tensors[f"{path}.lora_B.weight"] = (
-            lora_B if layer.columns is None else unfold(lora_B, layer.columns, layer.out_features)
-        )
+        if layer.columns is not None:
+            lora_B = unfold(lora_B, layer.columns, layer.out_features)
+        if layer.taken is not None:  # W - s B' A' + s B A is W + s [B, -B'] [A; A']
+            lora_A = torch.cat([lora_A, state[f"{path}.start_A"]])
+            lora_B = torch.cat([lora_B, -state[f"{path}.start_B"]], dim=1)
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = lora_A, lora_B
+        if layer.has_magnitude:
+            tensors[f"{path}.{MAGNITUDE}"] = state[f"{path}.lora_magnitude"]
+        if layer.has_lora_bias:
+            tensors[f"{path}.{BIAS}"] = state[f"{path}.lora_bias"]
     train = list(train)
     tensors |= {key: state[key] for path in train for key in state.keys(path)}
     kept = list(kept)
@@ -218,9 +253,14 @@ def peft_tensors(
     return {PREFIX + key: value for key, value in tensors.items()}, metadata
 
 
-def rank_of(layer: FusedLoRALinear) -> int:
-    """The rank of a layer's LoRA as one of the whole layer (see `FusedLoRALinear.unfolded`)."""
+def _rows(layer: FusedLoRALinear) -> int:
+    """The rows of lora_A, whether or not all of them are here."""
     return layer.rank * (1 if layer.columns is None else len(layer.columns))
+
+
+def rank_of(layer: FusedLoRALinear) -> int:
+    """The rank of a layer's LoRA as one of the whole layer, on the unchanged weight."""
+    return _rows(layer) * (1 if layer.taken is None else 2)
 
 
 def peft_config(
@@ -229,12 +269,12 @@ def peft_config(
     """The `LoraConfig` under which PEFT builds the same layers, as a dictionary."""
     rslora = all(layer.rslora for layer in layers.values())
     # PEFT has one `use_rslora` for all layers. A layer that differs keeps its scale by an alpha of
-    # its own, and so does one that is unfolded, to the rank summed over its columns.
+    # its own, and so does one whose rank in the file is another than its own.
     ranks = {path: rank_of(layer) for path, layer in layers.items()}
     alphas = {
         path: _number(
             layer.alpha
-            if layer.columns is None and rslora == layer.rslora
+            if ranks[path] == layer.rank and rslora == layer.rslora
             else layer.scale * (math.sqrt(ranks[path]) if rslora else ranks[path])
         )
         for path, layer in layers.items()
@@ -259,7 +299,8 @@ def peft_config(
         "r": rank,
         "rank_pattern": {exactly(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {exactly(path): a for path, a in alphas.items() if a != alpha},
-        "use_dora": False,
+        "lora_bias": any(layer.has_lora_bias for layer in layers.values()),
+        "use_dora": any(layer.has_magnitude for layer in layers.values()),
         "use_rslora": rslora,
         **names_for_peft(model, set(layers), train),
     }

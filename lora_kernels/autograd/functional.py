@@ -41,7 +41,8 @@ def lora_linear(
 
     Raises ValueError for shapes that do not fit, a rank below 1, mixed devices, a dropout outside
     [0, 1) or an unknown strategy; TypeError for dtypes that do not fit; RuntimeError under
-    torch.func. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in Hugging Face PEFT.
+    torch.func and torch.jit.trace. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in
+    Hugging Face PEFT.
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
@@ -71,6 +72,11 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     """
     if not isinstance(x, Tensor):
         arguments.tensor("x", x)
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record a LoRA layer: merge(model) first, or use torch.export "
+            "or torch.compile"
+        )
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
         x, layers = x.to(dtype), tuple([_in_dtype(weights, dtype) for weights in layers])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import arguments
-from ..layers.group import problem_of
+from ..layers.quantised import chosen
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
@@ -62,7 +62,7 @@ def explain(
         return Explanation((("problem", model_or_problem, choose(model_or_problem)),))
     arguments.module("model_or_problem", model_or_problem)
     rows = [
-        (name or type(layer).__name__, problem_of(layer, tokens, dtype), layer.strategy)
+        (name or type(layer).__name__, *chosen(layer, layer.rank, tokens, dtype))
         for name, layer in fused_layers(model_or_problem).items()
     ]
     rows += fused_peft_layers(model_or_problem, tokens, dtype)
@@ -70,4 +70,4 @@ def explain(
         raise ValueError(
             f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora or fuse_peft"
         )
-    return Explanation(tuple((name, problem, choose(problem, how)) for name, problem, how in rows))
+    return Explanation(tuple(rows))

@@ -15,14 +15,15 @@ from torch import nn
 from .. import arguments
 from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
-from ..layers.group import problem_of
 from ..layers.linear import FusedLoRALinear
-from ..strategies.choose import choose
+from ..layers.quantised import QuantisedLoRALinear, chosen, quantiser
+from ..layers.start import takes_weight
 from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember
+from .peft_names import by_pattern
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
-from .targets import find_targets, find_train
+from .targets import find_targets, find_train, near_misses
 from .wrappers import bare, refuse_sharded, unwrapped
 
 
@@ -54,12 +55,52 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     with bare(model) as model:
         refuse_injected(model)
         train = find_train(model, config.train)
-        columns, skipped = find_targets(model, config.targets, train)
-        ranks = dict.fromkeys(columns, (config.rank, config.alpha))
+        columns, skipped = find_targets(model, config, train)
+        ranks = _ranks(config, columns)
+        _refuse_tied(model, config, ranks)
         report = inject(model, config, ranks, skipped, columns)
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
     return report
+
+
+def _ranks(config: LoRAConfig, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Path -> rank and alpha, by the patterns; ValueError for a pattern that matches no layer."""
+    paths = list(paths)
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern in patterns:
+            if all(by_pattern({pattern: True}, path, None) is None for path in paths):
+                raise ValueError(
+                    f"pattern {pattern!r} matches no target{near_misses(pattern, paths)}"
+                )
+    return {
+        path: (
+            by_pattern(config.rank_pattern, path, config.rank),
+            by_pattern(config.alpha_pattern, path, config.alpha),
+        )
+        for path in paths
+    }
+
+
+def _refuse_tied(model: nn.Module, config: LoRAConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError where a start would take a part out of a weight that others read too."""
+    if takes_weight(config.init):
+        owners = weight_owners(model)
+        for path in paths:
+            if others := owners[id(model.get_submodule(path).weight)] - {path}:
+                raise ValueError(
+                    f"init={config.init!r} would change the weight of {path!r}, which is tied to "
+                    f"{sorted(others)[0]!r}"
+                )
+
+
+def weight_owners(model: nn.Module) -> dict[int, set[str]]:
+    """id of each parameter -> the paths of the modules that hold it."""
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(path)
+    return owners
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -68,16 +109,19 @@ def merge(model: nn.Module) -> nn.Module:
     weight += scale * lora_B lora_A. Parameters keep their names and `requires_grad`.
 
     Raises:
-        ValueError: there is no LoRA layer, or a weight is tied to another layer's (an output
-            embedding); the model is then unchanged.
+        ValueError: there is no LoRA layer, or a weight is quantised, or tied to another layer's (an
+            output embedding); the model is then unchanged.
     """
     layers = fused_layers(arguments.module("model", model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
-    owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(path)
+    for path, layer in layers.items():
+        if isinstance(layer, QuantisedLoRALinear):
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"cannot merge {path!r}: {error}") from None
+    owners = weight_owners(model)
     for path, layer in layers.items():
         if others := owners[id(layer.weight)] - {path}:
             raise ValueError(
@@ -136,7 +180,8 @@ def inject(
         new: dict[int, nn.Module] = {}
         for path, (rank, alpha) in ranks.items():
             layer = model.get_submodule(path)
-            new[id(layer)] = FusedLoRALinear.from_linear(
+            kind = FusedLoRALinear if quantiser(layer) is None else QuantisedLoRALinear
+            new[id(layer)] = kind.from_linear(
                 layer,
                 rank=rank,
                 alpha=alpha,
@@ -144,6 +189,9 @@ def inject(
                 rslora=config.rslora,
                 strategy=config.strategy,
                 columns=columns.get(path),
+                init=config.init,
+                dora=config.dora,
+                lora_bias=config.lora_bias,
             )
     except Exception:
         for parameter, flag in flags.items():
@@ -153,8 +201,8 @@ def inject(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in fused_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        for name in layer.adapter_names:
+            getattr(layer, name).requires_grad_(True)
     for path in train:
         model.get_submodule(path).requires_grad_(True)
     if config.group:
@@ -170,7 +218,7 @@ def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:
     """The report of a model that has LoRA layers."""
     layers = fused_layers(model)
     config = getattr(model, "lora_config", LoRAConfig())
-    groups = {"lora": [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]}
+    groups = {"lora": [getattr(layer, n) for layer in layers.values() for n in layer.adapter_names]}
     for path, name in find_train(model, config.train).items():
         groups.setdefault(name, []).extend(model.get_submodule(path).parameters())
     rows = tuple(fused_row(name, layer) for name, layer in layers.items())
@@ -194,7 +242,7 @@ def trained_paths(model: nn.Module) -> list[str]:
 
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
-    choice = choose(problem_of(layer, TYPICAL_TOKENS), layer.strategy)
+    _, choice = chosen(layer, layer.rank, TYPICAL_TOKENS)
     where = f"columns {layer.columns}: " if layer.columns else ""
     return FusedRow(name, choice.strategy, where + choice.reason)
 

@@ -6,12 +6,15 @@ while the model trains, and weights that were drawn at random because the checkp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..layers.linear import FusedLoRALinear
+from .methods import Method
 from .peft_names import names_for_peft, twice
 from .targets import inside
 
@@ -94,10 +97,12 @@ def _few(names: Iterable[str]) -> str:
 
 
 def remember(model: nn.Module, layers: dict[str, FusedLoRALinear], train: Iterable[str]) -> None:
-    """Write into transformers' configs what LoRA there is, for what `save_pretrained` writes.
+    """Let transformers models inside `model`, or it itself, save their adapter alone.
 
-    Its file holds LoRA under the names of our layers. `load_adapter` needs alpha and columns too.
+    Their configs get a record of what LoRA there is, for checkpoints of the whole model, which hold
+    LoRA under the names of our layers. `load_adapter` needs alpha and columns too.
     """
+    model.disable_adapter = Method("disable_adapter", model)  # type: ignore[assignment]
     for prefix, module in _of_transformers(model):
         start = prefix and prefix + "."
         own = {path: layer for path, layer in layers.items() if path.startswith(start)}
@@ -116,14 +121,30 @@ def remember(model: nn.Module, layers: dict[str, FusedLoRALinear], train: Iterab
                 "train": [path.removeprefix(start) for path in train if path.startswith(start)],
             }
             setattr(module.config, RECORD, record)
+            module.save_pretrained = Method("save_pretrained", module)
+            if getattr(module, "is_quantized", False):
+                module._hf_peft_config_loaded = True  # or Trainer refuses to train the model
+            if start:  # a part that is saved by itself, as sentence-transformers does
+                names = tuple("re:" + re.escape(path) for path in record["train"])
+                module.lora_config = replace(model.lora_config, train=names)  # type: ignore[type-var]
+                kept = (key for key in model.lora_kept if key.startswith(start))  # type: ignore[union-attr]
+                module.lora_kept = tuple(key.removeprefix(start) for key in kept)
 
 
 def forget(model: nn.Module) -> None:
     """Undo `remember`, and what else was noted on the model."""
-    for _, module in _of_transformers(model):
+    inner = [module for _, module in _of_transformers(model)]
+    for module in inner:
         vars(module.config).pop(RECORD, None)
-    for name in ("lora_config", "lora_kept"):
-        vars(model).pop(name, None)
+    for module in (model, *inner):
+        for name in (
+            "lora_config",
+            "lora_kept",
+            "save_pretrained",
+            "disable_adapter",
+            "_hf_peft_config_loaded",
+        ):
+            vars(module).pop(name, None)
 
 
 def _of_transformers(model: nn.Module) -> Iterator[tuple[str, Any]]:

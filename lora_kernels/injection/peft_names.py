@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .expressions import fullmatch
-from .targets import inside
+from .targets import inside, layer_index
 
 # End of a model class's name -> PEFT's task type.
 TASK_TYPES = {
@@ -62,9 +62,9 @@ def peft_matches(config: Mapping[str, Any], path: str) -> bool:
         return _is_suffix(targets, path)
     patterns = config.get("layers_pattern") or [None]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        name = r"[^.]*" if pattern is None else re.escape(pattern)
-        if found := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path):
-            return int(found[1]) in ([indices] if isinstance(indices, int) else indices)
+        name = () if pattern is None else (re.escape(pattern),)
+        if (index := layer_index(path, *name)) is not None:
+            return index in ([indices] if isinstance(indices, int) else indices)
     return False
 
 

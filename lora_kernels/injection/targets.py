@@ -15,7 +15,9 @@ from torch import nn
 
 from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
+from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
+from ..layers.quantised import quantiser
 from .bypassed import bypasses, probed
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
@@ -23,20 +25,21 @@ from .wrappers import inner_name
 
 
 def find_targets(
-    model: nn.Module, targets: tuple[str, ...] | None, train: Mapping[str, str]
+    model: nn.Module, config: LoRAConfig, train: Mapping[str, str]
 ) -> tuple[dict[str, Ranges | None], list[SkippedRow]]:
     """The layers to fuse, and the matched ones that are left alone, with the reason.
 
     The first is path -> the columns that get LoRA; None means all of them, as one. Raises
-    ValueError if nothing can be fused, or a target asks for what `train` trains in full.
+    ValueError if nothing can be fused, a target asks for what `train` trains in full, or `exclude`
+    or `layers` has a part that means none of the targets.
     """
-    if targets is None:
-        targets = _default_targets(model)
+    targets = _default_targets(model) if config.targets is None else config.targets
     if targets == ("all-linear",):
         matched = {n: "all-linear" for n, m in model.named_modules() if n and is_layer(m)}
         excluded = _outputs(model)
     else:
         matched, excluded = _match(model, targets), {}
+    matched = _narrowed(matched, config)
     matched, columns = _whole_layers(matched, _named_columns(model))
     trained = {id(p) for path in train for p in model.get_submodule(path).parameters()}
     fused: dict[str, Ranges | None] = {}
@@ -69,6 +72,31 @@ def find_targets(
     return fused, skipped + _experts(model)
 
 
+def _narrowed(matched: Mapping[str, str], config: LoRAConfig) -> dict[str, str]:
+    """The matches that `exclude` and `layers` leave."""
+    for name in config.exclude:
+        if not any(name_matches(name, path) for path in matched):
+            raise ValueError(f"exclude={name!r} means no target{near_misses(name, matched)}")
+    left = {
+        path: target
+        for path, target in matched.items()
+        if not any(name_matches(name, path) for name in config.exclude)
+    }
+    if config.layers is None:
+        return left
+    found = {path: layer_index(path) for path in left}
+    if missing := set(config.layers) - set(found.values()):
+        there = sorted({index for index in found.values() if index is not None})
+        raise ValueError(f"layers={config.layers}: no target in {sorted(missing)}, only in {there}")
+    return {path: target for path, target in left.items() if found[path] in config.layers}
+
+
+def layer_index(path: str, name: str = r"[^.]*") -> int | None:
+    """The first number in a path that follows a component `name` (an expression); None if none."""
+    found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
 def _experts(model: nn.Module) -> list[SkippedRow]:
     """A row for each module that holds the weights of several experts as one 3-D parameter."""
     found: dict[str, int] = {}
@@ -98,6 +126,9 @@ def find_train(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             for key, parameter in model.get_submodule(path).named_parameters():
                 if not parameter.is_floating_point():
                     raise ValueError(f"train={name!r}: {path}.{key} is {parameter.dtype}")
+            for key, module in model.get_submodule(path).named_modules(prefix=path):
+                if whose := quantiser(module):
+                    raise ValueError(f"train={name!r}: {key} is {whose}, which cannot train")
     return {path: name for path, name in found.items() if inside(path, found) in (None, path)}
 
 
@@ -140,7 +171,7 @@ def why_not(model: nn.Module, path: str) -> str | None:
         return f"it is wrapped alone ({name}): wrap it after add_lora"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"
-    return FusedLoRALinear.supports(module)
+    return None if quantiser(module) else FusedLoRALinear.supports(module)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -139,7 +139,7 @@ class Group:
                 self._waiting = None
             y, state = found
             if waiting.x is not x and not compiling:
-                warnings.warn(_APART, stacklevel=3)
+                warnings.warn(_APART, stacklevel=5)
             same = waiting.x is x and waiting.call == call and state == _state(own, compiling)
             return y if same else None
         members: list[Any] = [each() for each in self._members]

@@ -16,6 +16,8 @@ from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, why_not_plain
 from .config import check_settings
+from .dora import Dora, dora_layer, row_norms
+from .start import START, check_start, drawn, kaiming, takes_weight
 
 
 class FusedLoRALinear(nn.Module):
@@ -33,6 +35,9 @@ class FusedLoRALinear(nn.Module):
     value of GPT-2's c_attn): lora_A [ranges * R, K] and lora_B [sum of widths, R] hold one below
     the other, as loralib's MergedLinear does.
 
+    With `dora` there is lora_magnitude [N] besides (see `layers.dora`), with `lora_bias` a
+    parameter of that name [N]: y + scale * lora_bias.
+
     >>> layer = FusedLoRALinear.from_linear(model.classifier, rank=8, alpha=16, dropout=0.1)
     """
 
@@ -41,6 +46,10 @@ class FusedLoRALinear(nn.Module):
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
+    lora_bias: nn.Parameter
+    disabled = False  # whether the layer computes the base layer's y
+    has_magnitude = has_lora_bias = False
 
     def __init__(
         self,
@@ -60,7 +69,7 @@ class FusedLoRALinear(nn.Module):
         arguments.integer("out_features", out_features, least=0)
         arguments.flag("bias", bias)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None)
+        self._adopt(base, rank, alpha, dropout, rslora, strategy, base.weight.dtype, None, START)
 
     @classmethod
     def from_linear(
@@ -73,14 +82,18 @@ class FusedLoRALinear(nn.Module):
         rslora: bool = False,
         strategy: str = "auto",
         columns: Iterable[Range] | None = None,
+        init: str = START,
+        dora: bool = False,
+        lora_bias: bool = False,
     ) -> FusedLoRALinear:
         """Wrap an `nn.Linear` or a transformers `Conv1D`; weight and bias are the layer's own, now
         frozen.
 
         lora_A and lora_B are fp32 at least, whatever the base (small updates vanish in half
         precision). `columns` are the (start, stop) of y's columns that get LoRA; None means all, as
-        one. Raises TypeError, with the reason, for a layer that `supports` refuses; ValueError for
-        columns that are not ascending ranges of y's.
+        one. `init` names how lora_A and lora_B start (see `LoRAConfig`); with "pissa" and "olora"
+        weight is a new one, without their part. Raises TypeError, with the reason, for a layer that
+        `supports` refuses; ValueError for columns that are not ascending ranges of y's.
 
         >>> FusedLoRALinear.from_linear(attn.c_attn, rank=4, columns=[(0, 768), (1536, 2304)])
         """
@@ -91,7 +104,17 @@ class FusedLoRALinear(nn.Module):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         ranges = None if columns is None else arguments.ranges("columns", columns)
-        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges)
+        arguments.flag("dora", dora)
+        arguments.flag("lora_bias", lora_bias)
+        if ranges is not None and (dora or lora_bias):
+            raise ValueError("dora and lora_bias are for whole layers: this one has columns")
+        self._adopt(layer, rank, alpha, dropout, rslora, strategy, dtype, ranges, init)
+        if lora_bias:
+            self.lora_bias = nn.Parameter(self.lora_B.new_zeros(self.out_features))
+            self.has_lora_bias = True
+        if dora:
+            self.lora_magnitude = nn.Parameter(row_norms(self._weights(None), self.scale))
+            self.has_magnitude = True
         return self
 
     @staticmethod
@@ -114,9 +137,11 @@ class FusedLoRALinear(nn.Module):
 
     def _adopt(
         self, layer: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool,
-        strategy: str, dtype: torch.dtype, columns: Ranges | None,
+        strategy: str, dtype: torch.dtype, columns: Ranges | None, init: str,
     ) -> None:  # fmt: skip
         check_settings(rank, alpha, dropout, rslora, strategy)
+        if check_start(init, rank) != START and columns is not None:
+            raise ValueError(f"init={init!r} is for whole layers: this one has columns")
         if columns is not None:
             check_columns(columns, features_of(layer)[1])
         nn.Module.__init__(self)
@@ -141,31 +166,63 @@ class FusedLoRALinear(nn.Module):
         self.train(layer.training)
         self.group: Any = None  # the siblings that read the same x (a `group.Group`)
         self._unmerged: nn.Parameter | None = None
-        self.reset_lora_parameters()
+        self.reset_lora_parameters() if init == START else self._start(init)
 
     def reset_lora_parameters(self) -> None:
         """lora_A as PEFT draws it, lora_B zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        kaiming(self.lora_A, self.lora_B)
+
+    @torch.no_grad()
+    def _start(self, init: str) -> None:
+        """Start as `init` says; what it takes out of weight is kept for `taken`."""
+        weight = self.weight.T if self.conv1d else self.weight
+        lora_A, lora_B = drawn(init, weight, self.rank, self.scale)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if takes_weight(init):
+            rest = (weight.to(lora_A) - self.scale * lora_B @ lora_A).to(weight.dtype)
+            rest = rest.T.contiguous() if self.conv1d else rest
+            self.weight = nn.Parameter(rest, requires_grad=False)
+            self.register_buffer("start_A", self.lora_A.detach().clone())
+            self.register_buffer("start_B", self.lora_B.detach().clone())
+
+    @property
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """lora_A and lora_B that weight lacks since the start (PiSSA, OLoRA); None if none."""
+        start_A, start_B = self._buffers.get("start_A"), self._buffers.get("start_B")
+        return None if start_A is None or start_B is None else (start_A, start_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
         parts = self.parts()
         if parts is None:
             return self._plain(x)
+        if self.has_magnitude:
+            dropout = self.dropout if self.training else 0.0
+            return dora_layer(x, parts, Dora(self.lora_magnitude, self.bias, dropout), self._lora)
+        return self._lora(x, parts)
+
+    def _lora(self, x: Tensor, parts: Parts) -> Tensor:
         if self.group is not None and (y := self.group.output(self, x, parts)) is not None:
             return y
         return lora_layer(x, parts)
 
     def _plain(self, x: Tensor) -> Tensor:
-        """y of a merged layer."""
-        weight = self.weight.T if self.conv1d else self.weight
-        bias = self.bias if self.bias is None else self.bias.to(weight.dtype)
-        return nn.functional.linear(x.to(weight.dtype), weight, bias)
+        """y of a merged layer, or of a disabled one without its update."""
+        own = self._unmerged if self.disabled and self._unmerged is not None else self.weight
+        weight = own.T if self.conv1d else own
+        bias = self.bias if self.disabled else self._bias()
+        bias = bias if bias is None else bias.to(weight.dtype)
+        x = x.to(weight.dtype)
+        y = nn.functional.linear(x, weight, bias)
+        if self.disabled and (taken := self.taken):
+            start_A, start_B = (part.to(y.dtype) for part in taken)
+            y = y + self.scale * (x @ start_A.T @ start_B.T)
+        return y
 
     def parts(self) -> Parts | None:
-        """The tensors and settings of a call now; None if merged, which is a plain layer."""
-        if self.merged:
+        """The tensors and settings of a call now; None if merged or disabled: a plain layer."""
+        if self.merged or self.disabled:
             return None
         return self._parts(self.dropout if self.training else 0.0)
 
@@ -174,9 +231,27 @@ class FusedLoRALinear(nn.Module):
         return self._parts(self.dropout)
 
     def _parts(self, dropout: float) -> Parts:
-        weight = self.weight.T if self.conv1d else self.weight
-        weights = Weights(weight, self.bias, self.lora_A, self.lora_B)
+        if self.has_magnitude:
+            return Parts(self._weights(None), Settings(self.scale, 0.0, self.strategy))
+        weights = self._weights(self._bias())
         return Parts(weights, Settings(self.scale, dropout, self.strategy, self.columns))
+
+    def _weights(self, bias: Tensor | None) -> Weights:
+        weight = self.weight.T if self.conv1d else self.weight
+        return Weights(weight, bias, self.lora_A, self.lora_B)
+
+    def _bias(self) -> Tensor | None:
+        """The bias of y: the frozen one, and that of LoRA."""
+        if not self.has_lora_bias:
+            return self.bias
+        own = self.scale * self.lora_bias
+        return own if self.bias is None else self.bias + own
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of the parameters that LoRA adds."""
+        magnitude = ("lora_magnitude",) if self.has_magnitude else ()
+        return ("lora_A", "lora_B", *magnitude, *(("lora_bias",) if self.has_lora_bias else ()))
 
     @property
     def merged(self) -> bool:
@@ -187,8 +262,8 @@ class FusedLoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to weight, for inference: weight + scale * lora_B lora_A, rounded once.
 
-        The frozen weight is kept aside, so `unmerge` gives back its very bits. Does nothing if
-        merged.
+        DoRA's gain multiplies the rows of the sum. The frozen weight is kept aside, so `unmerge`
+        gives back its very bits. Does nothing if merged.
         """
         if self.merged:
             return
@@ -197,6 +272,9 @@ class FusedLoRALinear(nn.Module):
         with without_autocast(self.weight.device):
             update = self.scale * (lora_B.to(wide) @ lora_A.to(wide))
         merged = self.weight.to(wide) + (update.T if self.conv1d else update)
+        if self.has_magnitude:
+            gain = self.lora_magnitude / row_norms(self._weights(None), self.scale)
+            merged *= gain if self.conv1d else gain[:, None]
         self._unmerged = self.weight
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
 
@@ -219,8 +297,11 @@ class FusedLoRALinear(nn.Module):
             layer.nx, layer.nf = self.in_features, self.out_features
         else:
             layer.in_features, layer.out_features = self.in_features, self.out_features
-        layer.weight = self.weight
-        layer.register_parameter("bias", self.bias)
+        layer.weight, bias = self.weight, self.bias
+        if self.merged and (total := self._bias()) is not None and total is not bias:
+            trains = bias is not None and bias.requires_grad
+            bias = nn.Parameter(total.detach().to(self.weight.dtype), requires_grad=trains)
+        layer.register_parameter("bias", bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -230,5 +311,7 @@ class FusedLoRALinear(nn.Module):
             f"dropout={self.dropout}, strategy={self.strategy!r}"
             + (f", columns={self.columns}" if self.columns else "")
             + (", rslora=True" if self.rslora else "")
+            + (", dora=True" if self.has_magnitude else "")
+            + (", lora_bias=True" if self.has_lora_bias else "")
             + (", merged" if self.merged else "")
         )

@@ -171,21 +171,41 @@ def library_forward(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles | None
 ) -> Forward:
     """cuBLAS or oneDNN, product by product."""
-    (M, K), dtype = x.shape, x.dtype
-    dropout, columns = settings.dropout, settings.columns
-    lora_A, lora_B = operands.adapters(columns)
-    wide_A = rank_dtype(dtype, lora_A[0].dtype)
-    mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
-    h = []
-    for g, each in enumerate(lora_A):
-        dropped_x = _drop(x, _keep(mask, g, K, dtype))
-        h.append(_product(dropped_x, _as(each, wide_A).T, 1 / (1 - dropout), wide_A))
+    lora_A, lora_B = operands.adapters(settings.columns)
+    h, mask = _projected(x, lora_A, settings.dropout, seed)
     own = len(h) // len(operands.weight)  # segments of a layer
     y = [
         _y(x, weight, bias, h[g : g + own], lora_B[g : g + own], settings)
         for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True))
     ]
     return Forward(tuple(y), torch.stack(h) if len(h) > 1 else h[0][None], mask)
+
+
+def _projected(
+    x: Tensor, lora_A: Tensors, dropout: float, seed: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """h [M, R] of each lora_A, and the packed masks."""
+    (M, K), dtype = x.shape, x.dtype
+    wide_A = rank_dtype(dtype, lora_A[0].dtype)
+    mask = None if seed is None else _draw(seed, len(lora_A), M, K, dropout)
+    h = []
+    for g, each in enumerate(lora_A):
+        dropped_x = _drop(x, _keep(mask, g, K, dtype))
+        h.append(_product(dropped_x, _as(each, wide_A).T, 1 / (1 - dropout), wide_A))
+    return h, mask
+
+
+def add_low_rank(
+    y: Tensor, x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
+) -> Forward:
+    """y + scale * D(x) lora_A^T lora_B^T in place, for one y [M, N] that another has computed.
+
+    `operands` has no weight; `library_backward` takes it like that, and gives the dx of this part.
+    """
+    (lora_B,) = operands.lora_B
+    (h,), mask = _projected(x, operands.lora_A, settings.dropout, seed)
+    _add_product(y, h, _as(lora_B, rank_dtype(x.dtype, lora_B.dtype)).T, settings.scale)
+    return Forward((y,), h[None], mask)
 
 
 def library_backward(
@@ -219,7 +239,7 @@ def library_backward(
             gradient = _row_sum(_as(h[g], wide_B), dy_g, scale).T
             dlora_B.append(_as(gradient, lora_B.dtype).contiguous())
     if dx is not None:
-        for dy_g, weight in zip(dy, operands.weight, strict=True):
+        for weight, dy_g in zip(operands.weight, dy, strict=bool(operands.weight)):
             add_frozen(dx, dy_g, weight)
     if columns is not None:
         dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))

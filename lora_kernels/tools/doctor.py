@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,7 @@ class Facts:
     driver: str | None
     gpu_error: str | None
     interpreting: bool
+    peft_asked: str | None = None  # the oldest PEFT that transformers works with
 
     @property
     def gpus(self) -> list[str]:
@@ -66,8 +69,13 @@ class Facts:
 
     def older(self, package: str, *limit: int) -> bool:
         """Whether a package is installed in a version before `limit`."""
-        numbers = re.findall(r"\d+", (self.versions[package] or "").split("+")[0])[:3]
-        return numbers != [] and tuple(map(int, numbers)) < limit
+        numbers = _numbers(self.versions.get(package) or "")
+        return numbers != () and numbers < limit
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version, without what a build adds."""
+    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
 
 
 class Pitfall(NamedTuple):
@@ -99,6 +107,10 @@ PITFALLS = (
             "TRITON_INTERPRET is set: kernels run in Python, not on the GPU, far slower: unset it"),
     Pitfall("old-torch", lambda f: f.older("torch", 2, 11) or f.older("triton", 3, 6),
             "torch before 2.11 or Triton before 3.6: not tested, upgrade both"),
+    Pitfall("old-peft", lambda f: f.peft_asked and f.older("peft", *_numbers(f.peft_asked)),
+            "this transformers asks for a newer PEFT than the one beside it: its add_adapter, "
+            "load_adapter and from_pretrained of an adapter fail; take another pair, such as "
+            "transformers<5.24 with PEFT 0.21"),
 )  # fmt: skip
 
 
@@ -121,7 +133,19 @@ def gather() -> Facts:
             versions[name] = metadata.version(name)
     hip, cuda = torch.version.hip, torch.version.cuda
     build = f"ROCm {hip}" if hip else cuda and f"CUDA {cuda}"
-    return Facts(versions, build, tuple(devices), _driver(), gpu_error, interpreting())
+    found = (versions, build, tuple(devices), _driver(), gpu_error, interpreting())
+    return Facts(*found, _peft_asked())
+
+
+def _peft_asked() -> str | None:
+    """The oldest PEFT for the transformers that is installed, read from it without importing it."""
+    with suppress(ImportError, OSError, ValueError):
+        spec = find_spec("transformers")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            text = Path(folder, "integrations", "peft.py").read_text(encoding="utf-8")
+            if found := re.search(r'^MIN_PEFT_VERSION = "([\d.]+)"', text, re.MULTILINE):
+                return found[1]
+    return None
 
 
 def _driver() -> str | None:

@@ -1,4 +1,4 @@
-"""What lora_linear refuses: tensors that do not fit, second derivatives, torch.func.
+"""What lora_linear refuses: tensors that do not fit, second derivatives, torch.func, traces.
 
 Values of wrong types are in tests/test_public_arguments.py.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import lora_linear
+from lora_kernels import FusedLoRALinear, lora_linear
 from tests.support.oracle import Case, inputs
 
 
@@ -32,6 +32,15 @@ def test_torch_func_is_refused_in_words():
 
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(loss)(given.lora_A.detach())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trace_is_refused_in_words(training):
+    layer = FusedLoRALinear(6, 4, rank=2).train(training)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record a LoRA layer: merge"):
+        torch.jit.trace(layer, torch.zeros(3, 6))
+    layer.merge()
+    torch.jit.trace(layer, torch.zeros(3, 6))
 
 
 def bad(**changes):

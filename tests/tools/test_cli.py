@@ -58,6 +58,13 @@ def _versions(**versions):
             set(), id="triton-3.6-numpy-2.3",
         ),
         pytest.param({"versions": _versions(torch="2.10.0+cu130")}, {"old-torch"}, id="old-torch"),
+        pytest.param(
+            {"versions": _versions(peft="0.21.2"), "peft_asked": "0.22.0"}, {"old-peft"}, id="peft"
+        ),
+        pytest.param(
+            {"versions": _versions(peft="0.22.0"), "peft_asked": "0.22.0"}, set(), id="peft-new"
+        ),
+        pytest.param({"peft_asked": "0.22.0"}, set(), id="no-peft"),
     ],
 )  # fmt: skip
 def test_pitfalls(changes, expected):
@@ -138,7 +145,15 @@ def test_a_command_line_that_cannot_be_read(argv, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_takes_json(name):
-    assert cli.parser().parse_args([name, "--json"]).json is True
+    paths = ["source", "target"] if name in ("convert", "merge") else []
+    assert cli.parser().parse_args([name, *paths, "--json"]).json is True
+
+
+def test_the_peft_that_transformers_asks_for_is_found(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers.integrations.peft")
+    assert doctor.gather().peft_asked == transformers.MIN_PEFT_VERSION
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor.gather().peft_asked is None
 
 
 def test_as_a_module():
