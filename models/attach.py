@@ -24,6 +24,7 @@ from lora_kernels.injection.targets import find_train
 from . import houlsby
 from .adaptive import AdaptiveRanks, save_shrunk
 from .arguments import Arguments
+from .data.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -235,11 +236,13 @@ def attach(arguments: Arguments, model: nn.Module, new: tuple[str, ...] = ()) ->
     """Freeze the model and add what trains, as the method does, with a start drawn from the seed.
 
     The modules `new` become a part of what is saved. They train with the head, or not at all, or
-    because `arguments.train` names them. Raises ValueError where no task head is found that should
+    because `arguments.train` names them. A language model has no task head: its own is its
+    embeddings. Raises ValueError where no task head is found that should train, where nothing would
     train, and for a name in `arguments.train` that matches nothing.
     """
-    heads = heads_of(model) if arguments.train_head else ()
-    if arguments.train_head and not heads:
+    wants_head = arguments.train_head and task_of(arguments.task).generation is None
+    heads = heads_of(model) if wants_head else ()
+    if wants_head and not heads:
         raise ValueError(f"no known task head on {type(model).__name__}: use --no-train-head")
     asked = tuple(arguments.train or ())
     named = find_train(model, asked)
@@ -251,5 +254,7 @@ def attach(arguments: Arguments, model: nn.Module, new: tuple[str, ...] = ()) ->
         for path in new:
             if path not in named:
                 base.get_submodule(path).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in attached.model.parameters()):
+        raise ValueError(f"--method {arguments.method} trains nothing of {type(model).__name__}")
     redraw(attached.model, arguments.seed)
     return replace(attached, new=new)

@@ -55,11 +55,17 @@ def describe_data(task: Task, data: TaskData, used: Splits, scored: Splits) -> d
         "rows": {name: len(split) for name, split in used.items()},
         "scored": {name: len(split) for name, split in scored.items()},
         "baseline": {
-            "name": "mse of the mean" if task.regression else "majority class",
+            "name": _baseline(task),
             "splits": majority_baseline(task, used),
         },
         "repeated_texts": repeated_texts(used),
     }
+
+
+def _baseline(task: Task) -> str:
+    if task.generation is not None:
+        return "none"
+    return "mse of the mean" if task.regression else "majority class"
 
 
 def describe_model(attached: Attached) -> dict[str, Any]:

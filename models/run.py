@@ -16,9 +16,10 @@ from . import run_directory, show
 from .arguments import Arguments, check
 from .attach import WAYS, Attached, attach
 from .checkpoints import KEPT
-from .data import digits, tokens
+from .data import digits, prompts, tokens
 from .data.tasks import Task, load, metrics_of, task_of
 from .digests import digests
+from .generation import write_held_out
 from .loading import (
     Loaded,
     checkpoint_activations,
@@ -62,7 +63,8 @@ def run(
     if task.images:
         rows, scored, order = digits.encode(used, *image_shape(source))
     else:
-        rows, scored, order = tokens.encode(used, tokenizer, arguments.max_length)
+        encode = tokens.encode if task.generation is None else prompts.encode
+        rows, scored, order = encode(used, tokenizer, arguments.max_length)
     loaded, attached = _attach(task, source, tokenizer, arguments)
     if not task.images:
         tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
@@ -77,6 +79,16 @@ def run(
         trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result["metrics"] = trainer.score(scored)
+        if task.generation is None:
+            predictions = predictions_of(task, scored, order, trainer.predictions)
+        else:
+            limits = arguments.max_length, arguments.eval_batch_size
+            with trainer.meter.phase("final scoring"):
+                written = write_held_out(task, trainer.model, tokenizer, used, data.splits, limits)
+            for split, scores in written.scores.items():
+                result["metrics"][split] |= scores
+            result["notes"] += written.notes
+            predictions = written.rows
         result |= describe_training(task, trainer)
         if arguments.method == "lora_adaptive":
             result |= describe_ranks(trainer.model)
@@ -85,7 +97,7 @@ def run(
             directory,
             result,
             trainer.step_losses,
-            predictions_of(task, scored, order, trainer.predictions),
+            predictions,
             lambda path: WAYS[arguments.method].save(trainer.model, path),
         )
     return result
@@ -122,6 +134,7 @@ def _trainer(
     def metrics(output: transformers.EvalPrediction) -> dict[str, float]:
         return metrics_of(task, logits_of(output.predictions), output.label_ids)
 
+    collator = tokens.collator if task.generation is None else prompts.collator
     trainer = ExactTrainer(
         model=attached.model,
         args=_training_arguments(arguments, len(rows), scored, task),
@@ -129,10 +142,10 @@ def _trainer(
         eval_dataset=scored.get("validation"),
         data_collator=default_data_collator
         if tokenizer is None
-        else tokens.collator(tokenizer, arguments.max_length, arguments.pad_to_max),
-        compute_metrics=metrics,
+        else collator(tokenizer, arguments.max_length, arguments.pad_to_max),
+        compute_metrics=metrics if task.generation is None else None,
         lengths=rows["length"],
-        scores=partial(metrics_of, task),
+        scores=partial(metrics_of, task) if task.generation is None else None,
         new=attached.new,
         callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
     )
@@ -154,6 +167,8 @@ def _training_arguments(
     validate = "validation" in scored
     if arguments.best_epoch and not validate:
         raise ValueError(f"--best-epoch: task {task.name} has no validation split here")
+    # Texts are written at the end alone.
+    best = task.metrics[0] if task.generation is None else "loss"
     gpu = torch.cuda.is_available()
     training = TrainingArguments(
         output_dir=str(arguments.directory() / run_directory.CHECKPOINTS),
@@ -167,6 +182,7 @@ def _training_arguments(
         adam_beta1=arguments.adam_beta1,
         adam_beta2=arguments.adam_beta2,
         adam_epsilon=arguments.adam_epsilon,
+        label_smoothing_factor=arguments.label_smoothing,
         warmup_steps=math.ceil(arguments.warmup_ratio * steps),
         lr_scheduler_type=arguments.scheduler,
         fp16=arguments.precision == "fp16",
@@ -176,8 +192,8 @@ def _training_arguments(
         save_strategy="epoch",
         save_total_limit=KEPT,
         load_best_model_at_end=arguments.best_epoch,
-        metric_for_best_model=f"eval_{task.metrics[0]}" if arguments.best_epoch else None,
-        greater_is_better=True if arguments.best_epoch else None,
+        metric_for_best_model=f"eval_{best}" if arguments.best_epoch else None,
+        greater_is_better=best != "loss" if arguments.best_epoch else None,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         remove_unused_columns=False,  # ours are exactly the model's

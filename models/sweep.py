@@ -234,7 +234,8 @@ def on_ray(work: Work, address: str) -> Iterator[tuple[Cell, State]]:
 def _list_recipes() -> int:
     for recipe in RECIPES.values():
         full, small = (sum(1 for _ in form.cells()) for form in (recipe, recipe.small_form()))
-        print(f"{recipe.name:14} {recipe.item}  {recipe.title}: {full} cells, small {small}")
+        cells = f"{full} cell{'s' * (full != 1)}, small {small}"
+        print(f"{recipe.name:14} {recipe.item}  {recipe.title}: {cells}")
     return 0
 
 

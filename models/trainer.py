@@ -67,17 +67,18 @@ class LengthGroupedSampler(Sampler[int]):
 class ExactTrainer(Trainer):
     """Trainer with the changes that this module's docstring lists.
 
-    `lengths` are the tokens of each training row. `new` are modules that no pretrained file holds:
-    checkpoints hold them though they may not train. `step_losses`, `epochs`, `seconds` and what a
-    callback with `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one
-    bar and a line for each epoch, instead of Trainer's own callbacks.
+    `lengths` are the tokens of each training row. `scores` makes the scores of an epoch from what
+    the model said of the training rows and from their labels; None makes none. `new` are modules
+    that no pretrained file holds: checkpoints hold them though they may not train. `step_losses`,
+    `epochs`, `seconds` and what a callback with `state_dict` and `load_state_dict` keeps survive a
+    resume. Progress shows as one bar and a line for each epoch, instead of Trainer's own callbacks.
     """
 
     def __init__(
         self,
         *args: Any,
         lengths: Sequence[int],
-        scores: Callable[[Any, Any], dict[str, float]],
+        scores: Callable[[Any, Any], dict[str, float]] | None,
         new: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -147,9 +148,10 @@ class ExactTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any) -> Any:
         """Compute the loss, and keep what the model says of the training rows."""
+        labels = inputs["labels"]  # Trainer takes them out where it smooths labels
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
-        if model.training:
-            self._seen.append((outputs["logits"].detach().float(), inputs["labels"]))
+        if model.training and self._scores is not None:
+            self._seen.append((outputs["logits"].detach().float(), labels))
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -240,8 +242,10 @@ class ExactTrainer(Trainer):
     def end_epoch(self) -> None:
         """Add the row of an epoch that has been trained."""
         seconds = self.meter.read()["training"]
-        logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
-        scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
+        scores: dict[str, float] = {}
+        if self._scores is not None:
+            logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
+            scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
         self._seen = []
         self.epochs.append(
             {

@@ -1,4 +1,4 @@
-"""GPT-2 on SMS spam, which the fifth report did; the paper's rows; adaptive ranks; images."""
+"""GPT-2 on SMS spam, which the fifth report did; rows of the paper; adaptive ranks; images."""
 
 from __future__ import annotations
 
@@ -199,6 +199,38 @@ _PAPER = (
     ),
 )  # fmt: skip
 
+_E2E = (
+    Recipe(
+        "e2e",
+        item=6,
+        title="The LoRA paper's table 3: GPT-2 medium writes sentences, E2E NLG",
+        base={"model": "gpt2-medium", "task": "e2e_nlg", "epochs": 5, "batch_size": 8,
+              "warmup_ratio": 500 / 26_290, "weight_decay": 0.01, "label_smoothing": 0.1,
+              "learning_rate": 2e-4, "rank": 4, "alpha": 32.0, "dropout": 0.1,
+              "targets": ["c_attn.q", "c_attn.v"], "max_length": 256},
+        axes={"method": {"lora": {}, "full": {"method": "full", "learning_rate": 5e-5}}},
+        seeds=3,
+        metric="bleu",
+        split="test",
+        published=(
+            *(Published({"method": method}, value, quantity=quantity, by="paper")
+              for method, row in {"lora": (0.704, 0.718, 8.85, 0.468, 2.53),
+                                  "full": (0.682, 0.710, 8.62, 0.462, 2.47)}.items()
+              for quantity, value in zip(
+                  ("score", "rouge_l", "nist", "meteor", "cider"), row, strict=True)),
+            Published({"method": "lora"}, 350_000, quantity="method's parameters", by="paper"),
+            Published({"method": "lora"}, 393_216, quantity="method's parameters", by="formula"),
+        ),
+        claims=(Claim("method", "lora", "full"),),
+        note="The paper took the numbers of full fine-tuning from Li and Liang; its rate here is "
+        "ours. Sentences are written by a beam search of 10 with a length penalty of 0.9, and no 4 "
+        "tokens occur twice. The warm-up is 500 of 26,290 steps. ROUGE-L is that of rouge-score, "
+        "an F1; the paper's script favours recall.",
+        small={**TINY, "model": "tiny-gpt2", "max_length": 128, "max_eval_samples": 20},
+        small_axes={"method": {"lora": {}, "full": {"learning_rate": 1e-2}}},
+    ),
+)  # fmt: skip
+
 # --- 7. Adaptive rank -----------------------------------------------------------------------------
 
 _ADAPTIVE = (
@@ -247,4 +279,4 @@ _IMAGES = (
 )  # fmt: skip
 
 
-ROWS = (*_SMS, *_PAPER, *_ADAPTIVE, *_IMAGES)
+ROWS = (*_SMS, *_PAPER, *_E2E, *_ADAPTIVE, *_IMAGES)
