@@ -64,7 +64,7 @@ class Arguments:
         default=None,
         metadata={"help": "layers that get LoRA: names, suffixes, re:..., all-linear"},
     )
-    train_head: bool = flag(True, "train the task head in full")
+    train_head: bool = flag(True, "train the task head in full, unless --targets names it")
     train: list[str] | None = field(
         default=None,
         metadata={"help": "modules trained in full besides the head, such as an untrained pooler"},

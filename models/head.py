@@ -72,6 +72,8 @@ def fit_head(
     wanted = [normalise(name) for name in task.labels]
     if sorted(spelled) != sorted(wanted):
         model._init_weights(layer)  # type: ignore[operator]
+        for parameter in layer.parameters():  # no longer the checkpoint's: an adapter must hold it
+            vars(parameter).pop("_is_hf_initialized", None)
         return True, f"head {path}: new ({ours}), since the classes of the checkpoint are {theirs}"
     if spelled == wanted:
         return False, f"head {path}: the checkpoint's ({theirs})"

@@ -72,7 +72,7 @@ def run(
         **describe_run(arguments, task, source),
         **describe_data(task, data, used, scored),
         **describe_model(attached),
-        "notes": [*data.notes, *loaded.notes],
+        "notes": [*data.notes, *loaded.notes, *attached.notes],
     }
     show.print_parameters(result)
     with run_directory.opened(directory, identity, **choice) as checkpoint:

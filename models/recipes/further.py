@@ -24,20 +24,21 @@ from .shared import (
 SMS: Flags = {
     "model": "gpt2", "task": "sms_spam", "data": "sms_spam_deepdive", "learning_rate": 5e-5,
     "weight_decay": 0.1, "epochs": 20, "batch_size": 8, "model_dropout": 0.0, "rank": 16,
-    "alpha": 16.0, "targets": GPT2_LINEAR,
+    "alpha": 16.0, "targets": [*GPT2_LINEAR, "score"],
 }  # fmt: skip
 SMS_DATA: Mapping[str, Flags] = {
     "as committed": {"data": "sms_spam_deepdive"},
     "clean": {"data": "sms_spam_clean"},
 }
 SMS_SMALL: Flags = {
-    **MINILM, "targets": BERT_LINEAR, "max_length": 48, "batch_size": 16, "max_train_samples": None,
-    "max_eval_samples": None,
+    **MINILM, "targets": [*BERT_LINEAR, "classifier"], "max_length": 48, "batch_size": 16,
+    "max_train_samples": None, "max_eval_samples": None,
 }  # fmt: skip
 SMS_NOTE = (
     "43 of the 300 test rows of the split as committed have a text that is in train or validation "
     "too. The clean split has as many rows of each class, 70/10/20, with repeats kept together. "
-    "The report put LoRA on the head too; here the head, which is new, trains in full."
+    "LoRA is on the head too, as in the report. The head's own weight, drawn at random, is in the "
+    "adapter."
 )
 
 _SMS = (
