@@ -71,9 +71,10 @@ def fit_head(
     spelled = [normalise(name) for name in classes]
     wanted = [normalise(name) for name in task.labels]
     if sorted(spelled) != sorted(wanted):
-        model._init_weights(layer)  # type: ignore[operator]
-        for parameter in layer.parameters():  # no longer the checkpoint's: an adapter must hold it
+        # transformers draws nothing over what it marked as read, and an adapter holds what is not.
+        for parameter in layer.parameters():
             vars(parameter).pop("_is_hf_initialized", None)
+        model._init_weights(layer)  # type: ignore[operator]
         return True, f"head {path}: new ({ours}), since the classes of the checkpoint are {theirs}"
     if spelled == wanted:
         return False, f"head {path}: the checkpoint's ({theirs})"
