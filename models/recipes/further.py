@@ -160,7 +160,7 @@ def _paper(
                 task: {"learning_rate": 1e-3, "batch_size": 16, "epochs": 2, "max_length": 64}
                 for task in ("mnli", "sst2", "mrpc", "qnli", "qqp", "rte", "stsb")
             },
-            "method": {"lora": {}, "full": {"learning_rate": 1e-4}},
+            "method": {"lora": {}, "full": {"learning_rate": 1e-4, "epochs": 2}},
         },
     )
 
