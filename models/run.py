@@ -12,15 +12,11 @@ import torch
 import transformers
 from transformers import TrainingArguments, default_data_collator, set_seed
 
-from . import run_directory, show
 from .arguments import Arguments, check
-from .attach import WAYS, Attached, attach
-from .checkpoints import KEPT
 from .data import digits, prompts, tokens
 from .data.tasks import Task, load, metrics_of, task_of
-from .digests import digests
-from .generation import write_held_out
-from .loading import (
+from .model.attach import WAYS, Attached, attach
+from .model.loading import (
     Loaded,
     checkpoint_activations,
     image_shape,
@@ -28,8 +24,10 @@ from .loading import (
     load_tokenizer,
     model_source,
 )
-from .progress import SaveEvery
-from .result import (
+from .record import run_directory, show
+from .record.checkpoints import KEPT
+from .record.digests import digests
+from .record.result import (
     describe_data,
     describe_model,
     describe_numbers,
@@ -39,7 +37,9 @@ from .result import (
     logits_of,
     predictions_of,
 )
-from .trainer import ExactTrainer
+from .training.generation import write_held_out
+from .training.progress import SaveEvery
+from .training.trainer import ExactTrainer
 
 
 def run(

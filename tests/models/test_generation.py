@@ -18,8 +18,8 @@ pytest.importorskip("sacrebleu", reason="it scores what is written")
 pytest.importorskip("rouge_score", reason="it scores what is written")
 from models.arguments import Arguments, check
 from models.data import prompts, sentences, tasks
-from models.generation import write
 from models.train import train
+from models.training.generation import write
 from tests.support.tiny_run import write_csv
 
 NAMES = [f"name{i}" for i in range(12)]

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 pytest.importorskip("datasets", reason="the models read their data by it")
 from lora_kernels import load_adapter
 from models.arguments import Arguments
-from models.attach import WAYS, attach, parameter_counts
 from models.data.tasks import load, task_of
-from models.houlsby import load_adapters
-from models.loading import load_model, load_tokenizer
 from models.methods import METHODS
+from models.model.attach import WAYS, attach, parameter_counts
+from models.model.houlsby import load_adapters
+from models.model.loading import load_model, load_tokenizer
 from models.train import train
 from tests.models.test_train import losses
 from tests.support.tiny_run import label_of, text_of

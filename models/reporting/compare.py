@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from ..recipes.recipe import Claim, Recipe
 from .frame import matching, predictions
-from .recipes.recipe import Claim, Recipe
 
 LEVEL, POWER = 0.05, 0.8
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from lora_kernels.injection.inject import fused_layers
 
-from .adaptive import ranks_of
-from .arguments import Arguments
-from .attach import Attached, parameter_counts
-from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
-from .loading import model_name
-from .methods import METHODS
-from .trainer import ExactTrainer, clean
+from ..arguments import Arguments
+from ..data.tasks import Task, TaskData, majority_baseline, repeated_texts
+from ..methods import METHODS
+from ..model.adaptive import ranks_of
+from ..model.attach import Attached, parameter_counts
+from ..model.loading import model_name
+from ..training.trainer import ExactTrainer, clean
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "peft", "lora-kernels")
 

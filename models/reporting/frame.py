@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .cells import ERROR
-from .recipes.recipe import Cell, Labels, Published, Recipe
-from .run_directory import PREDICTIONS, RESULT, read_json
+from ..recipes.recipe import Cell, Labels, Published, Recipe
+from ..record.run_directory import PREDICTIONS, RESULT, read_json
+from ..sweeping.cells import ERROR
 
 MIB = 2**20
 WRITTEN = ("rouge_l", "nist", "meteor", "cider")  # scores of texts besides BLEU, on test

@@ -21,10 +21,10 @@ from lora_kernels.injection.families import family_of, heads_of
 from lora_kernels.injection.report import FusedRow, SkippedRow
 from lora_kernels.injection.targets import find_train
 
+from ..arguments import Arguments
+from ..data.tasks import task_of
 from . import houlsby
 from .adaptive import AdaptiveRanks, save_shrunk
-from .arguments import Arguments
-from .data.tasks import task_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import datasets
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .data import prompts, sentences
-from .data.tasks import Task
+from ..data import prompts, sentences
+from ..data.tasks import Task
 
 Splits = Mapping[str, datasets.Dataset]
 

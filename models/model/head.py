@@ -14,8 +14,8 @@ from torch import nn
 from lora_kernels.injection.families import heads_of
 from lora_kernels.injection.targets import inside
 
-from .data.splits import normalise
-from .data.tasks import Task
+from ..data.splits import normalise
+from ..data.tasks import Task
 
 
 def new_modules(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:

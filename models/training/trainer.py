@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from .checkpoints import PROGRESS, TRAINED, seal
+from ..record.checkpoints import PROGRESS, TRAINED, seal
+from ..record.run_directory import writing
 from .meter import Meter
 from .progress import Progress, clean
-from .run_directory import writing
 
 _POOL = 50  # batches among which examples are sorted by length
 

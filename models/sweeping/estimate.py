@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .arguments import Arguments
+from ..arguments import Arguments
 from .bases import config_of
 
 # Task -> rows of train, rows scored after training, and tokens of a text, about.
@@ -83,9 +83,9 @@ def _count(key: str) -> tuple[int, int, int, int, int, int]:
     """Trained, all and backbone parameters, blocks, width, and patches of an image (0 for text)."""
     import torch
 
-    from .attach import attach, parameter_counts
-    from .data.tasks import task_of
-    from .loading import kind_of
+    from ..data.tasks import task_of
+    from ..model.attach import attach, parameter_counts
+    from ..model.loading import kind_of
 
     arguments = Arguments(**json.loads(key))
     task = task_of(arguments.task)
