@@ -64,7 +64,7 @@ class Arguments:
         default=None,
         metadata={"help": "layers that get LoRA: names, suffixes, re:..., all-linear"},
     )
-    train_head: bool = flag(True, "train the task head in full")
+    train_head: bool = flag(True, "train the task head in full, unless --targets names it")
     train: list[str] | None = field(
         default=None,
         metadata={"help": "modules trained in full besides the head, such as an untrained pooler"},
@@ -101,6 +101,7 @@ class Arguments:
     adam_beta1: float = flag(0.9, "AdamW's decay of the mean of gradients")
     adam_beta2: float = flag(0.999, "AdamW's decay of the mean of squared gradients")
     adam_epsilon: float = flag(1e-8, "AdamW's, added to the denominator")
+    label_smoothing: float = flag(0.0, "share of a label that goes to all the other ones")
     warmup_ratio: float = flag(0.06, "share of the steps over which the learning rate rises")
     scheduler: str = flag("linear", "one of " + ", ".join(SCHEDULERS))
     model_dropout: float | None = flag(
@@ -207,6 +208,7 @@ def check(arguments: Arguments) -> None:
     """Raises ValueError for flags that cannot work, before anything is loaded."""
     import torch
 
+    from .data import sentences
     from .data.tasks import task_of
 
     _check_numbers(arguments)
@@ -215,7 +217,11 @@ def check(arguments: Arguments) -> None:
     _check_processes()
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-    task_of(arguments.task)
+    task = task_of(arguments.task)
+    if task.regression and arguments.label_smoothing:
+        raise ValueError(f"--label-smoothing: the labels of task {task.name} are no classes")
+    if task.generation is not None:
+        sentences.check_installed()
     if arguments.method not in METHODS:
         raise ValueError(f"unknown method {arguments.method!r}; known: {', '.join(METHODS)}")
     changed = arguments.changed()
@@ -245,7 +251,8 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: 0 <= value <= 1, ("warmup_ratio", "adapt_from", "adapt_until"),
     ),
     "at least 0 and below 1": (
-        lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "model_dropout"),
+        lambda value: 0 <= value < 1,
+        ("adam_beta1", "adam_beta2", "label_smoothing", "model_dropout"),
     ),
 }  # fmt: skip
 

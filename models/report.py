@@ -22,14 +22,14 @@ import pandas as pd
 
 from lora_kernels.durable import replacing
 
-from .compare import claims
-from .figures import figures, png
-from .frame import NUMBERS, frame_of, published, splits, summary
 from .recipes import RECIPES, recipe_of
 from .recipes.recipe import Recipe
+from .reporting.compare import claims
+from .reporting.figures import figures, png
+from .reporting.frame import NUMBERS, frame_of, published, splits, summary
 
 CELLS = "cells.csv"
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 # How columns of numbers are printed; others have four digits behind the point.
 FORMS = {
     "parameters": ",.0f", "MiB": ",.0f", "s an epoch": ".3g", "CV": ".2%", "best epoch": "g",

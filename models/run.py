@@ -12,14 +12,11 @@ import torch
 import transformers
 from transformers import TrainingArguments, default_data_collator, set_seed
 
-from . import run_directory, show
 from .arguments import Arguments, check
-from .attach import WAYS, Attached, attach
-from .checkpoints import KEPT
-from .data import digits, tokens
+from .data import digits, prompts, tokens
 from .data.tasks import Task, load, metrics_of, task_of
-from .digests import digests
-from .loading import (
+from .model.attach import WAYS, Attached, attach
+from .model.loading import (
     Loaded,
     checkpoint_activations,
     image_shape,
@@ -27,8 +24,10 @@ from .loading import (
     load_tokenizer,
     model_source,
 )
-from .progress import SaveEvery
-from .result import (
+from .record import run_directory, show
+from .record.checkpoints import KEPT
+from .record.digests import digests
+from .record.result import (
     describe_data,
     describe_model,
     describe_numbers,
@@ -38,7 +37,9 @@ from .result import (
     logits_of,
     predictions_of,
 )
-from .trainer import ExactTrainer
+from .training.generation import write_held_out
+from .training.progress import SaveEvery
+from .training.trainer import ExactTrainer
 
 
 def run(
@@ -62,7 +63,8 @@ def run(
     if task.images:
         rows, scored, order = digits.encode(used, *image_shape(source))
     else:
-        rows, scored, order = tokens.encode(used, tokenizer, arguments.max_length)
+        encode = tokens.encode if task.generation is None else prompts.encode
+        rows, scored, order = encode(used, tokenizer, arguments.max_length)
     loaded, attached = _attach(task, source, tokenizer, arguments)
     if not task.images:
         tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
@@ -70,7 +72,7 @@ def run(
         **describe_run(arguments, task, source),
         **describe_data(task, data, used, scored),
         **describe_model(attached),
-        "notes": [*data.notes, *loaded.notes],
+        "notes": [*data.notes, *loaded.notes, *attached.notes],
     }
     show.print_parameters(result)
     with run_directory.opened(directory, identity, **choice) as checkpoint:
@@ -80,6 +82,16 @@ def run(
             print(trainer.graphs)
             result["notes"] += str(trainer.graphs).splitlines()
         result["metrics"] = trainer.score(scored)
+        if task.generation is None:
+            predictions = predictions_of(task, scored, order, trainer.predictions)
+        else:
+            limits = arguments.max_length, arguments.eval_batch_size
+            with trainer.meter.phase("final scoring"):
+                written = write_held_out(task, trainer.model, tokenizer, used, data.splits, limits)
+            for split, scores in written.scores.items():
+                result["metrics"][split] |= scores
+            result["notes"] += written.notes
+            predictions = written.rows
         result |= describe_training(task, trainer)
         if arguments.method == "lora_adaptive":
             result |= describe_ranks(trainer.model)
@@ -88,7 +100,7 @@ def run(
             directory,
             result,
             trainer.step_losses,
-            predictions_of(task, scored, order, trainer.predictions),
+            predictions,
             lambda path: WAYS[arguments.method].save(trainer.model, path),
         )
     return result
@@ -125,6 +137,7 @@ def _trainer(
     def metrics(output: transformers.EvalPrediction) -> dict[str, float]:
         return metrics_of(task, logits_of(output.predictions), output.label_ids)
 
+    collator = tokens.collator if task.generation is None else prompts.collator
     trainer = ExactTrainer(
         model=attached.model,
         args=_training_arguments(arguments, len(rows), scored, task),
@@ -132,12 +145,12 @@ def _trainer(
         eval_dataset=scored.get("validation"),
         data_collator=default_data_collator
         if tokenizer is None
-        else tokens.collator(
+        else collator(
             tokenizer, arguments.max_length, arguments.pad_to_max, 64 if arguments.graphs else 8
         ),
-        compute_metrics=metrics,
+        compute_metrics=metrics if task.generation is None else None,
         lengths=rows["length"],
-        scores=partial(metrics_of, task),
+        scores=partial(metrics_of, task) if task.generation is None else None,
         new=attached.new,
         graphs=arguments.graphs,
         callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
@@ -160,6 +173,8 @@ def _training_arguments(
     validate = "validation" in scored
     if arguments.best_epoch and not validate:
         raise ValueError(f"--best-epoch: task {task.name} has no validation split here")
+    # Texts are written at the end alone.
+    best = task.metrics[0] if task.generation is None else "loss"
     gpu = torch.cuda.is_available()
     training = TrainingArguments(
         output_dir=str(arguments.directory() / run_directory.CHECKPOINTS),
@@ -173,6 +188,7 @@ def _training_arguments(
         adam_beta1=arguments.adam_beta1,
         adam_beta2=arguments.adam_beta2,
         adam_epsilon=arguments.adam_epsilon,
+        label_smoothing_factor=arguments.label_smoothing,
         warmup_steps=math.ceil(arguments.warmup_ratio * steps),
         lr_scheduler_type=arguments.scheduler,
         fp16=arguments.precision == "fp16",
@@ -182,8 +198,8 @@ def _training_arguments(
         save_strategy="epoch",
         save_total_limit=KEPT,
         load_best_model_at_end=arguments.best_epoch,
-        metric_for_best_model=f"eval_{task.metrics[0]}" if arguments.best_epoch else None,
-        greater_is_better=True if arguments.best_epoch else None,
+        metric_for_best_model=f"eval_{best}" if arguments.best_epoch else None,
+        greater_is_better=best != "loss" if arguments.best_epoch else None,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         remove_unused_columns=False,  # ours are exactly the model's

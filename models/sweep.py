@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import Arguments
-from .cells import LOG, State, arguments_of, run_cell, state_of
 from .recipes import RECIPES, recipe_of
 from .recipes.recipe import SMALL, Cell, Recipe
+from .sweeping.cells import LOG, State, arguments_of, run_cell, state_of
 
-PRELOAD = ["models.run", "models.estimate"]  # imported once, before any cell is forked
+PRELOAD = ["models.run", "models.sweeping.estimate"]  # imported once, before any cell is forked
 Work = Mapping[Cell, Arguments]
 
 
@@ -103,7 +103,7 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
             print(f"{cell.name}: {_words(state)}")
         return 0
     if options.dry_run:
-        from .dry_run import print_estimates
+        from .sweeping.dry_run import print_estimates
 
         print_estimates(work, states, options.jobs)
         return 0
@@ -234,7 +234,8 @@ def on_ray(work: Work, address: str) -> Iterator[tuple[Cell, State]]:
 def _list_recipes() -> int:
     for recipe in RECIPES.values():
         full, small = (sum(1 for _ in form.cells()) for form in (recipe, recipe.small_form()))
-        print(f"{recipe.name:14} {recipe.item}  {recipe.title}: {full} cells, small {small}")
+        cells = f"{full} cell{'s' * (full != 1)}, small {small}"
+        print(f"{recipe.name:14} {recipe.item}  {recipe.title}: {cells}")
     return 0
 
 

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     import datasets
     import transformers
 
-    from . import show
+    from .record import show
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

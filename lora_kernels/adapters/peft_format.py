@@ -246,7 +246,9 @@ def peft_tensors(
     train = list(train)
     tensors |= {key: state[key] for path in train for key in state.keys(path)}
     kept = list(kept)
-    tensors |= {key: state[key] for key in kept}
+    for key in kept:  # PEFT keeps the weight below a LoRA layer one level deeper
+        path, _, leaf = key.rpartition(".")
+        tensors[f"{path}.base_layer.{leaf}" if path in layers else key] = state[key]
     columns = {path: layer.columns for path, layer in layers.items() if layer.columns}
     notes = {COLUMNS_KEY: columns, TRAIN_KEY: train if nameless else [], KEPT_KEY: kept}
     metadata = {"format": "pt"} | {key: json.dumps(note) for key, note in notes.items() if note}

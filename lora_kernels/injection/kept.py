@@ -67,8 +67,9 @@ def notes_on(model: nn.Module, layers: set[str], train: list[str]) -> tuple[str,
             f"refuses fp16; call .float() on it and train under autocast"
         )
     kept = getattr(model, "lora_kept", ())
-    if fresh := [key for key in drawn_at_random(model) if key in kept and not inside(key, train)]:
-        owners = dict.fromkeys(key.rpartition(".")[0] for key in fresh)
+    fresh = [key for key in drawn_at_random(model) if key in kept and not inside(key, train)]
+    # A layer with LoRA trains, whatever weight lies below.
+    if owners := dict.fromkeys(p for key in fresh if (p := key.rpartition(".")[0]) not in layers):
         notes.append(
             f"{_few(owners)} drawn at random, since the checkpoint lacks it, and frozen; the "
             "adapter holds it; name it in train= to train it"

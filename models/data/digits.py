@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import docstrings
 from .splits import SPLITS, stratified_split
-from .tokens import order
+from .tokens import chosen
 
 SIDE, BRIGHTEST = 8, 16
 
@@ -49,8 +49,4 @@ def encode(
         name: split.map(values_of, batched=True, remove_columns=["pixels"])
         for name, split in splits.items()
     }
-    chosen = {name: order(name, split) for name, split in encoded.items()}
-    rows = {
-        name: split.select(chosen[name]).remove_columns("length") for name, split in encoded.items()
-    }
-    return encoded["train"], rows, chosen
+    return chosen(encoded)

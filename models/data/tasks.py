@@ -2,7 +2,8 @@
 
 A row says where the texts and labels are. `load` reads them from the Hugging Face hub or from a
 directory of CSV files, or builds them. Each split becomes a `datasets.Dataset` with the columns
-`text`, `labels` and, for sentence pairs, `text_pair`.
+`text`, `labels` and, for sentence pairs, `text_pair`. Where a target is to be written, the columns
+are `text`, the prompt, and `target`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class Task:
     of splits to the hub's. The first of `metrics` is the one to compare runs by; precision, recall
     and F1 are added to those of every classification. A task with `build` is built here and read
     from nowhere. The rows of `images` are pixels, in place of texts.
+
+    A task with `generation` has a prompt and the target that a language model is to write, and no
+    label. `generation` says how the model searches: arguments of transformers' `generate`.
     """
 
     name: str
@@ -46,16 +50,17 @@ class Task:
     hub_splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in SPLITS})
     build: Callable[[], docstrings.Docstrings] | None = None
     images: bool = False
+    generation: Mapping[str, Any] | None = None
 
     @property
     def regression(self) -> bool:
         """Whether the label is a number, and not a class."""
-        return not self.labels
+        return not self.labels and self.generation is None
 
     @property
     def scores(self) -> tuple[str, ...]:
         """All the metrics of a run."""
-        rest = () if self.regression else ("precision", "recall", "f1")
+        rest = ("precision", "recall", "f1") if self.labels else ()
         return tuple(dict.fromkeys((*self.metrics, *rest)))
 
     @property
@@ -104,6 +109,9 @@ TASKS: dict[str, Task] = {
              ("World", "Sports", "Business", "Sci/Tech"), ("fancyzhx/ag_news",), join=True),
         Task("sms_spam", (("text",), ("sms",)), ("ham", "spam"), ("ucirvine/sms_spam",),
              metrics=("accuracy", "f1")),
+        Task("e2e_nlg", (("mr", "ref"), ("meaning_representation", "human_reference")), (),
+             ("tuetschek/e2e_nlg",), metrics=("bleu", "rouge_l", "nist", "meteor", "cider"),
+             generation={"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4}),
     )
 }  # fmt: skip
 
@@ -181,8 +189,11 @@ def load(task: Task, data_dir: str | Path | None = None) -> TaskData:
 def majority_baseline(task: Task, splits: Mapping[str, datasets.Dataset]) -> dict[str, float]:
     """Split -> the score of one constant guess: train's commonest label, or the mean of its labels.
 
-    The score is the accuracy for classes, the mean squared error for regression.
+    The score is the accuracy for classes, the mean squared error for regression. Where a target is
+    to be written there is none.
     """
+    if task.generation is not None:
+        return {}
     train = splits["train"]["labels"]
     if task.regression:
         guess = sum(train) / len(train)
@@ -288,12 +299,15 @@ def _examples(
     if not rows:
         raise ValueError(f"{source} holds no rows")
     columns = next((c for c in task.columns if set(c) <= rows[0].keys()), None)
-    if columns is None or "label" not in rows[0]:
+    if columns is None or (task.generation is None and "label" not in rows[0]):
         wanted = " or ".join("+".join(c) for c in task.columns)
+        wanted += ", and label" if task.generation is None else ""
         raise ValueError(
-            f"{source}: task {task.name} needs the columns {wanted}, and label; "
+            f"{source}: task {task.name} needs the columns {wanted}; "
             f"found {', '.join(map(str, rows[0]))}"
         )
+    if task.generation is not None:
+        return _prompts(columns, rows, source)
     table: dict[str, list[Any]] = {"text": [], "labels": []}
     pair = len(columns) == 2 and not task.join
     dropped = 0
@@ -312,6 +326,19 @@ def _examples(
         if pair:
             table["text_pair"].append(texts[1])
     return datasets.Dataset.from_dict(table), dropped
+
+
+def _prompts(
+    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], source: str
+) -> tuple[datasets.Dataset, int]:
+    """Prompts and their targets, and how many rows have no target."""
+    pairs = [[row[column] for column in columns] for row in rows]
+    for number, (prompt, _) in enumerate(pairs, start=1):
+        if not prompt:
+            raise ValueError(f"{source}: row {number} holds no text")
+    kept = [(prompt, target) for prompt, target in pairs if target and target.strip()]
+    table = {"text": [prompt for prompt, _ in kept], "target": [target for _, target in kept]}
+    return datasets.Dataset.from_dict(table), len(pairs) - len(kept)
 
 
 def _label(task: Task, value: Any, where: str) -> int | float | None:
@@ -335,7 +362,7 @@ def _label(task: Task, value: Any, where: str) -> int | float | None:
 def _split_one(task: Task, whole: datasets.Dataset) -> dict[str, datasets.Dataset]:
     """The splits of a source that has none of its own."""
     keys = _keys(whole)
-    classes = [0] * len(whole) if task.regression else whole["labels"]
+    classes = whole["labels"] if task.labels else [0] * len(whole)
     names = stratified_split(keys, classes, keys)
     return {
         name: whole.select([row for row, split in enumerate(names) if split == name])

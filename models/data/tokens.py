@@ -38,18 +38,30 @@ def encode(
 
     Raises ValueError where the tokenizer knows less than half of what is in train.
     """
-    known = known_share(splits["train"]["text"][:VOCABULARY_SAMPLE], tokenizer)
+    check_vocabulary(splits["train"]["text"][:VOCABULARY_SAMPLE], tokenizer)
+    return chosen({name: tokenise(split, tokenizer, max_length) for name, split in splits.items()})
+
+
+def chosen(
+    encoded: dict[str, datasets.Dataset],
+) -> tuple[datasets.Dataset, dict[str, datasets.Dataset], dict[str, list[int]]]:
+    """What `encode` returns, of splits whose rows have a `length`."""
+    numbers = {name: order(name, split) for name, split in encoded.items()}
+    rows = {
+        name: split.select(numbers[name]).remove_columns("length")
+        for name, split in encoded.items()
+    }
+    return encoded["train"], rows, numbers
+
+
+def check_vocabulary(texts: Sequence[str], tokenizer: Any) -> None:
+    """Raises ValueError where the tokenizer knows less than half of the tokens of `texts`."""
+    known = known_share(texts, tokenizer)
     if known < 0.5:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} knows {known:.0%} of the tokens of train: "
             "its vocabulary is missing, or of another language"
         )
-    encoded = {name: tokenise(split, tokenizer, max_length) for name, split in splits.items()}
-    chosen = {name: order(name, split) for name, split in encoded.items()}
-    rows = {
-        name: split.select(chosen[name]).remove_columns("length") for name, split in encoded.items()
-    }
-    return encoded["train"], rows, chosen
 
 
 def known_share(texts: Sequence[str], tokenizer: Any) -> float:

@@ -32,7 +32,7 @@ class Published:
     `where` names the labels that it is of; ours is the mean over the axes that it leaves out. With
     `high` it is a range. `ratio_to` and `minus` name the labels of a second group: the number is
     then the first over the second, or their difference. `by` is "report", "paper", or "formula" for
-    a count that nobody measured. `quantity` is a row of `report.QUANTITIES`.
+    a count that nobody measured. `quantity` is a row of `frame.QUANTITIES`.
     """
 
     where: Labels

@@ -156,6 +156,28 @@ def test_a_pooler_that_the_checkpoint_lacks_goes_with_the_adapter(tmp_path):
     assert not add_lora(build(1), LoRAConfig(train=("classifier", "pooler"))).notes
 
 
+def test_the_random_weight_of_a_head_with_lora_reaches_peft_and_us(tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 60}
+    transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "base")
+    x = torch.arange(4, 24).view(2, 10)
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        cls = transformers.GPT2ForSequenceClassification
+        return cls.from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0).eval()
+
+    model = build(1)
+    assert not add_lora(model, LoRAConfig(rank=2, targets=("c_attn.q", "score"))).notes
+    zoo.randomise(model, "lora_")
+    save_adapter(model, tmp_path / "adapter")
+    again = build(2)
+    load_adapter(again, tmp_path / "adapter")
+    expected = model(x).logits
+    torch.testing.assert_close(again(x).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(build(3), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(theirs(x).logits, expected)
+
+
 def llama(tied: bool, vocabulary: int = 40) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -12,8 +12,8 @@ from torch import nn
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora
-from models.adaptive import AdaptiveRanks, importance, ranks_of, save_shrunk
 from models.arguments import Arguments
+from models.model.adaptive import AdaptiveRanks, importance, ranks_of, save_shrunk
 from models.train import train
 from tests.models.test_resume import KillAt, KilledError, leftovers
 from tests.models.test_train import Spy

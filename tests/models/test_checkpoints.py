@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models.checkpoints import NEEDED, last_checkpoint, seal
+from models.record.checkpoints import NEEDED, last_checkpoint, seal
 from models.train import train
 from tests.models.test_resume import KillAt, KilledError, leftovers
 

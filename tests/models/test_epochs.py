@@ -15,8 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models.meter import Meter
 from models.train import parse, train
+from models.training.meter import Meter
 from tests.models.test_resume import KillAt, KilledError, leftovers
 from tests.models.test_train import Spy, losses
 from tests.support.tiny_run import ROWS, label_of, read_csv
@@ -170,7 +170,9 @@ def test_max_steps_take_the_place_of_epochs(arguments):
 def test_a_run_killed_behind_its_last_step_trains_no_further(arguments, monkeypatch):
     made = arguments(max_steps=8, epochs=1)
     with monkeypatch.context() as broken:
-        broken.setattr("models.run_directory.write_csv", lambda *a: (_ for _ in ()).throw(OSError))
+        broken.setattr(
+            "models.record.run_directory.write_csv", lambda *a: (_ for _ in ()).throw(OSError)
+        )
         with pytest.raises(OSError, match="the same command goes on"):
             train(made)
     counter = KillAt()

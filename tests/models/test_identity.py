@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models.run_directory import DIGESTS
+from models.record.run_directory import DIGESTS
 from models.train import train
 from tests.models.test_resume import KillAt, KilledError
 
@@ -77,7 +77,7 @@ def test_a_file_that_vanishes_while_it_is_looked_at_is_another_process_s(argumen
     def vanished(path):
         raise FileNotFoundError(2, "No such file or directory", str(path))
 
-    monkeypatch.setattr("models.checkpoints.file_digest", vanished)
+    monkeypatch.setattr("models.record.checkpoints.file_digest", vanished)
     with pytest.raises(ValueError, match=r"another process is changing the run in \S+run "):
         train(made)
 

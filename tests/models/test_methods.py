@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import transformers
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets", reason="the models read their data by it")
+from lora_kernels import load_adapter
 from models.arguments import Arguments
-from models.attach import WAYS, attach, parameter_counts
-from models.houlsby import load_adapters
+from models.data.tasks import load, task_of
 from models.methods import METHODS
+from models.model.attach import WAYS, attach, parameter_counts
+from models.model.houlsby import load_adapters
+from models.model.loading import load_model, load_tokenizer
 from models.train import train
 from tests.models.test_train import losses
 from tests.support.tiny_run import label_of, text_of
@@ -193,3 +197,40 @@ def test_a_module_that_does_not_exist_is_refused_with_near_misses(arguments, met
     with pytest.raises(ValueError, match=r"poolr.*pooler"):
         train(made)
     assert not made.directory().exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_adaptive"])
+@pytest.mark.parametrize("base", ["without a head", "of other classes"])
+def test_a_head_that_is_a_target_gets_lora_and_its_weight_is_saved(
+    arguments, bert, base, method, tmp_path
+):
+    if base == "of other classes":
+        torch.manual_seed(5)
+        names = {"id2label": {0: "ham", 1: "spam"}, "label2id": {"ham": 0, "spam": 1}}
+        cls = transformers.BertForSequenceClassification
+        cls.from_pretrained(bert, **names).save_pretrained(tmp_path / "base")
+        for path in Path(bert).glob("*token*"):
+            shutil.copy(path, tmp_path / "base")
+        bert = str(tmp_path / "base")
+    made = arguments(model=bert, method=method, targets=["query", "classifier"])
+    result = train(made)
+    assert result["parameters"]["head"]["trainable"] == 0
+    assert "classifier" in [row["name"] for row in result["fused"]]
+    assert any("LoRA on classifier, whose weight was drawn" in note for note in result["notes"])
+    torch.manual_seed(99)
+    tokenizer = load_tokenizer(bert)
+    again = load_model(bert, task_of("sst2"), tokenizer.pad_token_id, 48).model
+    load_adapter(again, made.directory() / "adapter")
+    again.eval()
+    right = 0
+    rows = load(task_of("sst2"), made.data_dir).splits["test"]
+    for row in rows:
+        logits = again(**tokenizer(row["text"], return_tensors="pt")).logits
+        right += int(logits.argmax()) == row["labels"]
+    assert right / len(rows) == pytest.approx(result["metrics"]["test"]["accuracy"])
+
+
+def test_peft_s_adapter_lacks_the_random_weight_below_lora_and_the_run_says_so(arguments):
+    result = train(arguments(method="peft", targets=["query", "classifier"], max_steps=2))
+    assert result["parameters"]["head"]["trainable"] == 0
+    assert any("PEFT's adapter lacks that weight" in note for note in result["notes"])

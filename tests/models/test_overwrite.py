@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.methods import METHODS
-from models.run_directory import ARGUMENTS, RESULT, WRITTEN, find_run, opened
+from models.record.run_directory import ARGUMENTS, RESULT, WRITTEN, find_run, opened
 from models.train import train
 
 IDENTITY = {"task": "sst2", "method": "lora", "rank": 4, "seed": 0}

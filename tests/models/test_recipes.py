@@ -7,15 +7,15 @@ import torch
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.arguments import Arguments, check
-from models.bases import CLEAN, TINY, clean_sms, config_of, tiny_model
 from models.data.splits import normalise
 from models.data.tasks import TASKS, load, task_of
-from models.digests import file_digest
-from models.estimate import SIZES, estimate
-from models.frame import QUANTITIES
-from models.loading import load_model, load_tokenizer
+from models.model.loading import load_model, load_tokenizer
 from models.recipes import RECIPES, recipe_of
 from models.recipes.recipe import Cell, Recipe
+from models.record.digests import file_digest
+from models.reporting.frame import QUANTITIES
+from models.sweeping.bases import CLEAN, TINY, clean_sms, config_of, tiny_model
+from models.sweeping.estimate import SIZES, estimate
 from tests.support.tiny_run import write_csv
 
 FORMS = [form for recipe in RECIPES.values() for form in (recipe, recipe.small_form())]

@@ -18,10 +18,10 @@ from scipy import stats
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models import recipes, report, sweep
-from models.compare import claims, mcnemar, paired_t, t_power
-from models.frame import frame_of, published, splits, summary
 from models.recipes.recipe import Cell, Claim, Published, Recipe
-from models.run_directory import write_csv, write_json
+from models.record.run_directory import write_csv, write_json
+from models.reporting.compare import claims, mcnemar, paired_t, t_power
+from models.reporting.frame import frame_of, published, splits, summary
 
 SCORES = {"lora": (0.80, 0.90, 0.85), "full": (0.60, 0.64, None)}
 LABELS = [0, 1, 1, 0, 1, 0, 1, 1, 0, 1]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models.checkpoints import last_checkpoint
+from models.record.checkpoints import last_checkpoint
 from models.train import Arguments, train
 from tests.support.tiny_run import read_csv
 

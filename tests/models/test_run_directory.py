@@ -12,8 +12,8 @@ import transformers
 from transformers import HfArgumentParser
 
 pytest.importorskip("datasets", reason="the models read their data by it")
-from models import loading
 from models.methods import METHODS
+from models.model import loading
 from models.train import Arguments, main, train
 from tests.support.tiny_run import ROWS, read_csv
 

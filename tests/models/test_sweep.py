@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from lora_kernels.durable import locked
-from models import estimate, recipes, sweep
+from models import recipes, sweep
 from models.arguments import Arguments
-from models.cells import ERROR, State, arguments_of, run_cell, state_of
 from models.recipes.recipe import Recipe
-from models.run_directory import CHECKPOINTS, RESULT
+from models.record.run_directory import CHECKPOINTS, RESULT
+from models.sweeping import estimate
+from models.sweeping.cells import ERROR, State, arguments_of, run_cell, state_of
 from tests.support.tiny_run import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent

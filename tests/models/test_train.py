@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.data import tokens
 from models.train import Arguments, train
-from models.trainer import LengthGroupedSampler
+from models.training.trainer import LengthGroupedSampler
 from tests.support.tiny_run import ROWS, WORDS, label_of, read_csv, write_csv
 
 

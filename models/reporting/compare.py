@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from ..recipes.recipe import Claim, Recipe
 from .frame import matching, predictions
-from .recipes.recipe import Claim, Recipe
 
 LEVEL, POWER = 0.05, 0.8
 
@@ -156,7 +156,7 @@ def _right(
     recipe: Recipe, first: pd.Series, second: pd.Series
 ) -> tuple[list[bool], list[bool]] | None:
     """Which rows each of two runs has right; None where they are not of the same classes."""
-    if any(run["state"] != "done" or "mse" in _scores(run) for run in (first, second)):
+    if any(run["state"] != "done" or "accuracy" not in _scores(run) for run in (first, second)):
         return None
     one, other = (predictions(run["directory"], recipe.split) for run in (first, second))
     if one.keys() != other.keys() or any(one[row][0] != other[row][0] for row in one):

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 from lora_kernels.durable import locked, replacing
 
+from ..arguments import DIGESTS, Arguments
 from . import show
-from .arguments import DIGESTS, Arguments
 from .checkpoints import last_checkpoint
 
 RESULT, ARGUMENTS, CHECKPOINTS = "result.json", "arguments.json", "checkpoints"

@@ -15,13 +15,13 @@ from torch import nn
 
 from lora_kernels.injection.inject import fused_layers
 
-from .adaptive import ranks_of
-from .arguments import Arguments
-from .attach import Attached, parameter_counts
-from .data.tasks import Task, TaskData, majority_baseline, repeated_texts
-from .loading import model_name
-from .methods import METHODS
-from .trainer import ExactTrainer, clean
+from ..arguments import Arguments
+from ..data.tasks import Task, TaskData, majority_baseline, repeated_texts
+from ..methods import METHODS
+from ..model.adaptive import ranks_of
+from ..model.attach import Attached, parameter_counts
+from ..model.loading import model_name
+from ..training.trainer import ExactTrainer, clean
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "peft", "lora-kernels")
 
@@ -55,11 +55,17 @@ def describe_data(task: Task, data: TaskData, used: Splits, scored: Splits) -> d
         "rows": {name: len(split) for name, split in used.items()},
         "scored": {name: len(split) for name, split in scored.items()},
         "baseline": {
-            "name": "mse of the mean" if task.regression else "majority class",
+            "name": _baseline(task),
             "splits": majority_baseline(task, used),
         },
         "repeated_texts": repeated_texts(used),
     }
+
+
+def _baseline(task: Task) -> str:
+    if task.generation is not None:
+        return "none"
+    return "mse of the mean" if task.regression else "majority class"
 
 
 def describe_model(attached: Attached) -> dict[str, Any]:

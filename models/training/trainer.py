@@ -24,10 +24,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from lora_kernels import GraphedStep
 
-from .checkpoints import PROGRESS, TRAINED, seal
+from ..record.checkpoints import PROGRESS, TRAINED, seal
+from ..record.run_directory import writing
 from .meter import Meter
 from .progress import Progress, clean
-from .run_directory import writing
 
 _POOL = 50  # batches among which examples are sorted by length
 
@@ -70,25 +70,26 @@ class LengthGroupedSampler(Sampler[int]):
 class ExactTrainer(Trainer):
     """Trainer with the changes that this module's docstring lists.
 
-    `lengths` are the tokens of each training row. `new` are modules that no pretrained file holds:
-    checkpoints hold them though they may not train. With `graphs` steps are replayed from CUDA
-    graphs. `step_losses`, `epochs`, `seconds` and what a
-    callback with `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one
-    bar and a line for each epoch, instead of Trainer's own callbacks.
+    `lengths` are the tokens of each training row. `scores` makes the scores of an epoch from what
+    the model said of the training rows and from their labels; None makes none. `new` are modules
+    that no pretrained file holds: checkpoints hold them though they may not train. With `graphs`
+    steps are replayed from CUDA graphs. `step_losses`, `epochs`, `seconds` and what a callback with
+    `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one bar and a line
+    for each epoch, instead of Trainer's own callbacks.
     """
 
     def __init__(
         self,
         *args: Any,
         lengths: Sequence[int],
-        scores: Callable[[Any, Any], dict[str, float]],
+        scores: Callable[[Any, Any], dict[str, float]] | None,
         new: Sequence[str] = (),
         graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.graphs = GraphedStep(self.model, self._forward_backward) if graphs else None
-        self._logits: list[torch.Tensor] = []
+        self._logits: list[torch.Tensor | None] = []
         self._lengths = lengths
         self._scores = scores
         self._new = tuple(f"{path}." for path in new)
@@ -156,7 +157,8 @@ class ExactTrainer(Trainer):
         """Compute the loss, and keep what the model says of the training rows."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
         if model.training:
-            self._logits.append(outputs["logits"].detach().float())
+            scored = self._scores is not None
+            self._logits.append(outputs["logits"].detach().float() if scored else None)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -167,7 +169,8 @@ class ExactTrainer(Trainer):
         run = self.graphs or partial(self._forward_backward, model)
         accumulated = self.current_gradient_accumulation_steps
         loss, logits = run(dict(inputs), *args, accumulated=accumulated, **kwargs)
-        self._seen.append((logits, inputs["labels"].to(logits.device)))
+        if logits is not None:
+            self._seen.append((logits, inputs["labels"].to(logits.device)))
         self._step_loss = self._step_loss + loss
         self._batches += 1
         if self._batches == self.current_gradient_accumulation_steps:
@@ -177,8 +180,11 @@ class ExactTrainer(Trainer):
 
     def _forward_backward(
         self, model: Any, inputs: Any, *args: Any, accumulated: int, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch and its logits; `accumulated` tells graphs of the loss's divisor."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss of a batch, and its logits where they are scored.
+
+        `accumulated` tells graphs of the loss's divisor.
+        """
         self._logits.clear()  # of a step that failed
         loss = super().training_step(model, inputs, *args, **kwargs)
         return loss.detach(), self._logits.pop()
@@ -259,8 +265,10 @@ class ExactTrainer(Trainer):
     def end_epoch(self) -> None:
         """Add the row of an epoch that has been trained."""
         seconds = self.meter.read()["training"]
-        logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
-        scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
+        scores: dict[str, float] = {}
+        if self._scores is not None:
+            logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
+            scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
         self._seen = []
         self.epochs.append(
             {

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .cells import ERROR
-from .recipes.recipe import Cell, Labels, Published, Recipe
-from .run_directory import PREDICTIONS, RESULT, read_json
+from ..recipes.recipe import Cell, Labels, Published, Recipe
+from ..record.run_directory import PREDICTIONS, RESULT, read_json
+from ..sweeping.cells import ERROR
 
 MIB = 2**20
+WRITTEN = ("rouge_l", "nist", "meteor", "cider")  # scores of texts besides BLEU, on test
 
 
 def frame_of(recipe: Recipe, runs: Path) -> pd.DataFrame:
@@ -133,6 +134,7 @@ NUMBERS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     **{split: _of(split, None) for split in ("train", "validation", "test")},
     **{f"{split} loss": _of(split, "loss") for split in ("train", "validation", "test")},
     **{name: _of("validation", name) for name in ("precision", "recall", "f1")},
+    **{name: _of("test", name) for name in WRITTEN},
 }
 
 
@@ -145,7 +147,8 @@ class Quantity(NamedTuple):
 
 def variation(scores: pd.Series) -> float:
     """The coefficient of variation: standard deviation over mean."""
-    return scores.std() / abs(scores.mean()) if len(scores.dropna()) > 1 else math.nan
+    mean = abs(scores.mean())
+    return scores.std() / mean if len(scores.dropna()) > 1 and mean > 0 else math.nan
 
 
 def _at(epoch: int) -> Callable[[pd.DataFrame, str], float]:
@@ -164,6 +167,7 @@ QUANTITIES: dict[str, Quantity] = {
     "steps a second": Quantity(_mean("steps a second"), ".3g"),
     "memory, MiB": Quantity(_mean("memory, MiB"), ",.0f"),
     "method's parameters": Quantity(_mean("method's parameters"), ",.0f"),
+    **{name: Quantity(_mean(name), ".4f") for name in WRITTEN},
     "variation, first epoch": Quantity(_at(0), ".2%"),
     "variation, last epoch": Quantity(_at(-1), ".2%"),
 }
@@ -208,7 +212,7 @@ def splits(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     """A row for each combination of labels: means of the scores and losses of each split."""
     names = [
         *("train", "validation", "test", "train loss", "validation loss", "test loss"),
-        *("precision", "recall", "f1", "minutes"),
+        *("precision", "recall", "f1", *WRITTEN, "minutes"),
     ]
     rows = [
         {**labels, **{name: group[name].mean() for name in names}}

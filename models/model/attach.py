@@ -21,9 +21,10 @@ from lora_kernels.injection.families import family_of, heads_of
 from lora_kernels.injection.report import FusedRow, SkippedRow
 from lora_kernels.injection.targets import find_train
 
+from ..arguments import Arguments
+from ..data.tasks import task_of
 from . import houlsby
 from .adaptive import AdaptiveRanks, save_shrunk
-from .arguments import Arguments
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Attached:
     """A model that is ready to train: which layers got LoRA, which were left alone, and why.
 
     `new` are the modules that the checkpoint does not hold; they are saved, trained or not.
-    `callbacks` take part in training.
+    `callbacks` take part in training. `notes` are for the result.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Attached:
     skipped: tuple[SkippedRow, ...] = ()
     new: tuple[str, ...] = ()
     callbacks: tuple[TrainerCallback, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -235,21 +237,29 @@ def attach(arguments: Arguments, model: nn.Module, new: tuple[str, ...] = ()) ->
     """Freeze the model and add what trains, as the method does, with a start drawn from the seed.
 
     The modules `new` become a part of what is saved. They train with the head, or not at all, or
-    because `arguments.train` names them. Raises ValueError where no task head is found that should
-    train, and for a name in `arguments.train` that matches nothing.
+    because `arguments.train` names them. A head that is a target gets LoRA and does not train in
+    full. A language model has no task head: its own is its embeddings. Raises ValueError where no
+    task head is found that should train, where nothing would train, and for a name in
+    `arguments.train` that matches nothing.
     """
-    heads = heads_of(model) if arguments.train_head else ()
-    if arguments.train_head and not heads:
+    wants_head = arguments.train_head and task_of(arguments.task).generation is None
+    heads = heads_of(model) if wants_head else ()
+    if wants_head and not heads:
         raise ValueError(f"no known task head on {type(model).__name__}: use --no-train-head")
-    asked = tuple(arguments.train or ())
+    targets, asked = arguments.targets or [], tuple(arguments.train or ())
     named = find_train(model, asked)
-    train = dict.fromkeys((*heads, *asked, *(path for path in new if path not in heads)))
-    config = replace(arguments.lora_config(), train=tuple(train))
+    whole = (path for path in (*heads, *new) if path not in targets)
+    config = replace(arguments.lora_config(), train=tuple(dict.fromkeys((*whole, *asked))))
     attached = WAYS[arguments.method].attach(model, config, arguments)
     if not arguments.train_head:
         base: Any = getattr(attached.model, "get_base_model", lambda: attached.model)()  # PEFT's
         for path in new:
-            if path not in named:
+            if path not in named and path not in targets:
                 base.get_submodule(path).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in attached.model.parameters()):
+        raise ValueError(f"--method {arguments.method} trains nothing of {type(model).__name__}")
     redraw(attached.model, arguments.seed)
-    return replace(attached, new=new)
+    drawn = ", ".join(path for path in new if path in targets)
+    held = "PEFT's adapter lacks" if arguments.method == "peft" else "the adapter holds"
+    note = f"LoRA on {drawn}, whose weight was drawn at random: {held} that weight"
+    return replace(attached, new=new, notes=(note,) if drawn else ())

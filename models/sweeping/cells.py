@@ -15,9 +15,9 @@ from typing import Any
 
 from lora_kernels.durable import locked
 
-from .arguments import DIGESTS, Arguments
+from ..arguments import DIGESTS, Arguments
+from ..recipes.recipe import Cell
 from .bases import CLEAN, TINY, clean_sms, tiny_model
-from .recipes.recipe import Cell
 
 ERROR, LOG = "error.json", "log.txt"
 BASES, DATA = "bases", "data"  # below the runs: what `bases` makes
@@ -38,7 +38,7 @@ def arguments_of(cell: Cell, runs: Path, data_dir: Path | None) -> Arguments:
     `data_dir` has a folder for each task; None is the hub. Raises ValueError or FileNotFoundError
     for what is not there.
     """
-    from .data.tasks import task_of
+    from ..data.tasks import task_of
 
     runs = runs.absolute()  # a node of a cluster may have another working directory
     data_dir = None if data_dir is None else data_dir.absolute()
@@ -64,7 +64,7 @@ def arguments_of(cell: Cell, runs: Path, data_dir: Path | None) -> Arguments:
 
 def state_of(arguments: Arguments) -> State:
     """What the run directory says of a cell, without reading rows or model."""
-    from .run_directory import ARGUMENTS, RESULT, read_json
+    from ..record.run_directory import ARGUMENTS, RESULT, read_json
 
     directory = arguments.directory()
     if (directory / RESULT).is_file():
@@ -96,9 +96,9 @@ def run_cell(arguments: Arguments, threads: int | None = None) -> State:
     import torch
     import transformers
 
+    from ..record.run_directory import write_json
+    from ..train import train
     from .estimate import check_fits
-    from .run_directory import write_json
-    from .train import train
 
     if threads is not None:
         torch.set_num_threads(threads)

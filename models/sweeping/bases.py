@@ -57,7 +57,7 @@ def config_of(model: str | None) -> Any:
     """
     from transformers import AutoConfig
 
-    from .loading import model_source
+    from ..model.loading import model_source
 
     if model in KNOWN or model in TINY:
         kind, numbers = (KNOWN | TINY)[model]
@@ -73,7 +73,7 @@ def tiny_model(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    from .loading import model_source
+    from ..model.loading import model_source
 
     directory = folder / name
     with locked(directory):
@@ -114,9 +114,9 @@ def clean_sms(folder: Path, data_dir: Path | None) -> Path:
     `stratified_split`, which keeps repeats together. The messages are those of `data_dir`, or of
     the hub.
     """
-    from .data.splits import normalise, stratified_split
-    from .data.tasks import load, task_of
-    from .run_directory import write_csv
+    from ..data.splits import normalise, stratified_split
+    from ..data.tasks import load, task_of
+    from ..record.run_directory import write_csv
 
     directory = folder / CLEAN
     with locked(directory):

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import Arguments
+from ..arguments import Arguments
+from ..recipes.recipe import Cell
 from .cells import State
 from .estimate import estimate, memory_here, rate_here, seconds
-from .recipes.recipe import Cell
 
 
 def print_estimates(
     work: Mapping[Cell, Arguments], states: Mapping[Cell, State], jobs: int
 ) -> None:
     """A row for each combination of labels, and the sum over the cells that are still to do."""
-    from .sweep import duration
+    from ..sweep import duration
 
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     table = Table(title="estimates for this machine", title_justify="left")

@@ -14,8 +14,8 @@ from torch import nn
 from lora_kernels.injection.families import heads_of
 from lora_kernels.injection.targets import inside
 
-from .data.splits import normalise
-from .data.tasks import Task
+from ..data.splits import normalise
+from ..data.tasks import Task
 
 
 def new_modules(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:
@@ -71,6 +71,9 @@ def fit_head(
     spelled = [normalise(name) for name in classes]
     wanted = [normalise(name) for name in task.labels]
     if sorted(spelled) != sorted(wanted):
+        # transformers draws nothing over what it marked as read, and an adapter holds what is not.
+        for parameter in layer.parameters():
+            vars(parameter).pop("_is_hf_initialized", None)
         model._init_weights(layer)  # type: ignore[operator]
         return True, f"head {path}: new ({ours}), since the classes of the checkpoint are {theirs}"
     if spelled == wanted:

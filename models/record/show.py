@@ -28,10 +28,11 @@ def plot(result: Mapping[str, Any], losses: Sequence[float]) -> Figure:
     left.plot(ends, [row["train_loss"] for row in history], "o-", label="train, epoch mean")
     if "validation_loss" in history[0]:
         left.plot(ends, [row["validation_loss"] for row in history], "s-", label="validation")
+    if f"validation_{metric}" in history[0]:
         values = [row[f"validation_{metric}"] for row in history]
         right.plot(epochs, values, "s-", label="validation")
     if "test" in result["metrics"]:
-        test = result["metrics"]["test"][metric]
+        test = result["metrics"]["test"].get(metric)
         if test is not None:
             right.plot(epochs[-1:], [test], "*", markersize=12, label=f"test {test:.3f}")
     if metric == "accuracy":
@@ -102,15 +103,17 @@ def print_result(result: Mapping[str, Any], directory: Path) -> None:
     """Print the scores of a finished run, its size, time and memory, and the files it left."""
     title = f"{result['task']} · {result['model_name']} · {result['method']} on {result['device']}"
     table = Table(title=title, title_justify="left")
-    names = list(next(iter(result["metrics"].values())))
+    # Held-out splits may have more scores than train, and of written texts there is no baseline.
+    names = list(dict.fromkeys(name for row in result["metrics"].values() for name in row))
+    guesses = result["baseline"]["splits"]
     table.add_column("split")
     table.add_column("rows scored", justify="right")
-    for name in (*names, result["baseline"]["name"]):
+    for name in (*names, *([result["baseline"]["name"]] if guesses else [])):
         table.add_column(name, justify="right")
     for split, metrics in result["metrics"].items():
-        numbers = ["-" if metrics[n] is None else f"{metrics[n]:.4f}" for n in names]
-        baseline = f"{result['baseline']['splits'][split]:.4f}"
-        table.add_row(split, f"{result['scored'][split]:,}", *numbers, baseline)
+        found = [metrics.get(name) for name in names] + ([guesses[split]] if guesses else [])
+        numbers = ["-" if number is None else f"{number:.4f}" for number in found]
+        table.add_row(split, f"{result['scored'][split]:,}", *numbers)
     console = _console()
     console.print(table)
     counts, memory = result["parameters"], result["peak_memory"]

@@ -15,9 +15,8 @@ import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-from .arguments import Arguments
+from ..arguments import Arguments
 from .bases import config_of
 
 # Task -> rows of train, rows scored after training, and tokens of a text, about.
@@ -34,6 +33,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "ag_news": (120000, 7600, 53),
     "sms_spam": (1045, 449, 24),
     "digits": (1441, 356, 0),
+    "e2e_nlg": (42061, 9365, 64),
     "docstrings": (3100, 770, 60),
 }
 ACTIVATION = 34  # bytes of a token in a block, over its width, at two bytes a number (no softmax)
@@ -82,20 +82,17 @@ def estimate(arguments: Arguments) -> Estimate:
 def _count(key: str) -> tuple[int, int, int, int, int, int]:
     """Trained, all and backbone parameters, blocks, width, and patches of an image (0 for text)."""
     import torch
-    import transformers
 
-    from .attach import attach, parameter_counts
-    from .data.tasks import task_of
+    from ..data.tasks import task_of
+    from ..model.attach import attach, parameter_counts
+    from ..model.loading import kind_of
 
     arguments = Arguments(**json.loads(key))
     task = task_of(arguments.task)
     config = config_of(arguments.model)
     config.num_labels, config.pad_token_id = task.num_labels, 0
-    auto: Any = transformers.AutoModelForSequenceClassification
-    if task.images:
-        auto = transformers.AutoModelForImageClassification
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = kind_of(task).from_config(config)
     attached = attach(arguments, model)
     counts = parameter_counts(attached.model)
     patches = (config.image_size // config.patch_size) ** 2 + 1 if task.images else 0

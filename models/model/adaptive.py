@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from lora_kernels import FusedLoRALinear, save_adapter
 from lora_kernels.injection.inject import fused_layers
 
-from .arguments import Arguments
+from ..arguments import Arguments
 
 SMOOTHING = 0.85  # AdaLoRA's, of I and of U
 

@@ -1,0 +1,1 @@
+"""The cells of a sweep, the bases that small forms need, and what all that would take."""
