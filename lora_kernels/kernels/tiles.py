@@ -81,8 +81,26 @@ def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def owner(runs_ptr, run):
+    """(adapter, first row, last row + 1, the adapter's first row) of a run of a pack's rows."""
+    at = runs_ptr + run * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def blocks_of_rows(Ns, BLOCK_N: tl.constexpr):
+    """How many blocks of rows a grid has that `locate` reads."""
+    blocks_n = tl.cdiv(Ns[0], BLOCK_N)
+    for i in tl.static_range(1, len(Ns)):
+        blocks_n += tl.cdiv(Ns[i], BLOCK_N)
+    return tl.num_programs(0) // blocks_n
+
+
+@triton.jit
+def locate(Ns, blocks_m, BLOCK_N: tl.constexpr):
     """(segment, block_m, block_n): which tile of the outputs [M, Ns[0]], [M, Ns[1]], ... is ours.
+
+    M is `blocks_m` blocks of rows.
 
     The grid is one long axis: the tiles of segment 0, then those of segment 1, and so on. Programs
     with neighbouring ids run at the same time, so they are given tiles that share what they read:
@@ -95,7 +113,6 @@ def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
                                                               7 9 11
     """
     pid = tl.program_id(0)
-    blocks_m = tl.cdiv(M, BLOCK_M)
     # Go from segment to segment, taking the tiles of each off pid while pid lies past them.
     segment = 0
     for i in tl.static_range(len(Ns) - 1):
