@@ -35,6 +35,15 @@ class Weights(NamedTuple):
     lora_B: Tensor
 
 
+class PackWeights(NamedTuple):
+    """The tensors of one layer of a pack: lora_A and lora_B of each adapter, None without LoRA."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: tuple[Tensor | None, ...]
+    lora_B: tuple[Tensor | None, ...]
+
+
 class Settings(NamedTuple):
     """What a layer does with its tensors. Layers that run together have equal settings.
 
@@ -55,7 +64,7 @@ class Settings(NamedTuple):
 class Parts(NamedTuple):
     """One layer, as a call on some x needs it."""
 
-    weights: Weights
+    weights: Any  # Weights, or the PackWeights of a pack
     settings: Settings
 
 

@@ -24,12 +24,17 @@ from . import masks
 
 
 class Pack(NamedTuple):
-    """What differs among C adapters, as numbers: `edges` are C + 1, the rest has C entries."""
+    """What differs among C adapters: `edges` are C + 1, the rest has C entries.
+
+    `streams` gives the seeds of their masks (`autograd.packs.Streams`).
+    """
 
     edges: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     dropouts: tuple[float, ...]
+    names: tuple[str, ...] = ()
+    streams: Any = None
 
     @property
     def rank(self) -> int:

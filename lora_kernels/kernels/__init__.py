@@ -12,6 +12,6 @@ from .packs import Packed
 from .projection import project
 
 __all__ = [
-    "Gradient", "Packed", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm", "output_gradients",
-    "parameter_gradients", "project",
+    "Gradient", "Packed", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm",
+    "output_gradients", "parameter_gradients", "project",
 ]  # fmt: skip

@@ -33,9 +33,11 @@ from .tiles import (
     locate,
     multiple,
     of_term,
-    owner,
+    own,
     pick,
+    placed,
     rank_dot,
+    run_of,
 )
 
 
@@ -47,29 +49,27 @@ def _fused_gemm(
     stride_mask, h_scale, scale,
     PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, A_BY: tl.constexpr, V_BY: tl.constexpr, AK_BY: tl.constexpr, VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
+    R_BY: tl.constexpr, A_BY: tl.constexpr, V_BY: tl.constexpr, AK_BY: tl.constexpr,
+    VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # A program computes a tile [BLOCK_M, BLOCK_N] of the out of one segment, and h [BLOCK_M, R].
-    blocks_m = blocks_of_rows(Ns, BLOCK_N) if PACKED else tl.cdiv(M, BLOCK_M)
+    blocks_m = blocks_of_rows(Ns, M, BLOCK_M, BLOCK_N, PACKED)
     segment, block_m, block_n = locate(Ns, blocks_m, BLOCK_N)
     R, stride_mask = multiple(R, R_BY), multiple(stride_mask, MASK_BY)
     stride_ak, stride_vn = multiple(stride_ak, AK_BY), multiple(stride_vn, VN_BY)
     N = pick(Ns, segment)
-    if PACKED:  # the rows, the rank and the scales of the adapter that this block belongs to
-        adapter, first_row, last_row, _ = owner(pack_ptrs[0], block_m)
-        own_rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
-        h_scale, scale = tl.load(pack_ptrs[4] + adapter), tl.load(pack_ptrs[5] + adapter)
-        if TRANSPOSED:  # its lora_B [N, its rank] is contiguous
-            stride_ak = own_rank
-        else:
-            stride_vn = own_rank
-        rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = (rows < last_row)[:, None]
-    else:
-        own_rank = R
-        rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = (rows < M)[:, None]
+    first_row, last_row, adapter, _, own_rank = run_of(
+        pack_ptrs, block_m, BLOCK_M, M, R, PACKED, R_BY
+    )
+    h_scale = own(h_scale, pack_ptrs, 4, adapter, PACKED)
+    scale = own(scale, pack_ptrs, 5, adapter, PACKED)
+    if PACKED and TRANSPOSED:  # an adapter's lora_B [N, its rank] is contiguous
+        stride_ak = own_rank
+    elif PACKED:
+        stride_vn = own_rank
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = (rows < last_row)[:, None]
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     ks = tl.arange(0, BLOCK_K).to(INDEX)
@@ -94,10 +94,9 @@ def _fused_gemm(
         w_tile_ptrs = w_ptr + columns[None, :] * stride_wn + ks[:, None] * stride_wk
         a_ptr = of_term(a_ptrs, segment, term, TERMS)
         v_ptr = of_term(v_ptrs, segment, term, TERMS)
-        if PACKED:
-            place = adapter * len(v_ptrs) + at
-            a_ptr += multiple(tl.load(pack_ptrs[2] + place), A_BY)
-            v_ptr += multiple(tl.load(pack_ptrs[3] + place), V_BY)
+        place = adapter * len(v_ptrs) + at
+        a_ptr = placed(a_ptr, pack_ptrs, 2, place, A_BY, PACKED)
+        v_ptr = placed(v_ptr, pack_ptrs, 3, place, V_BY, PACKED)
         a_tile_ptrs = a_ptr + ranks[None, :] * stride_ar + ks[:, None] * stride_ak
         h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         before = acc

@@ -33,7 +33,18 @@ from ..hardware.tiles import Tile, rank_block
 from .launch import has_asynchronous_products, launch
 from .packs import Packed, Shared, Tables, gradient_tables
 from .plan import Given, Out, Plan, planned
-from .tiles import cast, divisor, index_type, load_keep, multiple, owner, pick, rank_dot
+from .tiles import (
+    cast,
+    divisor,
+    index_type,
+    load_keep,
+    multiple,
+    own,
+    pick,
+    placed,
+    rank_dot,
+    run_of,
+)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -75,25 +86,16 @@ def _column_gradients(
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     rank_inside = ranks < R  # R is padded by zeros to BLOCK_R
     # rows_per_split is a multiple of BLOCK_M: only the last block of the last split passes M.
-    if PACKED:  # the rows, the rank and the scale of the adapter that this split belongs to
-        adapter, first, last, _ = owner(pack_ptrs[0], split)
-        own_rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
-        own_scale = tl.load(pack_ptrs[4] + adapter)
-        end = last
-    else:
-        own_rank = R
-        first = split * rows_per_split
-        last = min(first + rows_per_split, M)
-        end = M
+    first, last, adapter, _, own_rank = run_of(pack_ptrs, split, rows_per_split, M, R, PACKED, R_BY)
+    end = last if PACKED else M
     gradient_inside = column_inside[:, None] & (ranks < own_rank)[None, :]
     # The grid has as many blocks of columns as the widest segment needs. In a narrower one the
     # blocks past its P have nothing to add to g, and get no rows; but the sum over P reads a d of
     # every block, so with WANT_D they go through their rows and store zeros.
     if WANT_D:  # b [BLOCK_P, BLOCK_R] is the same for all rows: it is loaded once
-        b_ptr = pick(b_ptrs, segment)
-        if PACKED:  # its b [P, its rank] is contiguous
-            b_ptr += multiple(tl.load(pack_ptrs[2] + adapter * len(b_ptrs) + segment), B_BY)
-            stride_bp = own_rank
+        place = adapter * len(b_ptrs) + segment
+        b_ptr = placed(pick(b_ptrs, segment), pack_ptrs, 2, place, B_BY, PACKED)
+        stride_bp = own_rank if PACKED else stride_bp  # an adapter's b [P, its rank] is contiguous
         b_tile_ptrs = b_ptr + columns[:, None] * stride_bp
         b = tl.load(b_tile_ptrs + ranks[None, :] * stride_br, mask=gradient_inside, other=0.0)
     else:
@@ -117,8 +119,7 @@ def _column_gradients(
             # read dy here, so the grid's first axis is G.
             d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             d = rank_dot(t, b, d, t.dtype, PRECISION)
-            if PACKED:
-                d *= own_scale
+            d *= own(1.0, pack_ptrs, 4, adapter, PACKED)
             d_rows = block_p.to(INDEX) * tl.num_programs(0) * M + layer_rows
             tl.store(d_ptr + d_rows * R + ranks[None, :], d, mask=rank_tile_inside)
         if WANT_G:
@@ -146,8 +147,8 @@ def _column_gradients(
             columns_total += tl.where(alike, Ps[i], 0)
         # Within a segment dlora_A lies as [R, K], dlora_B as [N, R].
         stride_gp, stride_gr = tl.where(of_x, 1, own_rank), tl.where(of_x, P, 1)
-        if PACKED:
-            g *= tl.where(of_x, tl.load(pack_ptrs[3] + adapter), own_scale)
+        of_input = own(1.0, pack_ptrs, 3, adapter, PACKED)
+        g *= tl.where(of_x, of_input, own(1.0, pack_ptrs, 4, adapter, PACKED))
         g_ptr += split.to(INDEX) * columns_total * R + columns_before * own_rank
         offsets = columns[None, :] * stride_gp + ranks[:, None] * stride_gr
         tl.store(g_ptr + offsets, g, mask=column_inside[None, :] & (ranks < own_rank)[:, None])
@@ -229,8 +230,8 @@ def output_gradients(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """From one read of dy: dh [G, M, R], and with `h` also dlora_B [sum N_g, R].
 
-    dh has its `rank_dtype`, dlora_B lora_B's dtype; dlora_B is None without `h`. Of a `pack` dlora_B
-    is flat: [sum N_g, R_c] of each adapter, one behind the other.
+    dh has its `rank_dtype`, dlora_B lora_B's dtype; dlora_B is None without `h`. Of a `pack`
+    dlora_B is flat: [sum N_g, R_c] of each adapter, one behind the other.
     """
     dlora_B = Gradient(lora_B[0].dtype, scale)
     given = _alike(dy), None, h, lora_B, None

@@ -39,9 +39,11 @@ from .tiles import (
     locate,
     multiple,
     of_term,
-    owner,
+    own,
     pick,
+    placed,
     rank_dot,
+    run_of,
 )
 
 
@@ -67,23 +69,19 @@ def _low_rank_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # A program computes one tile [BLOCK_M, BLOCK_N] of the out of one segment.
-    blocks_m = blocks_of_rows(Ns, BLOCK_N) if PACKED else tl.cdiv(M, BLOCK_M)
+    blocks_m = blocks_of_rows(Ns, M, BLOCK_M, BLOCK_N, PACKED)
     segment, block_m, block_n = locate(Ns, blocks_m, BLOCK_N)
     R, stride_vn = multiple(R, R_BY), multiple(stride_vn, VN_BY)
     stride_mask = multiple(stride_mask, MASK_BY)
     N = pick(Ns, segment)
-    if PACKED:  # the rows, the rank and the scale of the adapter that this block belongs to
-        adapter, first_row, last_row, _ = owner(pack_ptrs[0], block_m)
-        own_rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
-        scale = tl.load(pack_ptrs[3] + adapter)
-        if OWN_V:  # its v [N, its rank] is contiguous
-            stride_vn = own_rank
-        rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = (rows < last_row)[:, None]
-    else:
-        own_rank = R
-        rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = (rows < M)[:, None]
+    first_row, last_row, adapter, _, own_rank = run_of(
+        pack_ptrs, block_m, BLOCK_M, M, R, PACKED, R_BY
+    )
+    scale = own(scale, pack_ptrs, 3, adapter, PACKED)
+    if OWN_V:  # an adapter's v [N, its rank] is contiguous
+        stride_vn = own_rank
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = (rows < last_row)[:, None]
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     column_inside = (columns < N)[None, :]
@@ -92,10 +90,8 @@ def _low_rank_gemm(
     TERMS: tl.constexpr = len(Ks)
     LOW_RANK_TERMS: tl.constexpr = len(v_ptrs) if len(Ns) == 1 else 1
     # A segment without a v takes part with rank 0: its low-rank loads are all masked to zero.
-    if len(Ns) > len(v_ptrs):
-        rank_inside = ranks < tl.where(segment < len(v_ptrs), own_rank, 0)
-    else:
-        rank_inside = ranks < own_rank
+    has_v = segment < len(v_ptrs) if len(Ns) > len(v_ptrs) else True
+    rank_inside, stored = (ranks < own_rank) & has_v, (ranks < R) & has_v
 
     # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N], R padded by zeros to
     # BLOCK_R. u lies as [G, M, R] and belongs to a segment or, where one out sums them, to a term.
@@ -108,12 +104,11 @@ def _low_rank_gemm(
         u = _summed(u_ptr + u_offsets, u_inside, len(v_ptrs) * M.to(INDEX) * R, PARTS)
         if PARTS > 1:
             u = cast(u, sum_ptr.dtype.element_ty)
-            whole = row_inside & (ranks < R)[None, :] & (at < len(v_ptrs)) if PACKED else u_inside
-            tl.store(sum_ptr + u_offsets, u, mask=whole & (block_n == 0))
+            whole = row_inside & stored[None, :] & (block_n == 0)
+            tl.store(sum_ptr + u_offsets, u, mask=whole)
         v_ptr = of_term(v_ptrs, segment, term, LOW_RANK_TERMS)
-        if PACKED:
-            place = adapter * len(v_ptrs) + min(at, len(v_ptrs) - 1)
-            v_ptr += multiple(tl.load(pack_ptrs[2] + place), V_BY)
+        place = adapter * len(v_ptrs) + min(at, len(v_ptrs) - 1)
+        v_ptr = placed(v_ptr, pack_ptrs, 2, place, V_BY, PACKED)
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
         if HAS_MASK:

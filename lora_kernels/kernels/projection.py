@@ -34,10 +34,12 @@ from .tiles import (
     index_type,
     interleave,
     multiple,
-    owner,
+    own,
     pack,
     pick,
+    placed,
     rank_dot,
+    run_of,
 )
 
 
@@ -57,28 +59,21 @@ def _project(
     segment = tl.program_id(0) % len(A_ptrs)
     A_ptr = pick(A_ptrs, segment)
     block_m = tl.program_id(0) // len(A_ptrs)
-    if PACKED:  # the rows, the rank and the A of the adapter that this block belongs to
-        adapter, first_row, last_row, edge = owner(pack_ptrs[0], block_m)
-        own_rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
-        A_ptr += multiple(tl.load(pack_ptrs[2] + adapter * len(A_ptrs) + segment), AT_BY)
-        scale = tl.load(pack_ptrs[3] + adapter)
-        rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = rows < last_row
-    else:
-        own_rank = R
-        rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-        row_inside = rows < M
+    first_row, last_row, adapter, edge, own_rank = run_of(
+        pack_ptrs, block_m, BLOCK_M, M, R, PACKED, R_BY
+    )
+    A_ptr = placed(A_ptr, pack_ptrs, 2, adapter * len(A_ptrs) + segment, AT_BY, PACKED)
+    scale = own(scale, pack_ptrs, 3, adapter, PACKED)
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = rows < last_row
     # R is padded to BLOCK_R, what a matrix instruction takes; the padding is loaded as zeros.
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     rank_inside = ranks < own_rank
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # h before its scale and its rounding
     if DRAW:
-        drawn = rows  # the rows as the run counts them that has this adapter alone
-        if PACKED:
-            seed_ptr += adapter
-            threshold = tl.load(pack_ptrs[4] + adapter)
-            drawn = rows - edge
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + adapter)
+        threshold = own(threshold, pack_ptrs, 4, adapter, PACKED)
+        drawn = rows - edge  # the rows as the adapter counts them where it is alone
         mask_ptr += segment.to(tl.int64) * M * stride_mask
     part = tl.program_id(1)
     first = part * steps * BLOCK_K
