@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import arguments
-from ..injection.inject import describe, fused_layers, inject, refuse_injected, trained_paths
+from ..injection.inject import (
+    describe,
+    fused_layers,
+    hint,
+    inject,
+    refuse_injected,
+    trained_paths,
+)
 from ..injection.kept import kept_keys
 from ..injection.methods import METHODS
 from ..injection.report import Report
@@ -110,7 +117,7 @@ def _save(
     with bare(model) as inner:
         layers = fused_layers(inner)
         if not layers:
-            raise ValueError(f"{type(inner).__name__} has no LoRA layer to save")
+            raise ValueError(f"{type(inner).__name__} has no LoRA layer to save{hint(inner)}")
         train = trained_paths(inner)
         config = peft_config(inner, layers, train)
         kept = kept_keys(inner, train)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import arguments
-from ..injection.inject import refuse_injected
+from ..injection.inject import packed_layers, refuse_injected
 from ..injection.packs import (
     Planned,
     adapters_of,
@@ -16,7 +16,6 @@ from ..injection.packs import (
     check_configs,
     drawn_seeds,
     inject_all,
-    packed_layers,
 )
 from ..injection.report import Report
 from ..injection.wrappers import bare, refuse_sharded

@@ -16,6 +16,7 @@ from .. import arguments
 from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
+from ..layers.packed import PackedLoRALinear
 from ..layers.quantised import QuantisedLoRALinear, chosen, quantiser
 from ..layers.start import takes_weight
 from .bypassed import unwatch, watch
@@ -114,7 +115,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = fused_layers(arguments.module("model", model))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA layer to merge")
+        raise ValueError(f"{type(model).__name__} has no LoRA layer to merge{hint(model)}")
     for path, layer in layers.items():
         if isinstance(layer, QuantisedLoRALinear):
             try:
@@ -134,7 +135,7 @@ def merge(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     unhook(inner)
     unwatch(inner)
-    _replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
+    replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
     forget(inner)
     return model
 
@@ -144,9 +145,20 @@ def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
 
 
+def packed_layers(model: nn.Module) -> dict[str, PackedLoRALinear]:
+    """Path -> layer with several adapters, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLoRALinear)}
+
+
+def hint(model: nn.Module) -> str:
+    """What an error about LoRA layers adds for a model with several adapters."""
+    several = "; it has several adapters: save_adapters, and load_adapter the one that is wanted"
+    return several if packed_layers(model) else ""
+
+
 def refuse_injected(model: nn.Module) -> None:
     """Raise ValueError where `model` has LoRA layers already, ours or PEFT's."""
-    if layers := fused_layers(model):
+    if layers := {**fused_layers(model), **packed_layers(model)}:
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} LoRA layers already (first: "
             f"{next(iter(layers))!r}); add_lora works on a plain model: merge(model) first"
@@ -197,7 +209,7 @@ def inject(
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
-    _replace(model, new)
+    replace(model, new)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in fused_layers(model).values():
@@ -247,7 +259,7 @@ def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     return FusedRow(name, choice.strategy, where + choice.reason)
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+def replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put `new[id(module)]` wherever the module hangs, also where it hangs twice."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

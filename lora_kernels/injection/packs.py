@@ -17,7 +17,7 @@ from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..layers.packed import Adapters, PackedLoRALinear, PerAdapter
 from ..layers.quantised import chosen, quantiser
-from .inject import _replace, fused_layers, ranks_of, refuse_injected, trained_paths
+from .inject import fused_layers, packed_layers, ranks_of, refuse_injected, replace, trained_paths
 from .kept import drawn_at_random, remember
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
@@ -159,7 +159,7 @@ def inject_all(model: nn.Module, plans: Mapping[str, Planned], seeds: Mapping[st
         head = model.get_submodule(path)
         copies = {name: copy.deepcopy(head).requires_grad_(True) for name in plans}
         new[id(head)] = PerAdapter(adapters, copies).train(head.training)
-    _replace(model, new)
+    replace(model, new)
     if config.group:
         group_siblings(model, packed_layer)
     model.register_forward_pre_hook(adapters.call_begins, with_kwargs=True)
@@ -217,11 +217,6 @@ def _described(model: nn.Module, plans: Mapping[str, Planned]) -> Report:
 def packed_layer(module: nn.Module | None) -> Any:
     """The module itself if it is a PackedLoRALinear, else None."""
     return module if isinstance(module, PackedLoRALinear) else None
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedLoRALinear]:
-    """Path -> layer with several adapters, in the model's order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLoRALinear)}
 
 
 def heads_of(model: nn.Module) -> dict[str, PerAdapter]:
