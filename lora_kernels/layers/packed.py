@@ -184,9 +184,14 @@ class PackedLoRALinear(nn.Module):
             del self.lora_A[name], self.lora_B[name]
             self.stack()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """y [examples, ..., N] of x [examples, ..., K]."""
+        if torch.compiler.is_compiling():  # whose rows these are is not for a graph to keep
+            run: Any = torch.compiler.disable(self._run)
+            return run(x)  # type: ignore[no-any-return]
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         self.adapters.see(x)
         parts = self.parts()
         if parts is None:

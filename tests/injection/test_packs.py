@@ -335,7 +335,7 @@ def test_what_cannot_be_is_refused_and_the_model_stays():
 
 
 def test_relative_positions_that_examples_share_are_refused():
-    model = zoo.build("deberta-v2")
+    model = zoo.build("deberta-v3")
     given = {each: LoRAConfig(rank=2, targets=("query_proj", "key_proj")) for each in "ab"}
     add_loras(model, given)
     ids = torch.randint(3, model.config.vocab_size, (4, 7))
