@@ -30,18 +30,22 @@ from .shapes import LAYERS, Layer
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# (layer, M, R, dropout, pure). Ragged sizes, ranks up to 64 and every flag occur in some row.
-# Adapters are fp32, as in mixed precision, or those of a `pure` row in the dtype of x.
-Specimen = tuple[Layer, int, int, bool, bool]
+# (layer, M, R, dropout, pure, adapters). Ragged sizes, ranks up to 64 and every flag occur in some
+# row. Adapters are fp32, as in mixed precision, or those of a `pure` row in the dtype of x.
+Specimen = tuple[Layer, int, int, bool, bool, int]
 SPECIMENS: tuple[Specimen, ...] = (
-    (LAYERS["roberta-base.query"], 4096, 16, True, False),
-    (LAYERS["gpt2.c_fc"], 4096, 8, False, True),
-    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True, False),
-    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False),
-    (LAYERS["roberta-base.qkv"], 4096, 8, True, False),
-    (LAYERS["roberta-base.qkv"], 4096, 8, False, False),
-    (LAYERS["roberta-base.qkv"], 4096, 64, True, False),
-    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, False),
+    (LAYERS["roberta-base.query"], 4096, 16, True, False, 1),
+    (LAYERS["gpt2.c_fc"], 4096, 8, False, True, 1),
+    (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True, False, 1),
+    (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False, 1),
+    (LAYERS["roberta-base.qkv"], 4096, 8, True, False, 1),
+    (LAYERS["roberta-base.qkv"], 4096, 8, False, False, 1),
+    (LAYERS["roberta-base.qkv"], 4096, 64, True, False, 1),
+    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, False, 1),
+    (LAYERS["roberta-base.query"], 4096, 16, True, False, 4),
+    (LAYERS["roberta-base.qkv"], 4096, 8, True, False, 4),
+    (LAYERS["roberta-base.qkv"], 4096, 64, False, False, 4),
+    (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, True, 4),
 )
 
 
@@ -78,7 +82,7 @@ class Row(NamedTuple):
 
 def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: str) -> None:
     """Forward and backward on tensors without memory: every launch of a step on the card."""
-    layer, M, R, dropout, pure = specimen
+    layer, M, R, dropout, pure, adapters = specimen
     K, G, tf32 = layer.K, len(layer.children), dtype is torch.float32
     problem = Problem(
         M, max(layer.N), K, R, dtype, arch, dropout, tf32, segments=G, columns=layer.columns
@@ -98,7 +102,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     adapter = dtype if pure else torch.float32
     for tiles in _each_shipped(problem, choice.tiles):
         choice = replace(choice, tiles=tiles)
-        probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter)
+        probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter, adapters)
         x, dy = probe.inputs()
         probe.backward(x, dy, probe.forward(x))
 

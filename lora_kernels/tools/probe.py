@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..algebra.columns import equal_columns, widths
 from ..algebra.operands import Backward, Forward, Operands, Settings, Tensors, Wanted, Weights
+from ..algebra.packs import Pack
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
@@ -27,12 +28,14 @@ class Probe:
     """A layer or a group of a problem, and the strategy that a choice names for it.
 
     `adapter` is the dtype of lora_A and lora_B (default: float32 at least, as `from_linear` makes
-    them). A problem on columns adapts the last of three equal ranges.
+    them). A problem on columns adapts the last of three equal ranges. With several `adapters` x is
+    a pack: equal blocks of rows, every other adapter at half the rank.
     """
 
     def __init__(
         self, problem: Problem, choice: Choice, make: Make,
         bias: bool = True, conv1d: bool = False, adapter: torch.dtype | None = None,
+        adapters: int = 1,
     ) -> None:  # fmt: skip
         self.problem, self.make = problem, make
         self.strategy, self.tiles = STRATEGIES[choice.strategy], choice.tiles
@@ -55,7 +58,24 @@ class Probe:
             made.append(weights)
         self.operands = Operands.of(made)
         self.settings = Settings(2.0, 0.1 if problem.dropout else 0.0, choice.strategy, columns)
-        self.seed = make("seed", 1, dtype=torch.int64) if problem.dropout else None
+        self.seed = make("seed", adapters, dtype=torch.int64) if problem.dropout else None
+        if adapters > 1:
+            self._pack(adapters)
+
+    def _pack(self, adapters: int) -> None:
+        """Give every layer as many adapters: slices of what the only one was."""
+        p, dropout = self.problem, self.settings.dropout
+        ranks = tuple(p.R if c % 2 == 0 else max(1, p.R // 2) for c in range(adapters))
+        edges = tuple(p.M * c // adapters for c in range(adapters + 1))
+        pack = Pack(edges, ranks, (self.settings.scale,) * adapters, (dropout,) * adapters)
+        ranges = p.segments if p.columns else 1
+        self.operands = self.operands._replace(
+            lora_A=tuple(A[: ranges * R] for A in self.operands.lora_A for R in ranks),
+            lora_B=tuple(
+                B.view(-1)[: len(B) * R].view(-1, R) for B in self.operands.lora_B for R in ranks
+            ),
+        )
+        self.settings = self.settings._replace(pack=pack)
 
     def inputs(self) -> tuple[Tensor, Tensors]:
         """x [M, K], and dy [M, N] of each layer."""

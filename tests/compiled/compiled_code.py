@@ -21,8 +21,11 @@ from triton.runtime.cache import get_cache_manager
 from lora_kernels import kernels, lora_linear
 from lora_kernels.algebra import masks
 from lora_kernels.algebra.columns import unfold
-from lora_kernels.algebra.operands import Parts, Settings, Weights
+from lora_kernels.algebra.operands import PackWeights, Parts, Settings, Weights
+from lora_kernels.algebra.packs import Pack
+from lora_kernels.autograd import function, functional
 from lora_kernels.autograd.functional import lora_layer
+from lora_kernels.autograd.packs import Streams, packed_linears
 from lora_kernels.hardware.tiles import Tile, shipped, tiles_for
 from lora_kernels.kernels import launch
 from lora_kernels.strategies.table import STRATEGIES
@@ -287,3 +290,56 @@ def test_a_bad_address_is_noticed(offset, words):
     assert len(found) == 16 and places.tolist() == [[12, 13, 14, 15]]
     with pytest.raises(ptx.Fault, match=words):
         memory.at(np.array([base + offset], np.uint64), 4)
+
+
+@pytest.mark.parametrize("strategy", TRITON)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_rows_of_several_adapters(on, strategy, dropout, monkeypatch):
+    """Three adapters, the first without LoRA in a layer of two: each like a lone layer, exactly."""
+    card = on(ARCH, strategy, HALF, 8)
+    decided = functional.decide
+    monkeypatch.setattr("lora_kernels.autograd.packs.decide", decided)
+    edges, ranks, K, N = (0, 20, 90, 127), (0, 3, 8), 48, (100, 64)
+
+    def whole(*shape, dtype=HALF):
+        return torch.randint(-1, 2, shape).to(dtype)
+
+    x = whole(edges[-1], K).requires_grad_()
+    stack = whole(2, sum(ranks) * (K + max(N)), dtype=FULL)
+    layers, leaves, place = [], [x], [0, 0]
+
+    def adapter(g, *shape):
+        first, count = place[g], shape[0] * shape[1]
+        place[g] += count
+        leaves.append(stack[g, first : first + count].view(shape).requires_grad_())
+        return leaves[-1]
+
+    for g, n in enumerate(N):
+        own = [(adapter(g, R, K), adapter(g, n, R)) if R else (None, None) for R in ranks]
+        layers.append(PackWeights(whole(n, K), whole(n), *zip(*own, strict=True)))
+    scales, dropouts = (1.0, 0.5, 0.25), (dropout, 0.0, dropout)
+    streams = Streams({"a": 1, "b": 2, "c": 3})
+    pack = Pack(edges, ranks, scales, dropouts, ("a", "b", "c"), streams)
+    y = packed_linears(x, tuple(layers), Settings(1.0, dropout, strategy, None, pack))
+    mask, dy = function.mask_of(y[0]), [whole(len(x), n) for n in N]
+    actual = [*y, *torch.autograd.grad(y, leaves, dy)]
+    assert "_add_splits" in card.launched
+    exact = [each.detach().double().requires_grad_() for each in leaves]
+    rest, expected_y = iter(exact[1:]), []
+    for g, weights in enumerate(layers):
+        blocks = []
+        for c, R in enumerate(ranks):
+            rows = slice(edges[c], edges[c + 1])
+            out = exact[0][rows] @ weights.weight.double().T + weights.bias
+            if R:
+                lora_A, lora_B = next(rest), next(rest)
+                dropped = exact[0][rows]
+                if mask is not None and dropouts[c]:
+                    dropped = dropped * masks.unpack(mask[g, rows], K) / (1 - dropouts[c])
+                out = out + scales[c] * (dropped @ lora_A.T) @ lora_B.T
+            blocks.append(out)
+        expected_y.append(torch.cat(blocks))
+    expected_all = [*expected_y, *torch.autograd.grad(expected_y, exact, [d.double() for d in dy])]
+    for found, right in zip(actual, expected_all, strict=True):
+        allowed = 2e-3 * right.abs().max().item()
+        torch.testing.assert_close(found.double(), right, rtol=2e-3, atol=allowed)
