@@ -1,9 +1,9 @@
 """Several adapters on one base, packed against one after another, on a CPU.
 
 A pack takes one step with the rows of all adapters; the others take a step for each. All start from
-one frozen model, and providers take turns sample by sample, so that a drift of the machine's speed
-hits all alike. A row's time is that of one step of every adapter, forward and backward. `solo_ratio`
-and `peft_ratio` are medians of the ratios within a turn: above 1 the pack is faster.
+one frozen model. Providers take turns sample by sample, so that a drift of the machine's speed hits
+all alike. A row's time is that of one step of every adapter, forward and backward. `solo_ratio` and
+`peft_ratio` are medians of the ratios within a turn: above 1 the pack is faster.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure(case: Case, batch: int, samples: int) -> list[Row]:
     ids = torch.randint(5, 100, (case.adapters * batch, case.tokens))
     blocks = ids.split(batch)
 
-    runs = {
+    runs: dict[str, timing.Run] = {
         "packed": lambda: _step(packed, ids),
         "one by one": lambda: list(map(_step, solo, blocks)),
         "peft one by one": lambda: list(map(_step, peft, blocks)),

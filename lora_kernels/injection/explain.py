@@ -74,6 +74,7 @@ def explain(
     rows += fused_peft_layers(model_or_problem, tokens, dtype)
     if not rows:
         raise ValueError(
-            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora, add_loras or fuse_peft"
+            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora, add_loras or "
+            "fuse_peft"
         )
     return Explanation(tuple(rows))
