@@ -34,6 +34,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "end_to_end": ("model", "method", "precision", "batch", "length"),
     "training_run": ("model", "task", "method"),
     "host": ("case", "provider", "precision", "dropout"),
+    "packs": ("case", "provider", "batch", "adapters"),
 }
 MACHINE = ("gpu", "device", "driver", "torch", "triton", "commit", "code", "date")
 # The columns that every row of a suite has, in the order of the file.
@@ -76,6 +77,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     ),
     "training_run": ("suite", "model", "task", "method", "seconds", "metrics", *MACHINE),
     "host": ("suite", "case", "provider", "precision", "dropout", "status", "median_us", *MACHINE),
+    "packs": ("suite", "case", "provider", "batch", "adapters", "status", "median_us", *MACHINE),
 }
 
 

@@ -13,6 +13,7 @@ from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
 from .inject import fused_layers
+from .packs import chosen_of_pack, packed_layers
 from .peft import fused_peft_layers
 from .report import TYPICAL_TOKENS
 
@@ -50,8 +51,9 @@ def explain(
     tokens.
 
     `dtype` is that of the activations (default: the weight's; give the one of autocast). A model
-    may be one that `add_lora` or `fuse_peft` changed, or a single FusedLoRALinear. Raises
-    ValueError for a model without LoRA layers, or a count of tokens that is none.
+    may be one that `add_lora`, `add_loras` or `fuse_peft` changed, or a single FusedLoRALinear. For
+    several adapters `tokens` counts those of all, and the reason says how they run together.
+    Raises ValueError for a model without LoRA layers, or a count of tokens that is none.
 
     >>> print(explain(model, tokens=16 * 128))
     """
@@ -65,9 +67,14 @@ def explain(
         (name or type(layer).__name__, *chosen(layer, layer.rank, tokens, dtype))
         for name, layer in fused_layers(model_or_problem).items()
     ]
+    rows += [
+        (name or type(layer).__name__, *chosen_of_pack(layer, tokens, dtype))
+        for name, layer in packed_layers(model_or_problem).items()
+    ]
     rows += fused_peft_layers(model_or_problem, tokens, dtype)
     if not rows:
         raise ValueError(
-            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora or fuse_peft"
+            f"{type(model_or_problem).__name__} has no LoRA layers: call add_lora, add_loras or "
+            "fuse_peft"
         )
     return Explanation(tuple(rows))

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..layers.packed import Adapters, PackedLoRALinear, PerAdapter
 from ..layers.quantised import chosen, quantiser
+from ..strategies.choose import Choice
+from ..strategies.problem import Problem
 from .inject import fused_layers, packed_layers, ranks_of, refuse_injected, replace, trained_paths
 from .kept import drawn_at_random, remember
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
@@ -207,11 +210,22 @@ def _described(model: nn.Module, plans: Mapping[str, Planned]) -> Report:
         groups[name] = [*of_lora, *of_heads]
     rows = []
     for path, layer in packed_layers(model).items():
-        _, choice = chosen(layer, layer.rank, TYPICAL_TOKENS)
-        count = len(layer.own_settings)
-        rows.append(FusedRow(path, choice.strategy, f"{count} adapters: {choice.reason}"))
+        _, choice = chosen_of_pack(layer, TYPICAL_TOKENS)
+        rows.append(FusedRow(path, choice.strategy, choice.reason))
     skipped = dict.fromkeys(row for plan in plans.values() for row in plan.skipped)
     return Report(tuple(rows), tuple(skipped), count_parameters(model, groups))
+
+
+def chosen_of_pack(
+    layer: PackedLoRALinear, tokens: int, dtype: torch.dtype | None = None
+) -> tuple[Problem, Choice]:
+    """As `chosen`, for the tokens of all adapters together; the reason says how the pack runs."""
+    problem, choice = chosen(layer, layer.rank, tokens, dtype)
+    count = len(layer.own_settings)
+    how = "all in each launch"
+    if choice.strategy == "library":
+        how = "one frozen product for all, then small products of each"
+    return problem, replace(choice, reason=f"{count} adapters, {how}; {choice.reason}")
 
 
 def packed_layer(module: nn.Module | None) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, host, plots, records, roofline, training_run
+from bench import end_to_end, host, packs, plots, records, roofline, training_run
 from bench.cases import LAYERS, Case
 from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
@@ -158,6 +158,30 @@ def test_host_suite_refuses_a_wrong_layer(monkeypatch):
     rows = host.measure("linears", "bf16-autocast", 0.0, 1, tiny=True)
     assert [row["status"] for row in rows] == ["timed", "timed", "wrong"]
     assert "median_us" not in rows[-1]
+
+
+def test_packs_suite(tmp_path, capsys):
+    arguments = ["packs", "--tiny", "--samples", "2", "--results", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = records.read(path)
+    assert path.name.endswith("-packs.json") and len(rows) == 3 * 3
+    assert {row["batch"] for row in rows} == {1, 4, 16}
+    assert all(row["median_us"] > 0 and row["status"] == "timed" for row in rows)
+    assert {row["provider"] for row in rows if "solo_ratio" in row} == {"packed"}
+    assert "PEFT / this" in capsys.readouterr().out
+
+
+def test_packs_suite_refuses_a_wrong_pack(monkeypatch):
+    real = packs.alone
+
+    def spoilt(model, name):
+        # Another adapter's model stands for the first.
+        return real(model, "a1" if name == "a0" else name)
+
+    monkeypatch.setattr(packs, "alone", spoilt)
+    (row,) = packs.measure(packs.TOY, 4, 1)
+    assert row["status"] == "wrong" and "median_us" not in row
 
 
 # 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: worked out by hand.

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import FusedLoRALinear, LoRAConfig, add_lora, explain, fuse_peft, unfuse_peft
+from lora_kernels import (
+    FusedLoRALinear,
+    LoRAConfig,
+    add_lora,
+    add_loras,
+    explain,
+    fuse_peft,
+    unfuse_peft,
+)
 from lora_kernels.hardware.tiles import KERNELS
 from lora_kernels.injection.report import TYPICAL_TOKENS
 from lora_kernels.strategies.choose import choose
@@ -158,7 +166,7 @@ def test_a_peft_model_that_was_fused():
 
 
 def test_a_model_without_lora_layers_is_one_clear_error():
-    with pytest.raises(ValueError, match="Linear has no LoRA layers: call add_lora or fuse_peft"):
+    with pytest.raises(ValueError, match="Linear has no LoRA layers: call add_lora, add_loras or"):
         explain(nn.Linear(3, 3))
     model = peft_model()
     with pytest.raises(ValueError, match="has no LoRA layers"):
@@ -177,3 +185,25 @@ def test_explaining_changes_nothing():
     assert first == second and str(first) == str(second)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_with_several_adapters():
+    model = zoo.build("roberta").train()
+    ranks = {"a": 3, "b": 8, "c": 1}
+    add_loras(
+        model,
+        {name: LoRAConfig(rank=r, targets=("query", "value")) for name, r in ranks.items()},
+    )
+    explanation = explain(model, tokens=48)
+    paths = {name for name, _ in model.named_modules() if name.endswith(("query", "value"))}
+    assert {name for name, _, _ in explanation.rows} == paths
+    assert all(problem.M == 48 and problem.R == 8 for _, problem, _ in explanation.rows)
+    assert "3 adapters, one frozen product for all, then small products of each" in str(explanation)
+
+
+def test_several_adapters_in_kernels_share_each_launch():
+    model = zoo.build("roberta").train()
+    configs = {name: LoRAConfig(rank=3, strategy="split", targets="query") for name in "ab"}
+    add_loras(model, configs)
+    text = str(explain(model))
+    assert "split: 2 adapters, all in each launch; " in text and "tiles" in text
