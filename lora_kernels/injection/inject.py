@@ -135,7 +135,7 @@ def merge(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     unhook(inner)
     unwatch(inner)
-    replace(inner, {id(layer): layer.to_linear() for layer in layers.values()})
+    swap(inner, {id(layer): layer.to_linear() for layer in layers.values()})
     forget(inner)
     return model
 
@@ -209,7 +209,7 @@ def inject(
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
-    replace(model, new)
+    swap(model, new)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in fused_layers(model).values():
@@ -259,7 +259,7 @@ def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     return FusedRow(name, choice.strategy, where + choice.reason)
 
 
-def replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put `new[id(module)]` wherever the module hangs, also where it hangs twice."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

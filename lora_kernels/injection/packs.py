@@ -20,7 +20,7 @@ from ..layers.packed import Adapters, PackedLoRALinear, PerAdapter
 from ..layers.quantised import chosen, quantiser
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
-from .inject import fused_layers, packed_layers, ranks_of, refuse_injected, replace, trained_paths
+from .inject import fused_layers, packed_layers, ranks_of, refuse_injected, swap, trained_paths
 from .kept import drawn_at_random, remember
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
@@ -162,7 +162,7 @@ def inject_all(model: nn.Module, plans: Mapping[str, Planned], seeds: Mapping[st
         head = model.get_submodule(path)
         copies = {name: copy.deepcopy(head).requires_grad_(True) for name in plans}
         new[id(head)] = PerAdapter(adapters, copies).train(head.training)
-    replace(model, new)
+    swap(model, new)
     if config.group:
         group_siblings(model, packed_layer)
     model.register_forward_pre_hook(adapters.call_begins, with_kwargs=True)
