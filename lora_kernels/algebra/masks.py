@@ -29,13 +29,14 @@ def packed_width(columns: int) -> int:
     return (columns + 7) // 8
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed (int64 [1]) in device memory, from torch's default generator.
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A seed (int64 [1]) in device memory, from torch's default generator unless another is given.
 
     `torch.manual_seed` therefore reproduces a run, checkpointing recomputes the same masks, and
     every replay of a CUDA graph gets fresh ones.
     """
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
+    least, most = -(1 << 63), (1 << 63) - 1
+    return torch.randint(least, most, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
 def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .columns import Ranges, widths
+from .packs import Pack
 
 Tensors = tuple[Tensor, ...]
+Segments = tuple[tuple[Tensor | None, ...], ...]
 
 
 class Weights(NamedTuple):
@@ -33,24 +35,36 @@ class Weights(NamedTuple):
     lora_B: Tensor
 
 
+class PackWeights(NamedTuple):
+    """The tensors of one layer of a pack: lora_A and lora_B of each adapter, None without LoRA."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: tuple[Tensor | None, ...]
+    lora_B: tuple[Tensor | None, ...]
+
+
 class Settings(NamedTuple):
     """What a layer does with its tensors. Layers that run together have equal settings.
 
     `scale` multiplies the low-rank product. `dropout` is the probability in this call: 0 outside
     training. `strategy` is a name of `STRATEGIES`, or "auto". `columns` are the (start, stop) of
     y's columns that have LoRA; None means all of them, as one.
+
+    With a `pack` the rows of x belong to several adapters, whose scales and dropouts count instead.
     """
 
     scale: float = 1.0
     dropout: float = 0.0
     strategy: str = "auto"
     columns: Ranges | None = None
+    pack: Pack | None = None
 
 
 class Parts(NamedTuple):
     """One layer, as a call on some x needs it."""
 
-    weights: Weights
+    weights: Any  # Weights, or the PackWeights of a pack
     settings: Settings
 
 
@@ -71,6 +85,9 @@ class Operands(NamedTuple):
 
     `bias` holds None for every layer where they have none; otherwise no layer is without. With
     `columns` there is one layer.
+
+    In a call of a pack of C adapters `lora_A` and `lora_B` have C entries for each layer, one layer
+    after another; None stands for an adapter that has no LoRA there.
     """
 
     weight: Tensors
@@ -84,9 +101,13 @@ class Operands(NamedTuple):
         return cls._make(zip(*layers))  # noqa: B905 (every layer has the same fields)
 
     @classmethod
-    def unflatten(cls, flat: Sequence[Any], count: int) -> Operands:
+    def unflatten(cls, flat: Sequence[Any], count: int, adapters: int = 1) -> Operands:
         """What `flatten` laid end to end, for `count` layers; also of flags, or of gradients."""
-        return cls._make(zip(*[iter(flat)] * count))  # noqa: B905 (`count` at a time)
+        if adapters == 1:
+            return cls._make(zip(*[iter(flat)] * count))  # noqa: B905 (`count` at a time)
+        first, last = 2 * count, (2 + adapters) * count
+        fields = flat[:count], flat[count:first], flat[first:last], flat[last:]
+        return cls._make(map(tuple, fields))
 
     def flatten(self) -> tuple[Any, ...]:
         """All tensors end to end, field by field, as autograd wants them."""
@@ -102,6 +123,26 @@ class Operands(NamedTuple):
             return self.lora_A, self.lora_B
         (lora_A,), (lora_B,) = self.lora_A, self.lora_B
         return lora_A.split(lora_B.shape[1]), lora_B.split(widths(columns))
+
+    def packed(self, columns: Ranges | None, adapters: int) -> tuple[Segments, Segments]:
+        """Of a pack: for every segment lora_A of each adapter, and lora_B."""
+        C = adapters
+        if columns is None:
+            layers = range(0, len(self.lora_A), C)
+            return tuple(self.lora_A[g : g + C] for g in layers), tuple(
+                self.lora_B[g : g + C] for g in layers
+            )
+        nothing = ((None,) * len(columns),) * 2
+        parts = [
+            nothing if A is None else (A.split(B.shape[1]), B.split(widths(columns)))
+            for A, B in zip(self.lora_A, self.lora_B, strict=True)
+        ]
+        of_A, of_B = zip(*parts, strict=True)
+        return tuple(zip(*of_A, strict=True)), tuple(zip(*of_B, strict=True))
+
+    def of_adapter(self, c: int, adapters: int) -> tuple[Tensors, Tensors]:
+        """Of a pack: lora_A and lora_B of one adapter, for each layer."""
+        return self.lora_A[c::adapters], self.lora_B[c::adapters]
 
 
 def segments_of(y: Tensors, columns: Ranges | None) -> Tensors:

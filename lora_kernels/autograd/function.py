@@ -27,6 +27,7 @@ class Call(NamedTuple):
     strategy: Strategy
     tiles: Tiles | None
     layers: int  # how many
+    adapters: int = 1  # how many a layer has: those of a pack
 
 
 class LoRALinears(torch.autograd.Function):
@@ -34,10 +35,10 @@ class LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *flat: Any) -> tuple[Tensor, ...]:
-        settings, seed, strategy, tiles, layers = call
-        operands = Operands.unflatten(flat, layers)
+        settings, seed, strategy, tiles, layers, adapters = call
+        operands = Operands.unflatten(flat, layers, adapters)
         y, h, mask = strategy.forward(as_rows(x), operands, settings, seed, tiles)
-        needs: Any = Operands.unflatten(ctx.needs_input_grad[_FIRST:], layers)
+        needs: Any = Operands.unflatten(ctx.needs_input_grad[_FIRST:], layers, adapters)
         wanted = Wanted(ctx.needs_input_grad[0], True in needs.lora_A, True in needs.lora_B)
         weight, _, *rest = operands
         unread = (None,) * layers  # the bias, and the weight unless dx is wanted
@@ -75,13 +76,13 @@ _FIRST = 2  # the place of the first operand among the arguments of apply
 def _gradients(ctx: Any, *dy: Tensor) -> Any:
     saved = ctx.saved_tensors
     x, h, mask = saved[:3]
-    settings, _, strategy, tiles, layers = ctx.call
+    settings, _, strategy, tiles, layers, adapters = ctx.call
     shape = dy[0].shape[:-1]
     dy = tuple([as_rows(each) for each in dy])
     rows = None if x is None else as_rows(x)
     dx = dlora_A = dlora_B = None
     if True in ctx.wanted:
-        operands = Operands.unflatten(saved[3:], layers)
+        operands = Operands.unflatten(saved[3:], layers, adapters)
         dx, dlora_A, dlora_B = strategy.backward(
             dy, rows, operands, h, mask, settings, ctx.wanted, tiles
         )
@@ -90,7 +91,8 @@ def _gradients(ctx: Any, *dy: Tensor) -> Any:
     dweight = dbias = none = (None,) * layers
     if True in ctx.needs.weight or True in ctx.needs.bias:
         dweight, dbias = frozen_gradients(dy, rows, ctx.needs.weight, ctx.needs.bias)
-    gradients: Any = Operands(dweight, dbias, dlora_A or none, dlora_B or none)
+    absent = none * adapters
+    gradients: Any = Operands(dweight, dbias, dlora_A or absent, dlora_B or absent)
     return dx, None, *gradients.flatten()
 
 

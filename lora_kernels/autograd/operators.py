@@ -33,7 +33,7 @@ def call(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
     """y [M, N] of each layer, of x [M, K]."""
-    scale, dropout, strategy, columns = settings
+    scale, dropout, strategy, columns, _ = settings
     edges = [0] if columns is None else [len(columns), *(e for each in columns for e in each)]
     flat, present = flattened(operands)
     return tuple(forward(x, flat, present, seed, scale, dropout, strategy, edges)[2:])

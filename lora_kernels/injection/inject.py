@@ -56,7 +56,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
         refuse_injected(model)
         train = find_train(model, config.train)
         columns, skipped = find_targets(model, config, train)
-        ranks = _ranks(config, columns)
+        ranks = ranks_of(config, columns)
         _refuse_tied(model, config, ranks)
         report = inject(model, config, ranks, skipped, columns)
     for note in report.notes:
@@ -64,7 +64,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     return report
 
 
-def _ranks(config: LoRAConfig, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
+def ranks_of(config: LoRAConfig, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
     """Path -> rank and alpha, by the patterns; ValueError for a pattern that matches no layer."""
     paths = list(paths)
     for patterns in (config.rank_pattern, config.alpha_pattern):

@@ -8,9 +8,10 @@ from .dropout import apply_mask, draw_masks
 from .fused import fused_gemm
 from .gradients import Gradient, output_gradients, parameter_gradients
 from .low_rank import low_rank_gemm
+from .packs import Packed
 from .projection import project
 
 __all__ = [
-    "Gradient", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm", "output_gradients",
-    "parameter_gradients", "project",
+    "Gradient", "Packed", "apply_mask", "draw_masks", "fused_gemm", "low_rank_gemm",
+    "output_gradients", "parameter_gradients", "project",
 ]  # fmt: skip

@@ -27,8 +27,10 @@ from torch import Tensor
 from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
+from .packs import Packed, Shared, Tables, gemm_tables
 from .plan import Out, Plan, planned
 from .tiles import (
+    blocks_of_rows,
     cast,
     divisor,
     dot,
@@ -37,8 +39,11 @@ from .tiles import (
     locate,
     multiple,
     of_term,
+    own,
     pick,
+    placed,
     rank_dot,
+    run_of,
 )
 
 
@@ -53,34 +58,40 @@ def _summed(ptrs, inside, stride, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _low_rank_gemm(
-    x_ptrs, w_ptrs, bias_ptrs, u_ptr, v_ptrs, mask_ptr, out_ptrs, sum_ptr,
+    x_ptrs, w_ptrs, bias_ptrs, u_ptr, v_ptrs, mask_ptr, pack_ptrs, out_ptrs, sum_ptr,
     M, Ns, Ks, R,
     stride_xms, stride_xks, stride_wn, stride_wk, stride_vn, stride_vr, stride_mask, stride_oms,
     scale,
-    GEMM: tl.constexpr, PARTS: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, VN_BY: tl.constexpr, MASK_BY: tl.constexpr,
+    PACKED: tl.constexpr, OWN_V: tl.constexpr, GEMM: tl.constexpr, PARTS: tl.constexpr,
+    INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, R_BY: tl.constexpr, V_BY: tl.constexpr, VN_BY: tl.constexpr,
+    MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # A program computes one tile [BLOCK_M, BLOCK_N] of the out of one segment.
-    segment, block_m, block_n = locate(Ns, M, BLOCK_M, BLOCK_N)
+    blocks_m = blocks_of_rows(Ns, M, BLOCK_M, BLOCK_N, PACKED)
+    segment, block_m, block_n = locate(Ns, blocks_m, BLOCK_N)
     R, stride_vn = multiple(R, R_BY), multiple(stride_vn, VN_BY)
     stride_mask = multiple(stride_mask, MASK_BY)
     N = pick(Ns, segment)
-    rows = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    first_row, last_row, adapter, _, own_rank = run_of(
+        pack_ptrs, block_m, BLOCK_M, M, R, PACKED, R_BY
+    )
+    scale = own(scale, pack_ptrs, 3, adapter, PACKED)
+    if OWN_V:  # an adapter's v [N, its rank] is contiguous
+        stride_vn = own_rank
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = (rows < last_row)[:, None]
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
-    row_inside = (rows < M)[:, None]
     column_inside = (columns < N)[None, :]
     # Either many outs of one term each (forward), or one out that sums all terms (dx). Where the
     # segments are columns of one weight, dx has one product x w^T and a low-rank term a segment.
     TERMS: tl.constexpr = len(Ks)
     LOW_RANK_TERMS: tl.constexpr = len(v_ptrs) if len(Ns) == 1 else 1
     # A segment without a v takes part with rank 0: its low-rank loads are all masked to zero.
-    if len(Ns) > len(v_ptrs):
-        rank_inside = ranks < tl.where(segment < len(v_ptrs), R, 0)
-    else:
-        rank_inside = ranks < R
+    has_v = segment < len(v_ptrs) if len(Ns) > len(v_ptrs) else True
+    rank_inside, stored = (ranks < own_rank) & has_v, (ranks < R) & has_v
 
     # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N], R padded by zeros to
     # BLOCK_R. u lies as [G, M, R] and belongs to a segment or, where one out sums them, to a term.
@@ -93,8 +104,11 @@ def _low_rank_gemm(
         u = _summed(u_ptr + u_offsets, u_inside, len(v_ptrs) * M.to(INDEX) * R, PARTS)
         if PARTS > 1:
             u = cast(u, sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + u_offsets, u, mask=u_inside & (block_n == 0))
+            whole = row_inside & stored[None, :] & (block_n == 0)
+            tl.store(sum_ptr + u_offsets, u, mask=whole)
         v_ptr = of_term(v_ptrs, segment, term, LOW_RANK_TERMS)
+        place = adapter * len(v_ptrs) + min(at, len(v_ptrs) - 1)
+        v_ptr = placed(v_ptr, pack_ptrs, 2, place, V_BY, PACKED)
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr
         v = tl.load(v_tile_ptrs, mask=column_inside & rank_inside[:, None], other=0.0)
         if HAS_MASK:
@@ -156,7 +170,7 @@ def low_rank_gemm(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], u: Tensor, v: tuple[Tensor, ...], *,
     scale: float, tile: Tile, precision: str, bias: tuple[Tensor, ...] | None = None,
     mask: Tensor | None = None, gemm: bool = True, transposed: bool = False,
-    outs: tuple[Tensor, ...] | None = None,
+    outs: tuple[Tensor, ...] | None = None, pack: Packed | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
     """(outs, u). With one x an out [M, N_g] for each w; with several, the one that sums all terms.
 
@@ -166,10 +180,12 @@ def low_rank_gemm(
 
     `outs`, if given, are written (their columns lie side by side); else outs are allocated.
     `gemm=False` leaves the products x w^T out. `transposed=True` takes w as [K, N] and v as [R, N]:
-    to hand over two `.T` instead would cost the host as much as a launch.
+    to hand over two `.T` instead would cost the host as much as a launch. With a `pack` its scales
+    count instead of `scale`.
     """
-    given = (x, w, bias, u, v, mask)
-    settings = (scale, tile, precision, gemm, transposed)
+    tables, shared = gemm_tables(pack, tile, transposed)
+    given = (x, w, bias, u, v, mask, tables)
+    settings = (scale, tile, precision, gemm, transposed, shared)
     if outs is None:
         outs, whole = launch(_plan, given, None, *settings)
     else:
@@ -179,8 +195,9 @@ def low_rank_gemm(
 
 def _plan(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], bias: tuple[Tensor, ...] | None,
-    u: Tensor, v: tuple[Tensor, ...], mask: Tensor | None, outs: tuple[Tensor, ...] | None,
-    scale: float, tile: Tile, precision: str, gemm: bool, transposed: bool,
+    u: Tensor, v: tuple[Tensor, ...], mask: Tensor | None, tables: Tables | None,
+    outs: tuple[Tensor, ...] | None, scale: float, tile: Tile, precision: str, gemm: bool,
+    transposed: bool, shared: Shared | None,
 ) -> Plan:  # fmt: skip
     if transposed:
         w, v = (tuple(t.T for t in each) for each in (w, v))
@@ -193,7 +210,12 @@ def _plan(
     stride_mask = 0 if mask is None else mask.stride(1)
     allocated = tuple(Out((M, N), x[0].dtype) for N in Ns) if outs is None else ()
     written = outs or allocated
-    blocks = triton.cdiv(M, tile.m) * sum(triton.cdiv(N, tile.n) for N in Ns)
+    blocks_m = triton.cdiv(M, tile.m) if tables is None else len(tables[0])
+    blocks = blocks_m * sum(triton.cdiv(N, tile.n) for N in Ns)
+    rank_by, vn_by, v_by = divisor(R), divisor(v[0].stride()[0]), 1
+    if shared is not None:
+        rank_by, v_by = shared.rank_by, shared.A_by if transposed else shared.B_by
+        vn_by = vn_by if transposed else 1  # not used
     return planned(
         _low_rank_gemm, (blocks, 1, 1), (allocated, whole) if outs is None else (whole,),
         M, Ns, Ks, R,
@@ -201,10 +223,11 @@ def _plan(
         *w[0].stride(), *v[0].stride(), stride_mask,
         tuple(t.stride()[0] for t in written),
         scale,
+        PACKED=shared is not None, OWN_V=shared is not None and not transposed,
         GEMM=gemm, PARTS=parts, INDEX=index_type((*x, *w, u, v[0], *written)),
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
         EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
-        R_BY=divisor(R), VN_BY=divisor(v[0].stride()[0]), MASK_BY=divisor(stride_mask),
+        R_BY=rank_by, V_BY=v_by, VN_BY=vn_by, MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

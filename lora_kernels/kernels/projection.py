@@ -25,6 +25,7 @@ from ..algebra import masks
 from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
+from .packs import Packed, Shared, Tables, project_tables
 from .plan import Out, Plan, planned
 from .tiles import (
     cast,
@@ -33,20 +34,23 @@ from .tiles import (
     index_type,
     interleave,
     multiple,
+    own,
     pack,
     pick,
+    placed,
     rank_dot,
+    run_of,
 )
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "steps"])
 def _project(
-    x_ptr, A_ptrs, seed_ptr, h_ptr, mask_ptr,
+    x_ptr, A_ptrs, seed_ptr, pack_ptrs, h_ptr, mask_ptr,
     M, K, R,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
     scale, threshold, steps,
-    INDEX: tl.constexpr, DRAW: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    R_BY: tl.constexpr, MASK_BY: tl.constexpr,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, DRAW: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, R_BY: tl.constexpr, AT_BY: tl.constexpr, MASK_BY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R, stride_mask = multiple(R, R_BY), multiple(stride_mask, MASK_BY)
@@ -54,14 +58,22 @@ def _project(
     # second axis has the S parts, each of which makes `steps` steps of BLOCK_K along K.
     segment = tl.program_id(0) % len(A_ptrs)
     A_ptr = pick(A_ptrs, segment)
-    rows = (tl.program_id(0) // len(A_ptrs) * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-    row_inside = rows < M
+    block_m = tl.program_id(0) // len(A_ptrs)
+    first_row, last_row, adapter, edge, own_rank = run_of(
+        pack_ptrs, block_m, BLOCK_M, M, R, PACKED, R_BY
+    )
+    A_ptr = placed(A_ptr, pack_ptrs, 2, adapter * len(A_ptrs) + segment, AT_BY, PACKED)
+    scale = own(scale, pack_ptrs, 3, adapter, PACKED)
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(INDEX)
+    row_inside = rows < last_row
     # R is padded to BLOCK_R, what a matrix instruction takes; the padding is loaded as zeros.
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
-    rank_inside = ranks < R
+    rank_inside = ranks < own_rank
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # h before its scale and its rounding
     if DRAW:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + adapter)
+        threshold = own(threshold, pack_ptrs, 4, adapter, PACKED)
+        drawn = rows - edge  # the rows as the adapter counts them where it is alone
         mask_ptr += segment.to(tl.int64) * M * stride_mask
     part = tl.program_id(1)
     first = part * steps * BLOCK_K
@@ -79,7 +91,7 @@ def _project(
             # The mask of this tile, [BLOCK_M, BLOCK_K / 8] bytes: stored for the backward, and
             # spread over the tile of x, whose dropped elements become zero.
             columns = start // 8 + tl.arange(0, BLOCK_K // 8)
-            flags = draw_keep(seed, rows, columns, segment, threshold)
+            flags = draw_keep(seed, drawn, columns, segment, threshold)
             tl.store(
                 mask_ptr + rows[:, None] * stride_mask + columns[None, :],
                 pack(flags).to(tl.uint8),
@@ -95,30 +107,35 @@ def _project(
     tl.store(
         h_ptr + (layer * M + rows)[:, None] * R + ranks[None, :],
         cast(acc * scale, h_ptr.dtype.element_ty),
-        mask=row_inside[:, None] & rank_inside[None, :],
+        mask=row_inside[:, None] & (ranks < R)[None, :],
     )
 
 
 def project(
     x: Tensor, lora_A: tuple[Tensor, ...], *, tile: Tile, precision: str,
-    dropout: float = 0.0, seed: Tensor | None = None, parts: int = 1,
+    dropout: float = 0.0, seed: Tensor | None = None, parts: int = 1, pack: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """h [G, M, R]; with a `seed` (int64 [1]), also the packed masks [G, M, K / 8].
 
     h has its `rank_dtype`. With `parts` above 1 it is float32 [parts, G, M, R], to be summed over
     the first axis; there are fewer where K has not that many steps. Without a seed nothing is
     dropped, and the mask returned is None.
+
+    With a `pack` there is a seed for each adapter, int64 [C], and the numbers of the pack count
+    instead of `dropout`.
     """
-    h, mask = launch(_plan, (x, lora_A, seed), dropout, tile, precision, parts)
+    tables, shared = project_tables(pack, tile)
+    h, mask = launch(_plan, (x, lora_A, seed, tables), dropout, tile, precision, parts, shared)
     return h, mask
 
 
 def _plan(
-    x: Tensor, lora_A: tuple[Tensor, ...], seed: Tensor | None, dropout: float, tile: Tile,
-    precision: str, parts: int,
+    x: Tensor, lora_A: tuple[Tensor, ...], seed: Tensor | None, tables: Tables | None,
+    dropout: float, tile: Tile, precision: str, parts: int, shared: Shared | None,
 ) -> Plan:  # fmt: skip
     M, K = x.shape
-    G, R = len(lora_A), lora_A[0].shape[0]
+    G, R = len(lora_A), lora_A[0].shape[0] if shared is None else shared.rank
+    blocks = triton.cdiv(M, tile.m) if tables is None else len(tables[0])
     steps = triton.cdiv(triton.cdiv(K, tile.k), parts)
     parts = triton.cdiv(K, steps * tile.k)
     if parts > 1:
@@ -131,12 +148,14 @@ def _plan(
         mask = Out((G, M, stride_mask), torch.uint8)
         scale = 1 / (1 - dropout)
     return planned(
-        _project, (G * triton.cdiv(M, tile.m), parts, 1), (h, mask),
+        _project, (G * blocks, parts, 1), (h, mask),
         M, K, R,
         *x.stride(), *lora_A[0].stride(), stride_mask,
         scale, masks.threshold(dropout), steps,
-        INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None, EVEN_K=K % tile.k == 0,
-        PRECISION=precision, R_BY=divisor(R), MASK_BY=divisor(stride_mask),
+        PACKED=shared is not None, INDEX=index_type((x, lora_A[0], h)), DRAW=seed is not None,
+        EVEN_K=K % tile.k == 0, PRECISION=precision,
+        R_BY=divisor(R) if shared is None else shared.rank_by,
+        AT_BY=1 if shared is None else shared.A_by, MASK_BY=divisor(stride_mask),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=rank_block(R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -81,8 +81,55 @@ def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def run_of(pack_ptrs, run, length, M, R, PACKED: tl.constexpr, R_BY: tl.constexpr):
+    """(first row, last row + 1, adapter, its first row, its rank) of a run of rows.
+
+    Without a pack a run is `length` rows. With one, tables say whose rows it has (`packs.py`).
+    """
+    if PACKED:
+        at = pack_ptrs[0] + run * 4
+        adapter = tl.load(at)
+        rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
+        return tl.load(at + 1), tl.load(at + 2), adapter, tl.load(at + 3), rank
+    else:
+        return run * length, min(run * length + length, M), 0, 0, R
+
+
+@triton.jit
+def own(value, pack_ptrs, TABLE: tl.constexpr, adapter, PACKED: tl.constexpr):
+    """A number of the adapter's own, from a table of the pack; without a pack, `value`."""
+    if PACKED:
+        return tl.load(pack_ptrs[TABLE] + adapter)
+    else:
+        return value
+
+
+@triton.jit
+def placed(ptr, pack_ptrs, TABLE: tl.constexpr, place, BY: tl.constexpr, PACKED: tl.constexpr):
+    """Where the adapter's own tensor lies, for a `ptr` to the first adapter's."""
+    if PACKED:
+        return ptr + multiple(tl.load(pack_ptrs[TABLE] + place), BY)
+    else:
+        return ptr
+
+
+@triton.jit
+def blocks_of_rows(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr):
+    """How many blocks of rows there are, in a grid that `locate` reads."""
+    if PACKED:
+        blocks_n = tl.cdiv(Ns[0], BLOCK_N)
+        for i in tl.static_range(1, len(Ns)):
+            blocks_n += tl.cdiv(Ns[i], BLOCK_N)
+        return tl.num_programs(0) // blocks_n
+    else:
+        return tl.cdiv(M, BLOCK_M)
+
+
+@triton.jit
+def locate(Ns, blocks_m, BLOCK_N: tl.constexpr):
     """(segment, block_m, block_n): which tile of the outputs [M, Ns[0]], [M, Ns[1]], ... is ours.
+
+    M is `blocks_m` blocks of rows.
 
     The grid is one long axis: the tiles of segment 0, then those of segment 1, and so on. Programs
     with neighbouring ids run at the same time, so they are given tiles that share what they read:
@@ -95,7 +142,6 @@ def locate(Ns, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
                                                               7 9 11
     """
     pid = tl.program_id(0)
-    blocks_m = tl.cdiv(M, BLOCK_M)
     # Go from segment to segment, taking the tiles of each off pid while pid lies past them.
     segment = 0
     for i in tl.static_range(len(Ns) - 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import arguments
 from ..strategies.table import check_strategy
@@ -62,6 +63,10 @@ class LoRAConfig:
     init: str = START
     dora: bool = False
     lora_bias: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; a config of an older release gets the defaults of the fields it lacks."""
+        vars(self).update(vars(LoRAConfig()) | state)
 
     def __post_init__(self) -> None:
         check_settings(self.rank, self.alpha, self.dropout, self.rslora, self.strategy)

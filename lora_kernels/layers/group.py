@@ -22,16 +22,17 @@ Members are held by weak references, so a group keeps no layer alive.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..algebra.operands import Parts
+from ..algebra.operands import PackWeights, Parts, Weights
 from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
+from ..autograd.packs import packed_linears
 from ..strategies.problem import Problem
 
 _APART = (
@@ -58,9 +59,10 @@ def layout_of(layer: LoRALayer) -> tuple[Any, ...] | None:
     own = layer.own()
     if own is None or own.settings.columns is not None:
         return None
-    R, K = own.weights.lora_A.shape
-    layouts = [None if t is None else (t.dtype, t.device, t.stride()) for t in own.weights]
-    return R, K, own.settings, *layouts
+    layouts = [
+        None if t is None else (t.dtype, t.device, t.stride()) for t in _tensors(own.weights)
+    ]
+    return _rank(own), own.weights.weight.shape[1], own.settings, *layouts
 
 
 def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Problem:
@@ -74,14 +76,29 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
     own = layer.own()
     if own is None:
         raise ValueError("a layer that runs unfused asks for no strategy")
-    (weight, _, _, lora_B), settings = own
+    weight, settings = own.weights.weight, own.settings
     now = layer.parts()
     return Problem.on(
         weight.device, M, max(each.weights.weight.shape[0] for each in found), weight.shape[1],
-        lora_B.shape[1], dtype or weight.dtype,
+        _rank(own), dtype or weight.dtype,
         dropout=now is not None and now.settings.dropout > 0,
         segments=len(settings.columns or members), columns=settings.columns is not None,
     )  # fmt: skip
+
+
+def _tensors(weights: Weights | PackWeights) -> Iterator[Tensor | None]:
+    """The tensors of a layer, one after another."""
+    for each in weights:
+        if isinstance(each, tuple):
+            yield from each
+        else:
+            yield each
+
+
+def _rank(parts: Parts) -> int:
+    """The rank of a layer; of a pack the widest."""
+    pack, lora_B = parts.settings.pack, parts.weights.lora_B
+    return pack.rank if pack is not None else lora_B.shape[1]  # type: ignore[union-attr]
 
 
 class _Waiting(NamedTuple):
@@ -152,7 +169,8 @@ class Group:
         every = [own if member is layer else member.parts() for member in members]
         if not _alike(every, x):
             return None
-        ys = lora_linears(x, tuple([parts.weights for parts in every]), own.settings)
+        run: Any = lora_linears if own.settings.pack is None else packed_linears
+        ys = run(x, tuple([parts.weights for parts in every]), own.settings)
         results = {
             id(member): (y, _state(parts, compiling))
             for member, y, parts in zip(members, ys, every, strict=True)
@@ -188,4 +206,7 @@ def _state(parts: Parts, compiling: bool) -> Any:
     if compiling:
         return parts.settings
     A, B = parts.weights.lora_A, parts.weights.lora_B
+    if isinstance(A, tuple):
+        adapters = [t for t in (*A, *B) if t is not None]
+        return [(id(t), t._version) for t in adapters], parts.settings
     return id(A), A._version, id(B), B._version, parts.settings

@@ -136,16 +136,17 @@ def decide(x: Tensor, operands: Operands, settings: Settings) -> tuple[Strategy,
 
     Remembered by power-of-two buckets of M, so a batch of a new length decides nothing anew.
     """
-    weight, (lora_B, *_) = operands.weight, operands.lora_B
+    weight = operands.weight
     N, K = weight[0].shape
     if len(weight) > 1:
         N = max([each.shape[0] for each in weight])
     M = x.shape[0] if x.dim() == 2 else x.numel() // K if K else 0
-    device, dtype, (_, dropout, strategy, columns) = x.device, x.dtype, settings
+    device, dtype, (_, dropout, strategy, columns, pack) = x.device, x.dtype, settings
     segments = len(weight if columns is None else columns)
+    R = operands.lora_B[0].shape[1] if pack is None else pack.rank
     tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
     return _decide(
-        device, bucket(M), N, K, lora_B.shape[1], dtype, dropout > 0, segments,
+        device, bucket(M), N, K, R, dtype, dropout > 0, segments,
         columns is not None, strategy, tf32,
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ from ..algebra.operands import (
     rank_dtype,
     segments_of,
 )
+from ..algebra.packs import Pack, first_of
 from ..hardware.tiles import Tiles
 from .problem import has_triton, triton_kernels
 
@@ -171,6 +172,8 @@ def library_forward(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles | None
 ) -> Forward:
     """cuBLAS or oneDNN, product by product."""
+    if settings.pack is not None:
+        return _pack_forward(x, operands, settings, settings.pack, seed)
     lora_A, lora_B = operands.adapters(settings.columns)
     h, mask = _projected(x, lora_A, settings.dropout, seed)
     own = len(h) // len(operands.weight)  # segments of a layer
@@ -213,7 +216,9 @@ def library_backward(
     settings: Settings, wanted: Wanted, tiles: Tiles | None,
 ) -> Backward:  # fmt: skip
     """The same products by hand: rank-R products are dx at first, and dy W is added in place."""
-    scale, dropout, _, columns = settings
+    if settings.pack is not None:
+        return _pack_backward(dy, x, operands, h, mask, settings, settings.pack, wanted)
+    scale, dropout, _, columns, _ = settings
     dtype, kept_scale = dy[0].dtype, 1 / (1 - dropout)
     dx: Tensor | None = None
     dlora_A, dlora_B = [], []
@@ -244,6 +249,100 @@ def library_backward(
     if columns is not None:
         dlora_A, dlora_B = ([torch.cat(each)] if each else [] for each in (dlora_A, dlora_B))
     return Backward(dx, tuple(dlora_A) or None, tuple(dlora_B) or None)
+
+
+def _pack_forward(
+    x: Tensor, operands: Operands, settings: Settings, pack: Pack, seed: Tensor | None
+) -> Forward:
+    """The low-rank product adapter by adapter, on its rows; the frozen one on all rows."""
+    columns, C, (M, K) = settings.columns, len(pack.ranks), x.shape
+    G = len(operands.weight if columns is None else columns)
+    wide = rank_dtype(x.dtype, first_of(operands.lora_A).dtype)
+    h = x.new_zeros(G, M, pack.rank, dtype=wide)
+    mask = None
+    if seed is not None:  # where an adapter has no dropout, all is kept
+        mask = torch.full((G, M, masks.packed_width(K)), 255, dtype=torch.uint8, device=x.device)
+    last = columns is None and wide is x.dtype  # whether the frozen product comes last (see `_y`)
+    y = tuple(
+        x.new_empty(M, weight.shape[0]) if last else _sum(x, weight.T, 1, bias)
+        for weight, bias in zip(operands.weight, operands.bias, strict=True)
+    )
+    for c, rows in pack.rows():
+        own = tuple(each[rows] for each in y)
+        if pack.ranks[c] == 0:
+            for y_g, bias in zip(own, operands.bias, strict=True):
+                if last:
+                    y_g.copy_(bias) if bias is not None else y_g.zero_()
+            continue
+        lora_A, lora_B = _of_adapter(operands, c, C).adapters(columns)
+        dropout = pack.dropouts[c]
+        draws = seed[c : c + 1] if seed is not None and dropout else None
+        own_h, own_mask = _projected(x[rows], lora_A, dropout, draws)
+        for g, each in enumerate(own_h):
+            h[g, rows, : pack.ranks[c]] = each
+        if mask is not None and own_mask is not None:
+            mask[:, rows] = own_mask
+        biases = operands.bias if last else (None,) * G
+        y_segments = segments_of(own, columns)
+        for y_g, h_g, B_g, bias in zip(y_segments, own_h, lora_B, biases, strict=True):
+            B = _as(B_g, wide).T
+            if not last:
+                _add_product(y_g, h_g, B, pack.scales[c])
+            elif bias is not None:
+                torch.addmm(_as(bias, wide), h_g, B, alpha=pack.scales[c], out=y_g)
+            else:
+                torch.addmm(y_g, h_g, B, beta=0, alpha=pack.scales[c], out=y_g)
+    if last:
+        for y_g, weight in zip(y, operands.weight, strict=True):
+            add_frozen(y_g, x, weight.T)
+    return Forward(y, h, mask)
+
+
+def _of_adapter(operands: Operands, c: int, adapters: int) -> Operands:
+    """One adapter of a pack, without the frozen layers."""
+    return Operands((), (), *operands.of_adapter(c, adapters))
+
+
+def _pack_backward(
+    dy: Tensors, x: Tensor | None, operands: Operands, h: Tensor | None, mask: Tensor | None,
+    settings: Settings, pack: Pack, wanted: Wanted,
+) -> Backward:  # fmt: skip
+    """The gradients adapter by adapter, on its rows; dy W on all rows."""
+    C, layers = len(pack.ranks), len(dy)
+    dlora_A, dlora_B = (
+        [None if p is None else torch.zeros_like(p) for p in parameters] if want else None
+        for want, parameters in (
+            (wanted.dlora_A, operands.lora_A),
+            (wanted.dlora_B, operands.lora_B),
+        )
+    )
+    pieces = []
+    for c, rows in pack.rows():
+        own_dy = tuple(each[rows] for each in dy)
+        if pack.ranks[c] == 0:
+            K = first_of(operands.lora_A).shape[1]
+            pieces.append(dy[0].new_zeros(own_dy[0].shape[0], K))
+            continue
+        own_settings = Settings(pack.scales[c], pack.dropouts[c], "library", settings.columns)
+        found = library_backward(
+            own_dy,
+            None if x is None else x[rows],
+            _of_adapter(operands, c, C),
+            None if h is None else h[:, rows, : pack.ranks[c]],
+            None if mask is None or not pack.dropouts[c] else mask[:, rows],
+            own_settings, wanted, None,
+        )  # fmt: skip
+        if found.dx is not None:
+            pieces.append(found.dx)
+        for all_of, own in ((dlora_A, found.dlora_A), (dlora_B, found.dlora_B)):
+            if all_of is not None and own is not None:
+                all_of[c::C] = own
+    dx = None
+    if wanted.dx:
+        dx = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        for weight, dy_g in zip(operands.weight, dy, strict=True):
+            add_frozen(dx, dy_g, weight)
+    return Backward(dx, *(each if each is None else tuple(each) for each in (dlora_A, dlora_B)))  # type: ignore[arg-type]
 
 
 def frozen_gradients(

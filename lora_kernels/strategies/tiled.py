@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,31 @@ from ..algebra.operands import (
     Wanted,
     segments_of,
 )
+from ..algebra.packs import first_of, gradients_of, places
 from ..hardware.tiles import Tile, Tiles, parts_for, splits_for
 from .library import add_frozen
 from .problem import processors, triton_kernels
+
+
+def _adapters(
+    operands: Operands, settings: Settings, device: torch.device
+) -> tuple[Tensors, Tensors, Any]:
+    """lora_A and lora_B of every segment; of a pack the first adapter's, and where the others are.
+
+    The last is a `kernels.Packed`, or None.
+    """
+    if settings.pack is None:
+        return *operands.adapters(settings.columns), None
+    lora_A, lora_B = operands.packed(settings.columns, len(settings.pack.ranks))
+    found = triton_kernels().Packed(settings.pack, places(lora_A), places(lora_B), device)
+    return tuple(map(first_of, lora_A)), tuple(map(first_of, lora_B)), found
 
 
 def _project(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor | None]:
     """h of every segment, or parts of it, and the masks; one launch."""
-    lora_A, _ = operands.adapters(settings.columns)
+    lora_A, _, pack = _adapters(operands, settings, x.device)
     parts = _parts(x.device, x.shape[0], len(lora_A), x.shape[1], tiles.project)
     return triton_kernels().project(
         x,
@@ -50,6 +66,7 @@ def _project(
         dropout=settings.dropout,
         seed=seed,
         parts=parts,
+        pack=pack,
     )
 
 
@@ -70,10 +87,10 @@ def _seeded_gemm(
         outs = tuple(y[0][:, start:stop] for start, stop in ranges)
         weight = tuple(weight[0][start:stop] for start, stop in ranges)
         bias = None if bias is None else tuple(bias[0][start:stop] for start, stop in ranges)
-    _, lora_B = operands.adapters(settings.columns)
+    _, lora_B, pack = _adapters(operands, settings, x.device)
     outs, h = triton_kernels().low_rank_gemm(
         (x,), weight, h, lora_B, scale=settings.scale, bias=bias, gemm=gemm, outs=outs,
-        tile=tile, precision=precision,
+        tile=tile, precision=precision, pack=pack,
     )  # fmt: skip
     return outs if y is None else y, h
 
@@ -98,10 +115,10 @@ def fused_forward(
     if seed is not None:
         return split_forward(x, operands, settings, seed, tiles)
     assert tiles is not None
+    lora_A, lora_B, pack = _adapters(operands, settings, x.device)
     y, h = triton_kernels().fused_gemm(
-        (x,), operands.weight, operands.lora_A, operands.lora_B, h_scale=1.0,
-        scale=settings.scale, bias=operands.biases(), tile=tiles.fused_gemm,
-        precision=tiles.precision,
+        (x,), operands.weight, lora_A, lora_B, h_scale=1.0, scale=settings.scale,
+        bias=operands.biases(), tile=tiles.fused_gemm, precision=tiles.precision, pack=pack,
     )  # fmt: skip
     return Forward(y, h, None)
 
@@ -127,10 +144,10 @@ def _seeded_dx(
     tile: Tile, precision: str, gemm: bool = True,
 ) -> Tensor:  # fmt: skip
     """dx of all layers; without `gemm`, only its low-rank products. One launch."""
-    lora_A, _ = operands.adapters(settings.columns)
+    lora_A, _, pack = _adapters(operands, settings, dy[0].device)
     (dx,), _ = triton_kernels().low_rank_gemm(
         dy, operands.weight, dh, lora_A, transposed=True, mask=mask, gemm=gemm,
-        scale=1 / (1 - settings.dropout), tile=tile, precision=precision,
+        scale=1 / (1 - settings.dropout), tile=tile, precision=precision, pack=pack,
     )  # fmt: skip
     return dx
 
@@ -164,12 +181,12 @@ def _column_gradients(input_gradient: InputGradient) -> Callable[..., Backward]:
         if not (wanted.dx or wanted.dlora_A):
             return _parameter_gradients(dy, None, None, operands, h, mask, settings, tiles)
         dy_segments, tile = segments_of(dy, settings.columns), tiles.output_gradients
-        _, lora_B = operands.adapters(settings.columns)
+        _, lora_B, pack = _adapters(operands, settings, dy[0].device)
         dh, dlora_B = triton_kernels().output_gradients(
             dy_segments, h if wanted.dlora_B else None, lora_B, scale=settings.scale, tile=tile,
-            precision=tiles.precision, splits=_splits(dy_segments, tile),
+            precision=tiles.precision, splits=_splits(dy_segments, tile), pack=pack,
         )  # fmt: skip
-        found = Backward(None, None, _each(dlora_B, operands.lora_B, lora_B))
+        found = Backward(None, None, _each(dlora_B, operands.lora_B, lora_B, settings))
         if wanted.dlora_A:
             of_x = _parameter_gradients(None, x, dh, operands, None, mask, settings, tiles)
             found = found._replace(dlora_A=of_x.dlora_A)
@@ -192,10 +209,11 @@ def fused_backward(
     if not wanted.dx:
         return split_backward(dy, x, operands, h, mask, settings, wanted, tiles)
     assert tiles is not None
+    lora_A, lora_B, pack = _adapters(operands, settings, dy[0].device)
     (dx,), dh = triton_kernels().fused_gemm(
-        dy, operands.weight, operands.lora_B, operands.lora_A, transposed=True,
-        h_scale=settings.scale, scale=1 / (1 - settings.dropout), mask=mask,
-        tile=tiles.fused_gemm_dx, precision=tiles.precision,
+        dy, operands.weight, lora_B, lora_A, transposed=True, h_scale=settings.scale,
+        scale=1 / (1 - settings.dropout), mask=mask, tile=tiles.fused_gemm_dx,
+        precision=tiles.precision, pack=pack,
     )  # fmt: skip
     if not (wanted.dlora_A or wanted.dlora_B):
         return Backward(dx, None, None)
@@ -211,22 +229,29 @@ def _parameter_gradients(
 ) -> Backward:  # fmt: skip
     """dlora_A if x is given, dlora_B if dy is, from the dh and h that are known: one launch."""
     kernels, tile = triton_kernels(), tiles.parameter_gradients
-    lora_A, lora_B = operands.adapters(settings.columns)
+    device = x.device if dy is None else dy[0].device  # type: ignore[union-attr]
+    lora_A, lora_B, pack = _adapters(operands, settings, device)
     dy_segments = None if dy is None else segments_of(dy, settings.columns)
     read = (() if x is None else (x,) * len(lora_A)) + (dy_segments or ())
     dlora_A, dlora_B = kernels.parameter_gradients(
         x, dh, dy_segments, h,
         dlora_A=kernels.Gradient(lora_A[0].dtype, 1 / (1 - settings.dropout)),
         dlora_B=kernels.Gradient(lora_B[0].dtype, settings.scale),
-        mask=mask, tile=tile, precision=tiles.precision, splits=_splits(read, tile),
+        mask=mask, tile=tile, precision=tiles.precision, splits=_splits(read, tile), pack=pack,
     )  # fmt: skip
     return Backward(
-        None, _each(dlora_A, operands.lora_A, lora_A), _each(dlora_B, operands.lora_B, lora_B)
+        None,
+        _each(dlora_A, operands.lora_A, lora_A, settings),
+        _each(dlora_B, operands.lora_B, lora_B, settings),
     )
 
 
-def _each(gradient: Tensor | None, parameters: Tensors, adapters: Tensors) -> Tensors | None:
+def _each(
+    gradient: Tensor | None, parameters: Tensors, adapters: Tensors, settings: Settings
+) -> Tensors | None:
     """The gradients of all segments, one below the other, as those of the layers' parameters."""
+    if gradient is not None and settings.pack is not None:
+        return gradients_of(gradient, parameters, len(settings.pack.ranks))  # type: ignore[no-any-return]
     if gradient is None or len(parameters) == 1:
         return None if gradient is None else (gradient,)
     return gradient.split_with_sizes([each.shape[0] for each in adapters])

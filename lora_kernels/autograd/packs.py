@@ -1,0 +1,149 @@
+"""Layers whose rows belong to several adapters (`algebra.packs`), and their random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra import masks
+from ..algebra.columns import check_columns, widths
+from ..algebra.operands import Operands, PackWeights, Settings
+from ..algebra.packs import Pack, first_of, table
+from ..strategies.choose import decide
+from ..strategies.table import check_strategy
+from .autocast import autocast_dtype
+from .function import Call, apply
+
+_KEPT = 4096  # seeds of that many calls are kept for a checkpoint that recomputes them
+
+
+class Streams:
+    """A random stream for each adapter: what seeds its dropout masks, call after call.
+
+    On a CPU an adapter's stream is that of `torch.manual_seed` with the adapter's seed, as a run of
+    this adapter alone draws it. So the masks are those of that run.
+
+    Every call also draws a number from torch's own generator, as a lone layer does. A checkpoint
+    that recomputes a call rewinds that generator, draws the same number, and gets the same seeds.
+    On a GPU the host cannot read that number without waiting: there an adapter's seed is the number
+    XOR its own. Masks are then those of the same adapter alone in a pack, under the same
+    `torch.manual_seed`.
+    """
+
+    def __init__(self, seeds: Mapping[str, int]) -> None:
+        self.seeds = dict(seeds)
+        self.generators = {name: torch.Generator().manual_seed(s) for name, s in seeds.items()}
+        self._drawn: dict[int, dict[str, int]] = {}
+
+    def draw(self, names: Iterable[str], rows: Iterable[int], device: torch.device) -> Tensor:
+        """Seeds int64 [C], in the order of the names; an adapter without rows draws none."""
+        names, shared = tuple(names), masks.draw_seed(device)
+        if device.type != "cpu":
+            own = tuple(_mixed(self.seeds[name]) for name in names)
+            return shared ^ table(own, torch.int64, device)
+        call = self._drawn.setdefault(int(shared), {})
+        for name, count in zip(names, rows, strict=True):
+            if count and name not in call:
+                call[name] = int(masks.draw_seed(device, self.generators[name]))
+        while len(self._drawn) > _KEPT:
+            self._drawn.pop(next(iter(self._drawn)))
+        return torch.tensor([call.get(name, 0) for name in names], dtype=torch.int64)
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        del self.seeds[name], self.generators[name]
+
+
+def _mixed(seed: int) -> int:
+    """A seed spread over 63 bits (SplitMix64), since those that people choose are small."""
+    z = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ z >> shift) * factor) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ z >> 31) >> 1
+
+
+def packed_linears(
+    x: Tensor, layers: tuple[PackWeights, ...], settings: Settings
+) -> tuple[Tensor, ...]:
+    """`lora_linears` where the rows of x [..., K] belong to the adapters of `settings.pack`.
+
+    Raises as `lora_linear` does, and ValueError for rows that do not add up to x.
+    """
+    pack = settings.pack
+    assert pack is not None
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record a layer with several adapters")
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
+        x = x.to(dtype)
+        layers = tuple([each._replace(weight=each.weight.to(dtype)) for each in layers])
+    for weights in layers:
+        _check(x, weights, settings, pack)
+    if len(layers) > 1 and len(set(map(_layout, layers))) > 1:
+        return tuple([packed_linears(x, (weights,), settings)[0] for weights in layers])
+    weight, bias, lora_A, lora_B = zip(*layers, strict=True)
+    adapters = (_lying_flat(sum(each, ())) for each in (lora_A, lora_B))
+    operands = Operands(weight, _lying_flat(bias), *adapters)
+    check_strategy(settings.strategy)
+    seed = None
+    if settings.dropout:
+        rows = [last - first for first, last in zip(pack.edges, pack.edges[1:], strict=False)]
+        seed = pack.streams.draw(pack.names, rows, x.device)
+    strategy, tiles = decide(x, operands, settings)
+    call = Call(settings, seed, strategy, tiles, len(layers), len(pack.ranks))
+    y: tuple[Tensor, ...] = apply(x, call, *operands.flatten())
+    return y
+
+
+def _lying_flat(tensors: Any) -> Any:
+    """The tensors, contiguous: kernels know no strides of an adapter's."""
+    return tuple([each if each is None else each.contiguous() for each in tensors])
+
+
+def _layout(weights: PackWeights) -> Any:
+    """What layers must have in common to share a launch."""
+    first, bias = first_of(weights.lora_A), weights.bias
+    return weights.weight.stride(), first.dtype, bias if bias is None else bias.dtype
+
+
+def _check(x: Tensor, weights: PackWeights, settings: Settings, pack: Pack) -> None:
+    """One error that names the values, for inputs that do not fit: ValueError, or TypeError."""
+    weight, bias, lora_A, lora_B = weights
+    (N, K), columns = weight.shape, settings.columns
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x is {list(x.shape)}, but weight {[N, K]} takes K = {K}")
+    if x.numel() != pack.edges[-1] * K:
+        raise ValueError(
+            f"x has {x.numel() // K} rows of K = {K}, but the adapters' rows add up to "
+            f"{pack.edges[-1]}"
+        )
+    if weight.dtype != x.dtype or not x.is_floating_point():
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}: cast one, or use torch.autocast"
+        )
+    G, width = 1, N
+    if columns is not None:
+        check_columns(columns, N)
+        G, width = len(columns), sum(widths(columns))
+    dtypes, devices = set(), {weight.device, x.device}
+    for name, R, A, B in zip(pack.names, pack.ranks, lora_A, lora_B, strict=True):
+        if A is None or B is None:
+            continue
+        if A.shape != (G * R, K) or B.shape != (width, R):
+            raise ValueError(
+                f"adapter {name!r} of rank {R}: lora_A must be {[G * R, K]} and lora_B "
+                f"{[width, R]}: got {list(A.shape)} and {list(B.shape)}"
+            )
+        dtypes |= {A.dtype, B.dtype}
+        devices |= {A.device, B.device}
+    if len(dtypes) > 1:
+        names = sorted(map(str, dtypes))
+        raise TypeError(f"the adapters of a layer must have one dtype: got {names}")
+    if len(devices | (set() if bias is None else {bias.device})) > 1:
+        raise ValueError(
+            f"x, weight, (bias,) and all adapters must share one device: got "
+            f"{sorted(map(str, devices))}"
+        )
