@@ -8,11 +8,12 @@ without a GPU.
 """
 
 from . import former_names
-from .adapters import load_adapter, save_adapter
+from .adapters import load_adapter, load_adapters, save_adapter, save_adapters
 from .autograd.functional import lora_linear
 from .injection.callback import FusedLoRACallback
 from .injection.explain import explain
 from .injection.inject import add_lora, merge
+from .injection.packs import adapter_rows, add_loras, drop_adapter
 from .injection.peft import fuse_peft, unfuse_peft
 from .injection.report import Report
 from .injection.training import disable_adapter, lora_fa, lora_plus
@@ -30,16 +31,21 @@ __all__ = [
     "GraphedStep",
     "LoRAConfig",
     "Report",
+    "adapter_rows",
     "add_lora",
+    "add_loras",
     "disable_adapter",
+    "drop_adapter",
     "explain",
     "fuse_peft",
     "graph_trainer",
     "load_adapter",
+    "load_adapters",
     "lora_fa",
     "lora_linear",
     "lora_plus",
     "merge",
     "save_adapter",
+    "save_adapters",
     "unfuse_peft",
 ]

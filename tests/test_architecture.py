@@ -43,8 +43,9 @@ IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
     "FusedLoRACallback", "FusedLoRALinear", "GraphedStep", "LoRAConfig", "Report", "STRATEGIES",
-    "add_lora", "disable_adapter", "explain", "fuse_peft", "graph_trainer", "load_adapter",
-    "lora_fa", "lora_linear", "lora_plus", "merge", "save_adapter", "unfuse_peft",
+    "adapter_rows", "add_lora", "add_loras", "disable_adapter", "drop_adapter", "explain",
+    "fuse_peft", "graph_trainer", "load_adapter", "load_adapters", "lora_fa", "lora_linear",
+    "lora_plus", "merge", "save_adapter", "save_adapters", "unfuse_peft",
 }  # fmt: skip
 
 MAX_LINES = 400

@@ -5,5 +5,6 @@ is on disk before it has its name.
 """
 
 from .load_save import load_adapter, save_adapter
+from .packs import load_adapters, save_adapters
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "load_adapters", "save_adapter", "save_adapters"]

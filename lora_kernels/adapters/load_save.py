@@ -204,7 +204,7 @@ def load_adapter(
     check_strategy(strategy)
     refuse_sharded(model, "load the adapter before it is sharded")
     with bare(model) as model:
-        adapter = _read(path, model, alpha, enable_lora)
+        adapter = read_adapter(path, model, alpha, enable_lora)
         plain = not fused_layers(model)
         if plain:
             refuse_injected(model)
@@ -224,6 +224,12 @@ def load_adapter(
 
 def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
     """Put LoRA layers into a plain model, each of the rank, alpha and columns that the file has."""
+    columns = {path: values.columns for path, values in adapter.layers.items()}
+    inject(model, config_of(model, adapter, strategy), ranks_of(adapter), columns=columns)
+
+
+def ranks_of(adapter: Adapter) -> dict[str, tuple[int, float]]:
+    """Path -> rank and alpha; ValueError where the file does not say alpha."""
     ranks = {}
     for path, values in adapter.layers.items():
         if values.alpha is None:
@@ -231,9 +237,14 @@ def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
                 f"{adapter.source} is a loralib file, which does not say alpha: pass alpha="
             )
         ranks[path] = values.rank, values.alpha
-    columns = {path: values.columns for path, values in adapter.layers.items()}
+    return ranks
+
+
+def config_of(model: nn.Module, adapter: Adapter, strategy: str = "auto") -> LoRAConfig:
+    """The configuration that makes such an adapter."""
+    ranks = ranks_of(adapter)
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0]
-    config = LoRAConfig(
+    return LoRAConfig(
         rank=rank,
         alpha=alpha,
         dropout=adapter.dropout,
@@ -244,7 +255,6 @@ def _inject(model: nn.Module, adapter: Adapter, strategy: str) -> None:
         dora=any(values.magnitude is not None for values in adapter.layers.values()),
         lora_bias=any(values.bias is not None for values in adapter.layers.values()),
     )
-    inject(model, config, ranks, columns=columns)
 
 
 def _exactly(model: nn.Module, path: str) -> str:
@@ -266,7 +276,7 @@ def _copy(model: nn.Module, adapter: Adapter) -> None:
     model.lora_kept = tuple(dict.fromkeys(kept))  # type: ignore[assignment]
 
 
-def _read(
+def read_adapter(
     path: Path, model: nn.Module, alpha: float | None, enable_lora: tuple[bool, ...] | None
 ) -> Adapter:
     """The adapter at `path`: a PEFT directory, or a loralib file. Raises as `load_adapter` does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -69,9 +69,9 @@ def add_loras(
         >>> loss = model(**batch).logits.pow(2).mean()  # a third of the batch for each
     """
     configs = dict(arguments.mapping("configs", configs))
-    _check(configs)
+    check_configs(configs)
     if seeds is None:
-        seeds = {name: int(torch.randint(1 << 62, (1,))) for name in configs}
+        seeds = drawn_seeds(configs)
     seeds = {name: arguments.integer(f"seeds[{name!r}]", s, least=0) for name, s in seeds.items()}
     if seeds.keys() != configs.keys():
         raise ValueError(f"seeds are for {sorted(seeds)}, configs for {sorted(configs)}")
@@ -90,7 +90,12 @@ def add_loras(
     return report
 
 
-def _check(configs: Mapping[str, Any]) -> None:
+def drawn_seeds(names: Iterable[str]) -> dict[str, int]:
+    """A seed for each adapter, from torch's generator."""
+    return {name: int(torch.randint(1 << 62, (1,))) for name in names}
+
+
+def check_configs(configs: Mapping[str, Any]) -> None:
     """Raise for names and configs that cannot stand together."""
     if not configs:
         raise ValueError("configs is empty: name at least one adapter")

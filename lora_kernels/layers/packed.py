@@ -33,9 +33,10 @@ class Adapters:
         self.names = list(seeds)
         self.streams = Streams(seeds)
         # The blocks of the last batch seen: whose they are, and their ends in examples and in rows.
-        self.order: tuple[str, ...] = ()
-        self.examples: tuple[int, ...] = ()
-        self.edges: tuple[int, ...] = ()
+        self.order: tuple[str, ...]
+        self.examples: tuple[int, ...]
+        self.edges: tuple[int, ...]
+        self._forget_batch()
         self._given: dict[str, int] | None = None
         self._batch: int | None = None  # examples in the model's call that runs
         self._were_given = False
@@ -105,7 +106,11 @@ class Adapters:
         """Forget an adapter."""
         self.names.remove(name)
         self.streams.drop(name)
-        self.order = self.examples = self.edges = ()
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self.order = tuple(self.names)
+        self.examples = self.edges = (0,) * (len(self.names) + 1)
 
 
 def _in_backward() -> bool:

@@ -269,10 +269,10 @@ def _pack_forward(
     )
     for c, rows in pack.rows():
         own = tuple(each[rows] for each in y)
+        biases = operands.bias if last else (None,) * G
         if pack.ranks[c] == 0:
-            for y_g, bias in zip(own, operands.bias, strict=True):
-                if last:
-                    y_g.copy_(bias) if bias is not None else y_g.zero_()
+            for y_g, bias in zip(own if last else (), biases, strict=False):
+                y_g.copy_(y_g.new_zeros(()) if bias is None else bias)
             continue
         lora_A, lora_B = _of_adapter(operands, c, C).adapters(columns)
         dropout = pack.dropouts[c]
@@ -282,16 +282,14 @@ def _pack_forward(
             h[g, rows, : pack.ranks[c]] = each
         if mask is not None and own_mask is not None:
             mask[:, rows] = own_mask
-        biases = operands.bias if last else (None,) * G
         y_segments = segments_of(own, columns)
         for y_g, h_g, B_g, bias in zip(y_segments, own_h, lora_B, biases, strict=True):
             B = _as(B_g, wide).T
-            if not last:
-                _add_product(y_g, h_g, B, pack.scales[c])
-            elif bias is not None:
-                torch.addmm(_as(bias, wide), h_g, B, alpha=pack.scales[c], out=y_g)
+            if last:
+                onto, beta = (y_g, 0) if bias is None else (_as(bias, wide), 1)
+                torch.addmm(onto, h_g, B, beta=beta, alpha=pack.scales[c], out=y_g)
             else:
-                torch.addmm(y_g, h_g, B, beta=0, alpha=pack.scales[c], out=y_g)
+                _add_product(y_g, h_g, B, pack.scales[c])
     if last:
         for y_g, weight in zip(y, operands.weight, strict=True):
             add_frozen(y_g, x, weight.T)
@@ -308,7 +306,7 @@ def _pack_backward(
     settings: Settings, pack: Pack, wanted: Wanted,
 ) -> Backward:  # fmt: skip
     """The gradients adapter by adapter, on its rows; dy W on all rows."""
-    C, layers = len(pack.ranks), len(dy)
+    C = len(pack.ranks)
     dlora_A, dlora_B = (
         [None if p is None else torch.zeros_like(p) for p in parameters] if want else None
         for want, parameters in (

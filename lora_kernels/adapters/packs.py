@@ -1,0 +1,82 @@
+"""The files of a model with several adapters: a directory each, which PEFT loads as well."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from .. import arguments
+from ..injection.inject import refuse_injected
+from ..injection.packs import (
+    Planned,
+    adapters_of,
+    alone,
+    check_configs,
+    drawn_seeds,
+    inject_all,
+    packed_layers,
+)
+from ..injection.report import Report
+from ..injection.wrappers import bare, refuse_sharded
+from .files import Adapter
+from .fit import check_fit
+from .load_save import config_of, load_adapter, ranks_of, read_adapter, save_adapter
+
+
+def save_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write every adapter of a model of `add_loras` to a directory of its own, `path`/name.
+
+    Each is what `save_adapter` writes of a model with that adapter alone, its own head included,
+    so PEFT and `load_adapter` load it. Raises ValueError for a model without adapters.
+
+    >>> save_adapters(model, "runs/grid")
+    >>> peft.PeftModel.from_pretrained(base_model, "runs/grid/r8")
+    """
+    root = arguments.path("path", path)
+    with bare(arguments.module("model", model)) as inner:
+        for name in adapters_of(inner).names:
+            save_adapter(alone(inner, name), root / name)
+
+
+def load_adapters(model: nn.Module, path: str | PathLike[str]) -> Report | None:
+    """Load every adapter below `path`, in place, under the name of its directory.
+
+    A plain model gets them as by `add_loras`, and a report is returned. A model of `add_loras` gets
+    values for the adapters that it has; then there must be a directory for each, and None is
+    returned. Raises FileNotFoundError where there is no adapter, ValueError for files that do not
+    fit the model or each other.
+
+    >>> load_adapters(model, "runs/grid")
+    """
+    root = arguments.path("path", path)
+    refuse_sharded(arguments.module("model", model), "load the adapters before it is sharded")
+    with bare(model) as inner:
+        if packed_layers(inner):
+            names = adapters_of(inner).names
+            if missing := [name for name in names if not (root / name).is_dir()]:
+                raise FileNotFoundError(f"{root} has no adapter {missing[0]!r}")
+            for name in names:
+                load_adapter(alone(inner, name), root / name)
+            return None
+        refuse_injected(inner)
+        found = _found(root, inner)
+        plans = {}
+        for name, adapter in found.items():
+            check_fit(inner, adapter, adapter.train)
+            columns = {path: values.columns for path, values in adapter.layers.items()}
+            plans[name] = Planned(config_of(inner, adapter), ranks_of(adapter), columns)
+        check_configs({name: plan.config for name, plan in plans.items()})
+        report = inject_all(inner, plans, drawn_seeds(plans))
+        for name in plans:
+            load_adapter(alone(inner, name), root / name)
+        return report
+
+
+def _found(root: Path, model: nn.Module) -> dict[str, Adapter]:
+    """The adapters below a directory, by name."""
+    names = sorted(each.name for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+    if not names:
+        raise FileNotFoundError(f"{root} has no directories of adapters")
+    return {name: read_adapter(root / name, model, None, None) for name in names}
