@@ -59,19 +59,19 @@ class Meter:
         now = time.perf_counter()
         if self._phase is not None:
             self.seconds[self._phase] += now - self._since
-            self.bytes[self._phase] = max(self.bytes[self._phase], peak())
-        _forgetpeak()
+            self.bytes[self._phase] = max(self.bytes[self._phase], _peak())
+        _forget_peak()
         self._phase, self._since = name, now
 
 
-def peak() -> int:
+def _peak() -> int:
     """The peak bytes since `_forget_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _forgetpeak() -> None:
+def _forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return

@@ -14,6 +14,7 @@ The rows of the batches stand one below the other, padded to one length.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-import lora_kernels
 from lora_kernels.injection.inject import fused_layers
+from lora_kernels.injection.packs import adapter_rows, adapters_of, add_loras, drop_adapter
 from lora_kernels.injection.targets import find_train
 
-from .meter import peak
 from .strand import Strand
 
 if TYPE_CHECKING:
@@ -64,10 +64,14 @@ class StoppedError(Exception):
 
 
 class Seat(TrainerCallback):
-    """The place of a run in a pack; `trainer` is the run's once it is ready to train."""
+    """The place of a run in a pack; `trainer` is the run's once it is ready to train.
 
-    def __init__(self, name: str, pack: Pack, halving: bool = False) -> None:
-        self.name, self.pack, self.halving = name, pack, halving
+    With `halving` the run asks between two epochs whether it may go on; `metric` is then compared,
+    or the loss where it is not scored.
+    """
+
+    def __init__(self, name: str, pack: Pack, halving: bool = False, metric: str = "") -> None:
+        self.name, self.pack, self.halving, self.metric = name, pack, halving, metric
         self.strand: Strand
         self.trainer: ExactTrainer
         self.why_alone: str | None = None
@@ -126,6 +130,12 @@ class Seat(TrainerCallback):
         """What Trainer logged of the validation split after each epoch so far."""
         return [log for log in self.trainer.state.log_history if "eval_loss" in log]
 
+    def score(self, epoch: int) -> float:
+        """The validation score after an epoch, by which losers are told; higher is better."""
+        log = self.scores()[epoch - 1]
+        score = log.get(f"eval_{self.metric}", -log["eval_loss"])
+        return score if math.isfinite(score) else -math.inf
+
     def notes(self, steps: int) -> list[str]:
         """What the run's result should tell of the pack."""
         if self.alone:
@@ -161,7 +171,7 @@ class _Said(nn.Module):
 
 def loss_of(model: Any, logits: Tensor, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
     """The loss that the model's forward computes of its logits. `given` are its other arguments."""
-    if "ForCausalLM" in model.loss_type or "LMHead" in type(model).__name__:
+    if logits.ndim == 3:  # of every token
         counts = {k: v for k, v in given.items() if k == "num_items_in_batch"}
         size = model.config.vocab_size
         return model.loss_function(logits=logits, labels=labels, vocab_size=size, **counts)
@@ -169,24 +179,21 @@ def loss_of(model: Any, logits: Tensor, labels: Tensor, given: Mapping[str, Any]
 
 
 class Pack:
-    """One base with the adapters of several runs."""
+    """One base with the adapters of several runs; `most` is how many there were at once."""
 
     def __init__(self) -> None:
-        self.base: nn.Module | None = None
-        self.members: dict[str, ExactTrainer] = {}
+        self.base: Any = None
+        self.members: dict[str, Seat] = {}
         self.most = 0
-        self.peak = 0
         self._logits: Tensor
-        self._blocks: dict[str, tuple[slice, ...]] = {}
+        self._rows: dict[str, int] = {}
 
     @property
     def has_dropout(self) -> bool:
         """Whether the base drops out, by torch's generator."""
-        assert self.base is not None
-        config = self.base.config
         return any(
             "drop" in name and isinstance(value, float) and value > 0
-            for name, value in config.to_dict().items()
+            for name, value in self.base.config.to_dict().items()
         )
 
     def keep(self, model: nn.Module) -> None:
@@ -195,47 +202,47 @@ class Pack:
             # The modules are copied, the parameters are the very ones.
             self.base = copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
-    def open(self, trainers: Mapping[str, ExactTrainer]) -> dict[str, str]:
+    def open(self, seats: Sequence[Seat]) -> dict[str, str | None]:
         """Give a place to every run whose frozen parameters are the base's.
 
-        Returns why the others train alone.
+        Returns for each why it trains alone, or None.
         """
-        assert self.base is not None
-        alone = {name: why for name, t in trainers.items() if (why := self._unlike(t.model))}
-        found = {name: trainer for name, trainer in trainers.items() if name not in alone}
+        why = {seat.name: self._unlike(seat.trainer.model) for seat in seats}
+        found = [seat for seat in seats if why[seat.name] is None]
         if len(found) < 2:
-            return alone | dict.fromkeys(found, "no other run has its base")
-        flags = {p: p.requires_grad for t in found.values() for p in t.model.parameters()}
+            return why | {seat.name: "no other run shares its base" for seat in found}
+        flags = {p: p.requires_grad for seat in found for p in seat.trainer.model.parameters()}
+        torch.manual_seed(found[0].trainer.args.seed)  # of the base's own dropout
         try:
-            self._add(found)
-        except ValueError as error:
+            self._add(found, flags)
+        except (ValueError, TypeError) as error:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-            return alone | dict.fromkeys(found, str(error))
-        self.members, self.most = found, len(found)
-        return alone
+            return why | {seat.name: str(error) for seat in found}
+        self.members, self.most = {seat.name: seat for seat in found}, len(found)
+        return why
 
     def _unlike(self, model: Any) -> str | None:
         """Why a run cannot share the base; None if it can."""
-        assert self.base is not None
         theirs = dict(self.base.named_parameters(remove_duplicate=False))
-        ours = dict(model.named_parameters(remove_duplicate=False))
-        for name, parameter in ours.items():
-            if parameter.requires_grad or _within(name, find_train(model, model.lora_config.train)):
+        whole = find_train(model, model.lora_config.train)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad or _within(name, whole):
                 continue
             if name not in theirs or not torch.equal(parameter, theirs[name].to(parameter.device)):
-                return f"its {name} is not that of the first run"
+                return f"its frozen {name} is not that of the first run"
         if any(module._buffers.get("running_mean") is not None for module in model.modules()):
             return "the base has running statistics, which would be those of all runs"
         return None
 
-    def _add(self, trainers: Mapping[str, ExactTrainer]) -> None:
+    def _add(self, seats: Sequence[Seat], trains: Mapping[nn.Parameter, bool]) -> None:
         """Make the packed model, and put its parameters into the models of the runs."""
-        assert self.base is not None
-        models: dict[str, Any] = {name: trainer.model for name, trainer in trainers.items()}
-        device = next(iter(trainers.values())).args.device
-        configs = {name: model.lora_config for name, model in models.items()}
-        lora_kernels.add_loras(self.base.to(device), configs)
+        models: dict[str, Any] = {seat.name: seat.trainer.model for seat in seats}
+        add_loras(
+            self.base.to(seats[0].trainer.args.device),
+            {name: model.lora_config for name, model in models.items()},
+            seeds={seat.name: seat.trainer.args.seed for seat in seats},
+        )
         frozen = dict(self.base.named_parameters(remove_duplicate=False))
         for name, model in models.items():
             for path, own in list(model.named_parameters(remove_duplicate=False)):
@@ -245,68 +252,79 @@ class Pack:
                 else:
                     with torch.no_grad():
                         shared.copy_(own)
-                    shared.requires_grad_(own.requires_grad)
+                    shared.requires_grad_(trains[own])
                 parent, _, leaf = path.rpartition(".")
                 model.get_submodule(parent)._parameters[leaf] = shared
 
     def leave(self, name: str) -> None:
-        """Take a run out that has ended; what it trained is its own no longer."""
+        """Take a run out that has ended."""
         if self.members.pop(name, None) is not None and self.members:
-            lora_kernels.drop_adapter(self.base, name)
+            drop_adapter(self.base, name)
 
     def forward(self, batches: Mapping[str, Inputs]) -> dict[str, Tensor]:
-        """The logits of each run's rows, as leaves: their gradients are for `backward`."""
-        assert self.base is not None
-        rows = {name: len(next(iter(inputs.values()))) for name, inputs in batches.items()}
+        """The logits of each run's rows, as leaves: their gradients are for `backward`.
+
+        On a CPU each run's dropout on LoRA is drawn from its own random state, as alone.
+        """
+        generators = adapters_of(self.base).streams.generators
+        for name in batches:
+            generators[name].set_state(self.members[name].strand.surroundings.torch)
+        leaves = self._forward(batches)
+        for name in batches:
+            strand = self.members[name].strand
+            strand.surroundings = strand.surroundings._replace(torch=generators[name].get_state())
+        return leaves
+
+    def _forward(self, batches: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        self._rows = {name: len(next(iter(inputs.values()))) for name, inputs in batches.items()}
         joint = stack(list(batches.values()), getattr(self.base.config, "pad_token_id", None))
         self.base.train()
-        accelerator = next(iter(self.members.values())).accelerator
-        with accelerator.autocast(), lora_kernels.adapter_rows(self.base, rows):
+        accelerator = next(iter(self.members.values())).trainer.accelerator
+        with accelerator.autocast(), adapter_rows(self.base, self._rows):
             self._logits = self.base(**joint).logits
-        first, leaves = 0, {}
-        for name, inputs in batches.items():
-            block: tuple[slice, ...] = (slice(first, first + rows[name]),)
-            if self._logits.ndim == 3:  # a token each: without those of padding
-                block += (slice(inputs["input_ids"].shape[1]),)
-            self._blocks[name] = block
-            leaves[name] = self._logits[block].detach().float().requires_grad_()
-            first += rows[name]
-        self.peak = max(self.peak, peak())
+        leaves = {}
+        for (name, inputs), part in zip(batches.items(), self._parts(self._logits), strict=True):
+            if part.ndim == 3:  # of every token: without those of padding
+                part = part[:, : inputs["input_ids"].shape[1]]
+            leaves[name] = part.detach().float().requires_grad_()
         return leaves
+
+    def _parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.split(list(self._rows.values()))
 
     def backward(self, slopes: Mapping[str, Tensor]) -> None:
         """Add the gradients of every run to its parameters, from those of its logits."""
         gradient = torch.zeros_like(self._logits)
-        for name, slope in slopes.items():
-            gradient[self._blocks[name]] = slope.to(gradient.dtype)
-        self._logits.backward(gradient)  # type: ignore[no-untyped-call]
-        self._blocks.clear()
+        for name, part in zip(self._rows, self._parts(gradient), strict=True):
+            if name in slopes:  # a run that failed meanwhile has none
+                slope = slopes[name]
+                part[tuple(map(slice, slope.shape))] = slope.to(part.dtype)
+        with adapter_rows(self.base, self._rows):
+            self._logits.backward(gradient)  # type: ignore[no-untyped-call]
         del self._logits
-        self.peak = max(self.peak, peak())
 
     def speed(self, batches: int = 2) -> float:
         """Seconds of steps one by one over those of the pack, measured on batches of an epoch.
 
-        Only forward and backward are timed. No parameter changes, and no gradient is left.
+        Only forward and backward are timed. No parameter and no random state changes, and no
+        gradient is left.
         """
-        plans = {name: list(_some(trainer, batches)) for name, trainer in self.members.items()}
-        first = {name: plan[0] for name, plan in plans.items()}
-        self._packed(first), self._solo(dict(list(first.items())[:1]))  # warm
-        packed = solo = 0.0
-        for number in range(batches):
-            given = {name: plan[number] for name, plan in plans.items()}
-            packed += _timed(self._packed, given)
-            solo += _timed(self._solo, given)
+        plans = {n: list(_some(seat.trainer, batches)) for n, seat in self.members.items()}
+        given = [{name: plan[i] for name, plan in plans.items()} for i in range(batches)]
+        with torch.random.fork_rng():
+            self._packed(given[0])  # warm
+            packed = _seconds(lambda: list(map(self._packed, given)))
+            solo = _seconds(lambda: list(map(self._solo, given)))
         return solo / packed
 
     def _packed(self, batches: Mapping[str, Inputs]) -> None:
-        leaves = self.forward(batches)
+        leaves = self._forward(batches)
         self.backward({name: torch.ones_like(leaf) for name, leaf in leaves.items()})
         self._forget()
 
     def _solo(self, batches: Mapping[str, Inputs]) -> None:
         for name, inputs in batches.items():
-            trainer = self.members[name]
+            trainer = self.members[name].trainer
             trainer.model.train()
             with trainer.accelerator.autocast():
                 logits = trainer.model(**inputs).logits
@@ -314,8 +332,8 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        for trainer in self.members.values():
-            trainer.model.zero_grad()
+        for seat in self.members.values():
+            seat.trainer.model.zero_grad()
 
 
 def packed_parameter(base: nn.Module, model: Any, path: str, name: str) -> nn.Parameter | None:
@@ -350,7 +368,7 @@ def stack(batches: Sequence[Inputs], pad: int | None) -> dict[str, Tensor]:
             if fill.get(key) is None:
                 raise ValueError(f"the batches of the pack have {key} of several lengths")
             parts = [
-                nn.functional.pad(p, (0, longest[0] - p.shape[1]), value=fill[key])  # type: ignore
+                nn.functional.pad(p, (0, longest[0] - p.shape[1]), value=fill[key])  # type: ignore[arg-type, union-attr]
                 for p in parts
             ]
         found[key] = torch.cat(parts)  # type: ignore[arg-type]
@@ -368,9 +386,9 @@ def _some(trainer: Any, count: int) -> Any:
         yield {key: value for key, value in inputs.items() if key != "labels"}
 
 
-def _timed(function: Callable[[Any], None], given: Any) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    function(given)
+    work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began

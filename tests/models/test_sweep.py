@@ -54,13 +54,17 @@ def run(recipe, tmp_path, capfd):
     return start
 
 
+def one_by_one(work) -> list[sweep.Unit]:
+    return [sweep.Unit({cell: arguments}) for cell, arguments in work.items()]
+
+
 def test_a_failed_cell_is_shown_and_stops_nothing(run, tmp_path):
     status, printed = run()
     assert status == 1
     lines = printed.splitlines()
     assert lines[0].startswith("[1/3] toy/r=2/seed-0: done in ") and "; 2 left, about" in lines[0]
     assert "[2/3] toy/wrong/seed-0: failed" in printed and "quary" in printed
-    assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in lines[-1]
+    assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in printed
     wrong = tmp_path / "runs/toy/wrong/seed-0"
     assert "Traceback" in json.loads((wrong / ERROR).read_text())["traceback"]
 
@@ -80,7 +84,7 @@ def test_cells_run_side_by_side_and_are_told_of_as_they_end(recipe, tmp_path):
     work = {
         cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in recipe.cells(2)
     }
-    found = dict(sweep.in_processes(work, jobs=2))
+    found = dict(sweep.in_processes(one_by_one(work), jobs=2))
     assert found.keys() == work.keys()
     for cell, state in found.items():
         assert state.name == ("failed" if cell.labels["method"] == "wrong" else "done")
@@ -94,7 +98,7 @@ def test_cells_run_side_by_side_and_are_told_of_as_they_end(recipe, tmp_path):
 
 def test_the_process_that_forks_has_imported_everything(recipe, tmp_path):
     work = {next(recipe.cells()): Arguments(task="none", output_dir=str(tmp_path / "none"))}
-    list(sweep.in_processes(work, jobs=1))  # which starts it
+    list(sweep.in_processes(one_by_one(work), jobs=1))  # which starts it
     context = sweep.multiprocessing.get_context("forkserver")
     code = f"import sys; sys.exit(set({sweep.PRELOAD}) <= sys.modules.keys())"
     process = context.Process(target=exec, args=(code,))
@@ -141,7 +145,7 @@ def test_a_sweep_that_is_stopped_stops_its_cells(recipe, tmp_path):
     work = {
         cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in (wrong, long)
     }
-    ends = sweep.in_processes(work, jobs=2)
+    ends = sweep.in_processes(one_by_one(work), jobs=2)
     assert next(ends)[0] is wrong
     ends.close()
     directory = work[long].directory()
@@ -157,7 +161,9 @@ def test_a_process_that_dies_is_no_failed_cell():
     process.start()
     theirs.close()
     process.join()
-    state = sweep._outcome(process, ours)
+    with pytest.raises(EOFError):
+        ours.recv()
+    state = sweep._death(process.exitcode)
     assert state.name == "died" and "signal 9" in state.why and "memory" in state.why
 
 
@@ -165,7 +171,9 @@ def test_the_time_left_ignores_cells_that_are_done(run, recipe, tmp_path, monkey
     clock = iter([100.0, 130.0, 160.0])
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
-        sweep, "in_processes", lambda work, jobs: ((cell, State("done")) for cell in work)
+        sweep,
+        "in_processes",
+        lambda units, *_: ((cell, State("done")) for unit in units for cell in unit.work),
     )
     directory = tmp_path / "runs/toy/r=2/seed-0"
     monkeypatch.setattr(
