@@ -126,7 +126,7 @@ def _attach(
     if arguments.gradient_checkpointing:
         checkpoint_activations(loaded.model)
     if seat is not None:
-        seat.pack.keep(loaded.model)
+        seat.begin(loaded.model, task.metrics[0])
     return loaded, attach(arguments, loaded.model, loaded.new)
 
 

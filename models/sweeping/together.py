@@ -25,7 +25,7 @@ from .cells import State, run_cell
 from .estimate import estimate, memory_here
 
 if TYPE_CHECKING:
-    from ..training.pack import Pack, Seat
+    from ..training.pack import Seat
 
 # What cells of one pack may differ in.
 OWN = (
@@ -108,109 +108,127 @@ def run_together(
     """
     import torch
 
-    from ..data.tasks import task_of
-    from ..training.pack import Batch, EpochEnds, Pack, Seat
-    from ..training.strand import Strand
-
     if threads is not None:
         torch.set_num_threads(threads)
-    pack = Pack()
-    seats = [
-        Seat(f"cell{i}", pack, stop_losers is not None, task_of(each.task).metrics[0])
-        for i, each in enumerate(runs)
-    ]
-    numbers = {seat: number for number, seat in enumerate(seats)}
-    states: dict[Seat, State] = {}
+    turns = Turns(runs, tell, threads, halving=stop_losers is not None)
+    try:
+        turns.begin()
+        while turns.asked:
+            batches = turns.batches()
+            if batches and measure:
+                measure, gain = False, turns.pack.speed()
+                how = "packed" if gain >= PAYS else "one by one"
+                print(f"{len(batches)} cells run {how}: a pack is {gain:.2f} times as fast")
+                if gain < PAYS:
+                    turns.give(dict.fromkeys(batches, "a pack is no faster here"))
+            elif batches:
+                turns.step(batches)
+            else:
+                turns.halve(stop_losers or 0)
+    finally:
+        turns.close()
 
-    def cell(seat: Seat, strand: Strand) -> None:
-        seat.strand = strand
-        states[seat] = run_cell(runs[numbers[seat]], threads, seat)
 
-    asked: dict[Seat, Any] = {}
+class Turns:
+    """The strands of a pack's cells; `asked` is what each that has not ended waits for."""
 
-    def go_on(seat: Seat, answer: Any = None) -> Any:
-        """Let a cell run until it asks; one that has ended is told of and leaves."""
-        asked[seat] = seat.strand.resume(answer)
-        if seat.strand.ended:
-            del asked[seat]
-            pack.leave(seat.name)
-            tell(numbers[seat], states[seat])
-        return asked.get(seat)
+    def __init__(
+        self,
+        runs: Sequence[Arguments],
+        tell: Callable[[int, State], Any],
+        threads: int | None,
+        halving: bool,
+    ) -> None:
+        from ..training.pack import Pack, Seat
 
-    for seat in seats:
-        seat.strand = Strand(partial(cell, seat))
-        go_on(seat)
-    answers: dict[Seat, Any] = {}
-    if asked:
-        why = pack.open(list(asked))
-        answers = {seat: why[seat.name] for seat in asked}
-    while asked:
+        self.runs, self.tell, self.threads = runs, tell, threads
+        self.pack = Pack()
+        self.seats = [Seat(f"cell{number}", self.pack, halving) for number in range(len(runs))]
+        self.states: dict[Seat, State] = {}
+        self.asked: dict[Seat, Any] = {}
+
+    def begin(self) -> None:
+        """Let every cell load its model, make the pack, and let each go on to its first batch."""
+        from ..training.strand import Strand
+
+        def cell(seat: Seat, arguments: Arguments) -> None:
+            self.states[seat] = run_cell(arguments, self.threads, seat)
+
+        for seat, arguments in zip(self.seats, self.runs, strict=True):
+            seat.strand = Strand(partial(cell, seat, arguments))
+            self.go_on(seat, None)
+        ready = list(self.asked)
+        if ready:
+            self.give(dict(zip(ready, self.pack.open(ready), strict=True)))
+
+    def give(self, answers: Mapping[Seat, Any]) -> None:
+        """Let each of these cells go on with its answer."""
         for seat, answer in answers.items():
-            go_on(seat, answer)
-        batches = {seat: each for seat, each in asked.items() if isinstance(each, Batch)}
-        if batches and measure:
-            measure, gain = False, pack.speed()
-            print(f"{len(batches)} cells: packed {gain:.2f} times as fast as one by one", end="")
-            print(
-                ", so they are packed" if gain >= PAYS else ", so they run one by one", flush=True
-            )
-            if gain < PAYS:
-                answers = dict.fromkeys(batches, "a pack is no faster here")
-                continue
-        if batches:
-            answers = _step(pack, batches, go_on)
-        elif asked:
-            epochs = {seat: each for seat, each in asked.items() if isinstance(each, EpochEnds)}
-            answers = _halve(epochs, stop_losers or 0)
+            self.go_on(seat, answer)
 
+    def go_on(self, seat: Seat, answer: Any) -> Any:
+        """Let a cell run until it asks; one that has ended is told of and leaves."""
+        self.asked[seat] = seat.strand.resume(answer)
+        if seat.strand.ended:
+            del self.asked[seat]
+            self.pack.leave(seat.name)
+            self.tell(self.seats.index(seat), self.states[seat])
+        return self.asked.get(seat)
 
-def _step(
-    pack: Pack, batches: Mapping[Seat, Any], go_on: Callable[[Seat, Any], Any]
-) -> dict[Seat, Any]:
-    """One forward and backward for all batches; returns for each cell whether its loss is lost."""
-    import torch
+    def close(self) -> None:
+        """End the cells that have not ended, as a kill would."""
+        for seat in self.asked:
+            seat.strand.close()
 
-    from ..training.pack import Slope
+    def batches(self) -> dict[Seat, Any]:
+        """The batches that cells wait with."""
+        from ..training.pack import Batch
 
-    began = time.perf_counter()
-    try:
-        logits = pack.forward({seat.name: batch.inputs for seat, batch in batches.items()})
-    except (RuntimeError, ValueError) as error:  # such as a full memory: it fails all of them
-        return dict.fromkeys(batches, error)
-    forward = time.perf_counter() - began
-    slopes = {
-        seat: slope
-        for seat in batches
-        if isinstance(slope := go_on(seat, logits[seat.name]), Slope)
-    }
-    if not slopes:
-        return {}
-    began = time.perf_counter()
-    try:
-        pack.backward({seat.name: slope.gradient for seat, slope in slopes.items()})
-    except RuntimeError as error:
-        return dict.fromkeys(slopes, error)
-    lost = (~torch.stack([slope.loss for slope in slopes.values()]).isfinite()).tolist()
-    share = (forward + time.perf_counter() - began) / len(slopes)
-    for seat in slopes:
-        seat.trainer.meter.seconds["training"] += share
-    return dict(zip(slopes, lost, strict=True))
+        return {seat: each for seat, each in self.asked.items() if isinstance(each, Batch)}
 
+    def step(self, batches: Mapping[Seat, Any]) -> None:
+        """One forward and backward for all. An error, such as a full memory, goes to every cell."""
+        import torch
 
-def _halve(waiting: Mapping[Seat, Any], began_with: int) -> dict[Seat, Any]:
-    """Successive halving: which cells go on (None), and which get an exception.
+        from ..training.pack import Slope
 
-    After 1, 2, 4, ... epochs a half, a quarter, ... of the cells that there were at first go on.
-    The rule counts those that are left, so that a sweep that goes on stops none twice.
-    """
-    from ..training.pack import StoppedError
+        began = time.perf_counter()
+        try:
+            logits = self.pack.forward({s.name: batch.inputs for s, batch in batches.items()})
+        except (RuntimeError, ValueError) as error:
+            return self.give(dict.fromkeys(batches, error))
+        seconds = time.perf_counter() - began
+        slopes = {seat: self.go_on(seat, logits[seat.name]) for seat in batches}
+        slopes = {seat: slope for seat, slope in slopes.items() if isinstance(slope, Slope)}
+        if not slopes:
+            return None
+        began = time.perf_counter()
+        try:
+            self.pack.backward({seat.name: slope.gradient for seat, slope in slopes.items()})
+        except RuntimeError as error:
+            return self.give(dict.fromkeys(slopes, error))
+        losses = torch.stack([slope.loss for slope in slopes.values()])
+        diverged = (~losses.isfinite()).tolist()
+        seconds += time.perf_counter() - began
+        for seat in slopes:
+            seat.trainer.meter.seconds["training"] += seconds / len(slopes)
+        return self.give(dict(zip(slopes, diverged, strict=True)))
 
-    first = min(each.epochs for each in waiting.values())
-    here = [seat for seat, each in waiting.items() if each.epochs == first]
-    if first & (first - 1):  # no power of two
-        return dict.fromkeys(here)
-    rung = first.bit_length()
-    kept = max(1, math.ceil(began_with / 2**rung)) - (len(waiting) - len(here))
-    order = sorted(here, key=lambda seat: -seat.score(first))
-    lost = f"stopped after {first} epoch{'s' * (first > 1)}: better cells of its pack go on"
-    return {seat: None if place < kept else StoppedError(lost) for place, seat in enumerate(order)}
+    def halve(self, began_with: int) -> None:
+        """Successive halving: the better cells go on, the others get an exception.
+
+        After 1, 2, 4, ... epochs a half, a quarter, ... of the cells that there were at first go
+        on. The rule counts those that are left, so that a sweep that goes on stops none twice.
+        """
+        from ..training.pack import StoppedError
+
+        epochs = min(each.epochs for each in self.asked.values())
+        here = [seat for seat, each in self.asked.items() if each.epochs == epochs]
+        if epochs & (epochs - 1):  # no power of two
+            return self.give(dict.fromkeys(here))
+        kept = max(1, math.ceil(began_with / 2 ** epochs.bit_length()))
+        kept -= len(self.asked) - len(here)  # those that are ahead
+        order = sorted(here, key=lambda seat: -seat.score(epochs))
+        why = f"stopped after {epochs} epoch{'s' * (epochs > 1)}: better cells of its pack go on"
+        lost = StoppedError(why)
+        return self.give({seat: lost if n >= kept else None for n, seat in enumerate(order)})

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lora_kernels import adapter_rows, add_loras, drop_adapter
 from lora_kernels.injection.inject import fused_layers
-from lora_kernels.injection.packs import adapter_rows, adapters_of, add_loras, drop_adapter
+from lora_kernels.injection.packs import adapters_of
 from lora_kernels.injection.targets import find_train
 
 from .strand import Strand
@@ -70,8 +71,9 @@ class Seat(TrainerCallback):
     or the loss where it is not scored.
     """
 
-    def __init__(self, name: str, pack: Pack, halving: bool = False, metric: str = "") -> None:
-        self.name, self.pack, self.halving, self.metric = name, pack, halving, metric
+    def __init__(self, name: str, pack: Pack, halving: bool = False) -> None:
+        self.name, self.pack, self.halving = name, pack, halving
+        self.metric = ""
         self.strand: Strand
         self.trainer: ExactTrainer
         self.why_alone: str | None = None
@@ -81,6 +83,11 @@ class Seat(TrainerCallback):
     def alone(self) -> bool:
         """Whether the run makes its steps without the others."""
         return self.why_alone is not None
+
+    def begin(self, model: nn.Module, metric: str) -> None:
+        """Take note of the pretrained model, before LoRA is added, and of the task's metric."""
+        self.metric = metric
+        self.pack.keep(model)
 
     def join(self, trainer: ExactTrainer) -> None:
         """Take part. Afterwards the parameters of the trainer's model are those of the pack."""
@@ -202,15 +209,16 @@ class Pack:
             # The modules are copied, the parameters are the very ones.
             self.base = copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
-    def open(self, seats: Sequence[Seat]) -> dict[str, str | None]:
+    def open(self, seats: Sequence[Seat]) -> list[str | None]:
         """Give a place to every run whose frozen parameters are the base's.
 
         Returns for each why it trains alone, or None.
         """
-        why = {seat.name: self._unlike(seat.trainer.model) for seat in seats}
-        found = [seat for seat in seats if why[seat.name] is None]
+        why = {seat: self._unlike(seat.trainer.model) for seat in seats}
+        found = [seat for seat in seats if why[seat] is None]
         if len(found) < 2:
-            return why | {seat.name: "no other run shares its base" for seat in found}
+            why |= dict.fromkeys(found, "no other run shares its base")
+            return list(why.values())
         flags = {p: p.requires_grad for seat in found for p in seat.trainer.model.parameters()}
         torch.manual_seed(found[0].trainer.args.seed)  # of the base's own dropout
         try:
@@ -218,9 +226,10 @@ class Pack:
         except (ValueError, TypeError) as error:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-            return why | {seat.name: str(error) for seat in found}
-        self.members, self.most = {seat.name: seat for seat in found}, len(found)
-        return why
+            why |= dict.fromkeys(found, str(error))
+        else:
+            self.members, self.most = {seat.name: seat for seat in found}, len(found)
+        return list(why.values())
 
     def _unlike(self, model: Any) -> str | None:
         """Why a run cannot share the base; None if it can."""
@@ -306,15 +315,13 @@ class Pack:
     def speed(self, batches: int = 2) -> float:
         """Seconds of steps one by one over those of the pack, measured on batches of an epoch.
 
-        Only forward and backward are timed. No parameter and no random state changes, and no
-        gradient is left.
+        Only forward and backward are timed. No parameter changes, and no gradient is left.
         """
         plans = {n: list(_some(seat.trainer, batches)) for n, seat in self.members.items()}
         given = [{name: plan[i] for name, plan in plans.items()} for i in range(batches)]
-        with torch.random.fork_rng():
-            self._packed(given[0])  # warm
-            packed = _seconds(lambda: list(map(self._packed, given)))
-            solo = _seconds(lambda: list(map(self._solo, given)))
+        self._packed(given[0])  # warm
+        packed = _seconds(lambda: list(map(self._packed, given)))
+        solo = _seconds(lambda: list(map(self._solo, given)))
         return solo / packed
 
     def _packed(self, batches: Mapping[str, Inputs]) -> None:

@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,10 +55,14 @@ class Surroundings(NamedTuple):
         shared.update(self.accelerate)
 
 
-class Strand:
-    """`function(strand)` in its own thread, in turns with the one that calls `resume`."""
+class ClosedError(BaseException):
+    """Raised in a strand that is to end; not an Exception, so that no run takes it for its own."""
 
-    def __init__(self, function: Callable[[Strand], Any]) -> None:
+
+class Strand:
+    """`function()` in its own thread, in turns with the one that calls `resume`."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
         self.ended = False
         self.surroundings = Surroundings.now()
         self._function = function
@@ -85,6 +90,11 @@ class Strand:
             raise self._error
         return self._asked
 
+    def close(self) -> None:
+        """End it where it asked, so that it lets go of its files and locks."""
+        with suppress(ClosedError):
+            self.resume(ClosedError())
+
     def ask(self, what: Any) -> Any:
         """In the strand: end the turn; return the answer that the next turn brings."""
         self._asked = what
@@ -97,7 +107,7 @@ class Strand:
     def _run(self) -> None:
         self._turn.acquire()
         try:
-            self._function(self)
+            self._function()
         except BaseException as error:  # noqa: BLE001 - it is raised again in `resume`
             self._error = error
         self._asked, self.ended = None, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.arguments import Arguments
 from models.record.run_directory import RESULT
-from models.sweeping.cells import State
+from models.sweeping.cells import STOPPED, State, state_of
 from models.sweeping.together import run_together
 from models.train import train
+from models.training.pack import Pack, Seat
 from tests.support.tiny_run import read_csv
 
 CLOSE = 1e-6  # relative, of losses
@@ -46,7 +48,10 @@ def check_same(packed: Arguments, solo: Arguments) -> None:
     assert one.keys() == other.keys()
     assert one["history"][-1].keys() == other["history"][-1].keys()
     for split, scores in other["metrics"].items():
-        assert one["metrics"][split] == pytest.approx(scores, rel=1e-5)
+        found = one["metrics"][split]
+        assert found.keys() == scores.keys()
+        for name, score in scores.items():
+            assert found[name] == (score if score is None else pytest.approx(score, rel=1e-5))
     tensors = [load_file(place / "adapter/adapter_model.safetensors") for place in (ours, theirs)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[1].items():
@@ -83,3 +88,146 @@ def test_a_pack_trains_each_run_as_alone(pair):
         notes = json.loads((packed.directory() / RESULT).read_text())["notes"]
         assert any("up to 5 runs in one pass" in note for note in notes)
         assert not any("draws other masks" in note for note in notes)
+
+
+def test_masks_of_lora_s_dropout_are_those_of_the_run_alone(pair):
+    changes = {"dropout": 0.3, "pad_to_max": True}
+    pairs = [pair("a", **changes), pair("b", seed=1, rank=1, **changes)]
+    together([packed for packed, _ in pairs])
+    for packed, solo in pairs:
+        check_same(packed, solo)
+
+
+def test_gradients_of_several_batches_and_activations_that_are_recomputed(pair):
+    changes = {"gradient_checkpointing": True, "dropout": 0.3, "pad_to_max": True}
+    pairs = [
+        pair("a", gradient_accumulation=4, **changes),
+        pair("b", seed=1, gradient_accumulation=1, **changes),
+    ]
+    together([packed for packed, _ in pairs])
+    for packed, solo in pairs:
+        check_same(packed, solo)
+
+
+def test_a_pack_that_is_killed_goes_on_to_the_same_numbers(arguments, pair, monkeypatch):
+    changes = {"save_steps": 2, "epochs": 3, "dropout": 0.1, "pad_to_max": True}
+    pairs = [pair("a", **changes), pair("b", seed=1, **changes)]
+    runs = [packed for packed, _ in pairs]
+    for after in (5, 4):  # joint steps; the first end lies between two checkpoints
+        with monkeypatch.context() as broken:
+            count, forward = iter(range(after)), Pack.forward
+
+            def until(self, batches, count=count, forward=forward):
+                if next(count, None) is None:
+                    raise KeyboardInterrupt
+                return forward(self, batches)
+
+            broken.setattr(Pack, "forward", until)
+            with pytest.raises(KeyboardInterrupt):
+                together(runs)
+        assert not (runs[0].directory() / RESULT).exists()
+    made = []
+    backward = Pack.backward
+    monkeypatch.setattr(Pack, "backward", lambda *a: (made.append(1), backward(*a)))
+    together(runs)
+    assert len(made) == 18 - 8, "they did not go on from their checkpoints"
+    for packed, solo in pairs:
+        check_same(packed, solo)
+
+
+def test_a_run_that_diverges_or_fails_leaves_the_others_alone(arguments, pair):
+    good = [pair("a", epochs=3), pair("b", seed=1, epochs=3)]
+    lost = arguments("lost", epochs=3, model_dropout=0.0, learning_rate=1e30)
+    wrong = arguments("wrong", task="none")
+    states = together([good[0][0], lost, wrong, good[1][0]])
+    assert [state.name for state in states] == ["done", "done", "failed", "done"]
+    assert states[1].why == "diverged" and "unknown task" in states[2].why
+    for packed, solo in good:
+        check_same(packed, solo)
+    result = json.loads((lost.directory() / RESULT).read_text())
+    assert result["diverged"] and len(losses(lost.directory())) < 6
+    assert any("it left the others at step" in note for note in result["notes"])
+
+
+def test_a_run_whose_frozen_head_is_its_own_trains_alone(pair):
+    changes = {"targets": ["query", "classifier"]}
+    pairs = [pair("a", **changes), pair("b", **changes, rank=2), pair("c", seed=1, **changes)]
+    together([packed for packed, _ in pairs])
+    notes = []
+    for packed, solo in pairs:
+        check_same(packed, solo)
+        found = json.loads((packed.directory() / RESULT).read_text())["notes"]
+        notes.append(any("in one pass" in note for note in found))
+    assert notes == [True, True, False]
+
+
+def test_the_base_is_in_memory_once(arguments, monkeypatch):
+    places: dict[str, set[int]] = {}
+    opened = Pack.open
+
+    def spy(self, seats):
+        found = opened(self, seats)
+        for seat in seats:
+            for name, parameter in seat.trainer.model.named_parameters():
+                places.setdefault(name, set()).add(parameter.data_ptr())
+        return found
+
+    monkeypatch.setattr(Pack, "open", spy)
+    together([arguments(str(seed), seed=seed, epochs=1) for seed in range(3)])
+    for name, found in places.items():
+        assert len(found) == (3 if "lora_" in name or "classifier" in name else 1), name
+
+
+def test_a_pack_is_kept_only_if_it_is_faster(pair, monkeypatch, capsys):
+    pairs = [pair("a"), pair("b", seed=1)]
+    monkeypatch.setattr(Pack, "speed", lambda self: 1.01)
+    together([packed for packed, _ in pairs], measure=True)
+    assert "2 cells run one by one: a pack is 1.01 times as fast" in capsys.readouterr().out
+    for packed, solo in pairs:
+        assert losses(packed.directory()) == losses(solo.directory())  # to the bit
+        check_same(packed, solo)
+        result = json.loads((packed.directory() / RESULT).read_text())
+        assert not any("in one pass" in note for note in result["notes"])
+
+
+def test_measuring_changes_no_number(pair, monkeypatch):
+    changes = {"dropout": 0.3, "pad_to_max": True}
+    pairs = [pair("a", **changes), pair("b", seed=1, **changes)]
+    gains, speed = [], Pack.speed
+    monkeypatch.setattr(Pack, "speed", lambda self: gains.append(speed(self)) or 2.0)
+    together([packed for packed, _ in pairs], measure=True)
+    assert 0 < gains[0] < 20
+    for packed, solo in pairs:
+        check_same(packed, solo)
+
+
+def test_losers_stop_and_go_on_when_they_may(pair, monkeypatch):
+    changes = {"epochs": 4, "save_steps": 0}
+    pairs = [pair(name, seed=seed, **changes) for seed, name in enumerate("abcd")]
+    runs = [packed for packed, _ in pairs]
+    best = {"packed-a": 0.1, "packed-b": 0.4, "packed-c": 0.3, "packed-d": 0.2}
+    with monkeypatch.context() as scored:
+        scored.setattr(
+            Seat, "score", lambda seat, _: best[Path(seat.trainer.args.output_dir).parent.name]
+        )
+        states = together(runs, stop_losers=4)
+    assert [state.name for state in states] == ["stopped", "done", "stopped", "stopped"]
+    assert [state.why[:20] for state in states[::2]] == [
+        "stopped after 1 epoc",
+        "stopped after 2 epoc",
+    ]
+    assert state_of(runs[0]).name == "stopped" and not (runs[0].directory() / RESULT).exists()
+    check_same(*pairs[1])
+    # Those that are left do not halve anew.
+    (runs[2].directory() / STOPPED).unlink()
+    together([runs[2]])
+    check_same(*pairs[2])
+
+
+def test_seats_compare_the_metric_or_the_loss():
+    seat = Seat("a", Pack(), True)
+    seat.metric = "accuracy"
+    log = [{"loss": 1.0}, {"eval_loss": 0.5, "eval_accuracy": 0.75}, {"eval_loss": 0.25}]
+    state = types.SimpleNamespace(log_history=[*log, {"eval_loss": float("nan")}])
+    seat.trainer = types.SimpleNamespace(state=state)
+    assert [seat.score(epoch) for epoch in (1, 2, 3)] == [0.75, -0.25, float("-inf")]
