@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from models.arguments import Arguments
 from models.recipes.recipe import Recipe
 from models.record.run_directory import CHECKPOINTS, RESULT
 from models.sweeping import estimate
-from models.sweeping.cells import ERROR, State, arguments_of, run_cell, state_of
+from models.sweeping.cells import ERROR, STOPPED, State, arguments_of, run_cell, state_of
 from tests.support.tiny_run import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -167,6 +168,48 @@ def test_a_process_that_dies_is_no_failed_cell():
     assert state.name == "died" and "signal 9" in state.why and "memory" in state.why
 
 
+def test_cells_that_train_together_are_told_of_and_go_on(run, tmp_path, monkeypatch):
+    status, printed = run("--together", "2", "--seeds", "2")
+    assert status == 1 and "4 done, 2 failed" in printed and "[6/6]" in printed
+    for label in ("r=2", "r=4"):
+        result = json.loads((tmp_path / f"runs/toy/{label}/seed-1" / RESULT).read_text())
+        assert any("with up to 2 runs in one pass" in note for note in result["notes"])
+    done = tmp_path / "runs/toy/r=4/seed-0" / RESULT
+    before = done.stat().st_mtime_ns
+    status, printed = run("--together", "2", "--seeds", "3", "--only", "method=r=2", "method=r=4")
+    assert status == 0 and "4 of 6 cells are done already" in printed and "6 done" in printed
+    assert done.stat().st_mtime_ns == before
+
+
+def test_losers_are_kept_apart_until_they_may_go_on(run, recipe, tmp_path):
+    recipe.base["epochs"] = 2
+    words = ("--together", "4", "--seeds", "2", "--only", "method=r=2", "method=r=4")
+    status, printed = run(*words, "--stop-losers")
+    assert status == 1 and "2 done, 2 stopped" in printed
+    assert printed.count("stopped in ") == 2 and "better cells of its pack go on" in printed
+    assert len(list((tmp_path / "runs").rglob(STOPPED))) == 2
+    status, printed = run(*words, "--stop-losers")
+    assert status == 1 and "2 done, 2 stopped" in printed and "[" not in printed
+    status, printed = run(*words)
+    assert status == 0 and "4 done" in printed
+    assert not list((tmp_path / "runs").rglob(STOPPED))
+
+
+def test_a_pack_that_dies_takes_its_cells_and_no_others(recipe, tmp_path):
+    work = {
+        cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in recipe.cells(2)
+    }
+    cells = list(work)
+    long = {cell: dataclasses.replace(work[cell], epochs=500) for cell in (cells[0], cells[3])}
+    ends = sweep.in_processes([sweep.Unit({cells[2]: work[cells[2]]}), sweep.Unit(long)], 2)
+    assert next(ends)[1].name == "done"
+    child = max(sweep.multiprocessing.active_children(), key=lambda process: process.pid)
+    child.kill()
+    found = dict(ends)
+    assert found.keys() == long.keys()
+    assert all(state.name == "died" and "signal 9" in state.why for state in found.values())
+
+
 def test_the_time_left_ignores_cells_that_are_done(run, recipe, tmp_path, monkeypatch):
     clock = iter([100.0, 130.0, 160.0])
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(clock))
@@ -235,6 +278,9 @@ def test_lists(run, capfd):
         (["stsbb"], "did you mean stsb"),
         ([], "name a recipe"),
         (["glue", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["glue", "--together", "0"], "--together 0 must be at least 1, or auto"),
+        (["glue", "--together", "2", "--ray", "auto"], "leave out --ray"),
+        (["glue", "--stop-losers"], "name --together"),
         (["glue", "--seeds", "0"], "--seeds 0 must be at least 1"),
         (["glue", "--only", "task=sst3"], "glue has task=sst2, qqp, mrpc"),
     ],

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import random
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.arguments import Arguments
+from models.recipes.recipe import Cell
 from models.record.run_directory import RESULT
 from models.sweeping.cells import STOPPED, State, state_of
-from models.sweeping.together import run_together
+from models.sweeping.estimate import estimate
+from models.sweeping.together import Together, most_that_fit, packs_of, run_together
 from models.train import train
-from models.training.pack import Pack, Seat
+from models.training.pack import Pack, Seat, stack
+from models.training.strand import Strand
 from tests.support.tiny_run import read_csv
 
 CLOSE = 1e-6  # relative, of losses
@@ -135,6 +144,7 @@ def test_a_pack_that_is_killed_goes_on_to_the_same_numbers(arguments, pair, monk
         check_same(packed, solo)
 
 
+@pytest.mark.filterwarnings("ignore:.*not finite")
 def test_a_run_that_diverges_or_fails_leaves_the_others_alone(arguments, pair):
     good = [pair("a", epochs=3), pair("b", seed=1, epochs=3)]
     lost = arguments("lost", epochs=3, model_dropout=0.0, learning_rate=1e30)
@@ -222,6 +232,83 @@ def test_losers_stop_and_go_on_when_they_may(pair, monkeypatch):
     (runs[2].directory() / STOPPED).unlink()
     together([runs[2]])
     check_same(*pairs[2])
+
+
+def test_packs_are_of_cells_that_differ_in_what_they_may(arguments, monkeypatch):
+    def cells(*changes: dict[str, Any]) -> dict[Cell, Arguments]:
+        return {
+            Cell("toy", {"n": str(n)}, 0, {}): arguments(str(n), **change)
+            for n, change in enumerate(changes)
+        }
+
+    work = cells(
+        {}, {"seed": 1, "rank": 2}, {"method": "full"}, {"learning_rate": 1e-4}, {"batch_size": 4},
+        {"targets": ["query"]}, {"dropout": 0.1}, {"method": "lora_adaptive"}, {"max_length": 40},
+    )  # fmt: skip
+
+    def packed(together: Together, jobs: int = 1) -> list[list[str]]:
+        return [[c.labels["n"] for c in pack] for pack in packs_of(work, together, jobs)]
+
+    apart = [["2"], ["4"], ["5"], ["7"], ["8"]]
+    assert packed("auto") == [["0", "1", "3", "6"], *apart]
+    assert packed("auto", jobs=2) == [["0", "1"], ["3", "6"], *apart]
+    assert packed(3) == [["0", "1"], ["3", "6"], *apart]
+    assert len(packed(1)) == 9
+    assert [len(pack) for pack in packs_of(work, None, 1)] == [1] * 9
+
+    # The base counts once; a cell more needs its parameters, gradients and means.
+    one = estimate(arguments("0"))
+    more = one.least_bytes - 4 * (one.total - one.trainable)
+    runs = [arguments("0"), arguments("1", seed=1), arguments("2", seed=2)]
+    monkeypatch.setattr("models.sweeping.together.memory_here", lambda: one.least_bytes + more)
+    assert most_that_fit(runs, 1, expected=False) == 2
+    assert most_that_fit(runs, 2, expected=False) == 1
+    assert most_that_fit(runs, 1, expected=True) == 1
+    with pytest.raises(ValueError, match=r"--together 3: toy/0/seed-0 .* GiB there are; 2 fit"):
+        packs_of({cell: work[cell] for cell in list(work)[:4] if cell.labels["n"] != "2"}, 3, 1)
+
+
+def test_batches_are_padded_with_what_is_not_read():
+    short = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
+    long = {"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}
+    joint = stack([short, long], 7)
+    assert joint["input_ids"][:, 3].tolist() == [7, 7, 1]
+    assert joint["attention_mask"][:, 3].tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="have bbox of several lengths"):
+        stack([{"bbox": torch.ones(1, 2)}, {"bbox": torch.ones(1, 3)}], 0)
+    with pytest.raises(ValueError, match="lacks pixels"):
+        stack([{"pixels": torch.ones(1, 2)}, {}], 0)
+
+
+def test_a_strand_has_its_own_streams_and_errors(capsys):
+    def run(name: str) -> list[Any]:
+        random.seed(name), np.random.seed(len(name)), torch.manual_seed(len(name))
+        found: list[Any] = []
+        for _ in range(3):
+            found += [random.random(), np.random.rand(), float(torch.rand(1))]
+            yield found
+
+    def function(name: str, strands: dict[str, Strand], out: io.StringIO) -> None:
+        with contextlib.redirect_stdout(out):
+            for found in run(name):
+                print(name)
+                strands[name].ask(found)
+            raise KeyError(name)
+
+    names, strands = ["a", "bb"], {}
+    outs = {name: io.StringIO() for name in names}
+    for name in names:
+        strands[name] = Strand(partial(function, name, strands, outs[name]))
+    for _ in range(3):
+        found = {name: strands[name].resume() for name in names}
+    assert found == {name: list(run(name))[-1] for name in names}
+    print("ours")
+    assert capsys.readouterr().out == "ours\n" and outs["bb"].getvalue() == "bb\n" * 3
+    with pytest.raises(KeyError, match="bb"):
+        strands["bb"].resume()
+    assert strands["bb"].ended
+    strands["a"].close()
+    assert strands["a"].ended
 
 
 def test_seats_compare_the_metric_or_the_loss():
