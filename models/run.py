@@ -38,12 +38,15 @@ from .record.result import (
     predictions_of,
 )
 from .training.generation import write_held_out
+from .training.pack import Seat
 from .training.progress import SaveEvery
 from .training.trainer import ExactTrainer
 
 
 def run(
-    arguments: Arguments, callbacks: tuple[transformers.TrainerCallback, ...] = ()
+    arguments: Arguments,
+    callbacks: tuple[transformers.TrainerCallback, ...] = (),
+    seat: Seat | None = None,
 ) -> dict[str, Any]:
     """Do what `train.train` promises."""
     check(arguments)
@@ -65,7 +68,7 @@ def run(
     else:
         encode = tokens.encode if task.generation is None else prompts.encode
         rows, scored, order = encode(used, tokenizer, arguments.max_length)
-    loaded, attached = _attach(task, source, tokenizer, arguments)
+    loaded, attached = _attach(task, source, tokenizer, arguments, seat)
     if not task.images:
         tokens.check_ids((rows, *scored.values()), getattr(loaded.model.config, "vocab_size", None))
     result = {
@@ -76,11 +79,13 @@ def run(
     }
     show.print_parameters(result)
     with run_directory.opened(directory, identity, **choice) as checkpoint:
-        trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks)
+        trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks, seat)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.graphs is not None:
             print(trainer.graphs)
             result["notes"] += str(trainer.graphs).splitlines()
+        if seat is not None:
+            result["notes"] += seat.notes(trainer.state.global_step)
         result["metrics"] = trainer.score(scored)
         if task.generation is None:
             predictions = predictions_of(task, scored, order, trainer.predictions)
@@ -107,7 +112,7 @@ def run(
 
 
 def _attach(
-    task: Task, source: str, tokenizer: Any, arguments: Arguments
+    task: Task, source: str, tokenizer: Any, arguments: Arguments, seat: Seat | None
 ) -> tuple[Loaded, Attached]:
     """The pretrained model with a head for the task, and the same made ready to train."""
     set_seed(arguments.seed)
@@ -120,6 +125,8 @@ def _attach(
     )
     if arguments.gradient_checkpointing:
         checkpoint_activations(loaded.model)
+    if seat is not None:
+        seat.begin(loaded.model, task.metrics[0])
     return loaded, attach(arguments, loaded.model, loaded.new)
 
 
@@ -131,6 +138,7 @@ def _trainer(
     scored: dict[str, datasets.Dataset],
     arguments: Arguments,
     callbacks: tuple[transformers.TrainerCallback, ...],
+    seat: Seat | None,
 ) -> ExactTrainer:
     """The training loop over `rows`, which scores the validation split after every epoch."""
 
@@ -153,7 +161,11 @@ def _trainer(
         scores=partial(metrics_of, task) if task.generation is None else None,
         new=attached.new,
         graphs=arguments.graphs,
-        callbacks=[SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks],
+        seat=seat,
+        callbacks=[
+            *(SaveEvery(arguments.save_steps), *attached.callbacks, *callbacks),
+            *([] if seat is None else [seat]),
+        ],
     )
     for callback in trainer.callback_handler.callbacks:
         # TensorBoard's place would be the folder of checkpoints, which does not outlive the run.

@@ -16,15 +16,23 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .arguments import Arguments
 from .recipes import RECIPES, recipe_of
 from .recipes.recipe import SMALL, Cell, Recipe
-from .sweeping.cells import LOG, State, arguments_of, run_cell, state_of
+from .sweeping.cells import LOG, STOPPED, State, arguments_of, run_cell, state_of
+from .sweeping.together import Together, packs_of, run_together
 
 PRELOAD = ["models.run", "models.sweeping.estimate"]  # imported once, before any cell is forked
 Work = Mapping[Cell, Arguments]
+
+
+class Unit(NamedTuple):
+    """Cells for one process, several if they train together; `began_with` counts those done too."""
+
+    work: Work
+    began_with: int = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data-dir", type=Path, help="a folder for each task, such as sst2 (default: the hub)")
     add("--seeds", type=int, help="seeds of each cell (default: the recipe's)")
     add("--jobs", type=int, default=1, help="cells that run at a time")
+    add(
+        "--together",
+        type=_together,
+        metavar="N|auto",
+        help="cells that train in one pass over "
+        "their base; auto: as many as memory allows, where a measurement finds it faster",
+    )
+    add(
+        "--stop-losers",
+        action="store_true",
+        help="after 1, 2, 4, ... epochs of cells that train "
+        "together, stop the half with the lower validation scores",
+    )
     add("--only", nargs="+", default=[], metavar="AXIS=LABEL", help="cells with these labels")
     add("--retry", action="store_true", help="run cells again that have failed")
     add("--ray", metavar="ADDRESS", help="run the cells on a Ray cluster with these directories")
@@ -57,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("seeds", "jobs"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+        _check_together(options)
         cells = [cell for recipe in recipes for cell in _chosen(recipe, options)]
         if options.list and not recipes:
             return _list_recipes()
@@ -64,6 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _together(text: str) -> Together:
+    return "auto" if text == "auto" else int(text)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    if options.together not in (None, "auto") and options.together < 1:
+        raise ValueError(f"--together {options.together} must be at least 1, or auto")
+    if options.together is not None and options.ray is not None:
+        raise ValueError("--together packs cells on this machine: leave out --ray")
+    if options.stop_losers and options.together is None:
+        raise ValueError("--stop-losers compares cells that train together: name --together")
 
 
 def _recipes(names: Sequence[str], small: bool) -> list[Recipe]:
@@ -115,24 +150,34 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
             (work[cell].directory() / "error.json").unlink(missing_ok=True)
             states[cell] = state_of(work[cell])
         failed = {cell for cell in failed if states[cell].name == "failed"}
+    stopped = {cell for cell, state in states.items() if state.name == "stopped"}
+    for cell in () if options.stop_losers else stopped:
+        (work[cell].directory() / STOPPED).unlink()  # it goes on
     if kept:
         print(f"{len(kept)} of {len(cells)} cells are done already")
     for cell in failed:
         print(f"{cell.name}: failed before, {states[cell].why} (--retry runs it again)")
-    todo = {cell: work[cell] for cell in cells if cell not in kept and cell not in failed}
-    states |= _run_all(todo, len(cells) - len(todo), options)
+    over = kept | failed | (stopped if options.stop_losers else set())
+    packs = [
+        Unit({cell: work[cell] for cell in pack if cell not in over}, len(pack))
+        for pack in packs_of(work, options.together, options.jobs)
+    ]
+    states |= _run_all([unit for unit in packs if unit.work], len(over), options)
     counts = Counter(state.name for state in states.values())
     print(f"{options.runs}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0 if counts["done"] == len(cells) else 1
 
 
-def _run_all(work: Work, kept: int, options: argparse.Namespace) -> dict[Cell, State]:
+def _run_all(units: Sequence[Unit], kept: int, options: argparse.Namespace) -> dict[Cell, State]:
     """Run cells and tell of each as it ends, with the time that is left."""
+    work = {cell: arguments for unit in units for cell, arguments in unit.work.items()}
     if not work:
         return {}
     started, found = time.perf_counter(), {}
     ends = (
-        on_ray(work, options.ray) if options.ray is not None else in_processes(work, options.jobs)
+        on_ray(work, options.ray)
+        if options.ray is not None
+        else in_processes(units, options.jobs, options.together == "auto", options.stop_losers)
     )
     for cell, state in ends:
         found[cell] = state
@@ -147,36 +192,51 @@ def _run_all(work: Work, kept: int, options: argparse.Namespace) -> dict[Cell, S
     return found
 
 
-def in_processes(work: Work, jobs: int) -> Iterator[tuple[Cell, State]]:
-    """Yield each cell with its state as it ends; `jobs` run at a time, each in its own process.
+def in_processes(
+    units: Sequence[Unit], jobs: int, measure: bool = False, stop_losers: bool = False
+) -> Iterator[tuple[Cell, State]]:
+    """Yield each cell with its state as it ends; `jobs` units run at a time, a process for each.
 
     A process that imported everything forks them, so a cell starts in a tenth of a second.
+    `measure` and `stop_losers` are for units of several cells, as in `run_together`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    waiting = deque(work.items())
-    running: dict[int, tuple[Cell, Any, Any]] = {}
+    limit = None if "OMP_NUM_THREADS" in os.environ else threads
+    waiting = deque(units)
+    running: dict[Any, tuple[Any, dict[int, Cell]]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                cell, arguments = waiting.popleft()
+                unit = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(arguments, threads, theirs))
+                options = {"threads": limit, "measure": measure}
+                options["stop_losers"] = unit.began_with if stop_losers else None
+                runs = list(unit.work.values())
+                process = context.Process(target=_child, args=(runs, options, theirs))
                 process.start()
                 theirs.close()
-                running[process.sentinel] = cell, process, ours
-            for sentinel in connection.wait(list(running)):
-                cell, process, ours = running.pop(int(sentinel))  # type: ignore[arg-type]
-                process.join()
-                yield cell, _outcome(process, ours)
+                running[ours] = process, dict(enumerate(unit.work))
+            pipes: list[Any] = connection.wait(list(running))
+            for pipe in pipes:
+                process, cells = running[pipe]
+                try:
+                    number, state = pipe.recv()
+                except EOFError:  # it ended
+                    process.join()
+                    del running[pipe]
+                    for cell in cells.values():
+                        yield cell, _death(process.exitcode)
+                else:
+                    yield cells.pop(number), state
     finally:
-        for _, process, _ in running.values():
+        for process, _ in running.values():
             process.terminate()
 
 
-def _child(arguments: Arguments, threads: int, pipe: Any) -> None:
-    """Run a cell in a process of its own, which ends when the sweep's process does."""
+def _child(runs: Sequence[Arguments], options: Mapping[str, Any], pipe: Any) -> None:
+    """Run the cells of a unit in a process of their own, which ends when the sweep's does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -185,15 +245,10 @@ def _child(arguments: Arguments, threads: int, pipe: Any) -> None:
         os._exit(1)  # the run goes on from its last checkpoint
 
     threading.Thread(target=follow, daemon=True).start()
-    pipe.send(run_cell(arguments, None if "OMP_NUM_THREADS" in os.environ else threads))
-
-
-def _outcome(process: Any, pipe: Any) -> State:
-    """What a process that has ended said, or how it died."""
-    try:
-        return pipe.recv() if pipe.poll() else _death(process.exitcode)
-    except EOFError:
-        return _death(process.exitcode)
+    if len(runs) == 1 and options["stop_losers"] is None:
+        pipe.send((0, run_cell(runs[0], options["threads"])))
+    else:
+        run_together(runs, lambda number, state: pipe.send((number, state)), **options)
 
 
 def _death(code: int | None) -> State:

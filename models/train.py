@@ -22,21 +22,28 @@ from .arguments import DIGESTS, Arguments, words_of
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from .training.pack import Seat
+
 # What takes seconds to import is imported where it is used, so that `--help` answers at once.
 
 
-def train(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> dict[str, Any]:
+def train(
+    arguments: Arguments,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    seat: Seat | None = None,
+) -> dict[str, Any]:
     """Run `arguments` to the end; returns what `result.json` holds.
 
     A run that was cut off continues from its last checkpoint and ends with the numbers that it
     would have had. A finished run is read back. Raises ValueError, FileNotFoundError or ImportError
-    for arguments that cannot work, before any training.
+    for arguments that cannot work, before any training. With a `seat` its steps are made in one
+    pass with those of other runs (`python -m models.sweep --together`).
 
     >>> train(Arguments(task="sst2", rank=4))["metrics"]["test"]["accuracy"]
     """
     from .run import run
 
-    return run(arguments, callbacks)
+    return run(arguments, callbacks, seat)
 
 
 def parse(argv: list[str] | None = None) -> Arguments:

@@ -62,7 +62,6 @@ _SMS = (
         heat=("rank", "alpha"),
         note=f"{SMS_NOTE} The published best is rank 32, alpha 8.",
         small={**SMS_SMALL, "epochs": 1},
-        small_axes={"rank": keep("4", "32"), "alpha": keep("8", "32")},
     ),
     Recipe(
         "sms-layers",

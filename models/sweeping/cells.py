@@ -2,6 +2,7 @@
 
 The run directory is the state. With a `result.json` the cell is done, with an `error.json` it has
 failed, with neither it is still to do, and a run that was cut off goes on from its last checkpoint.
+A `stopped.json` says that better cells went on without it (`--stop-losers`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_kernels.durable import locked
 
@@ -19,13 +20,16 @@ from ..arguments import DIGESTS, Arguments
 from ..recipes.recipe import Cell
 from .bases import CLEAN, TINY, clean_sms, tiny_model
 
-ERROR, LOG = "error.json", "log.txt"
+if TYPE_CHECKING:
+    from ..training.pack import Seat
+
+ERROR, STOPPED, LOG = "error.json", "stopped.json", "log.txt"
 BASES, DATA = "bases", "data"  # below the runs: what `bases` makes
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """`name` is "done", "failed", "to do", "died" or "elsewhere"; `why` says more in words."""
+    """`name` is "done", "failed", "stopped", "to do", "died" or "elsewhere"; `why` says more."""
 
     name: str
     why: str = ""
@@ -84,13 +88,16 @@ def state_of(arguments: Arguments) -> State:
         return State("done", "diverged" if diverged else "")
     if (directory / ERROR).is_file():
         return State("failed", read_json(directory / ERROR)["error"])
+    if (directory / STOPPED).is_file():
+        return State("stopped", read_json(directory / STOPPED)["why"])
     return State("to do")
 
 
-def run_cell(arguments: Arguments, threads: int | None = None) -> State:
+def run_cell(arguments: Arguments, threads: int | None = None, seat: Seat | None = None) -> State:
     """Run a cell to its end in this process; what goes wrong is written down and returned.
 
-    What the run prints goes into `log.txt` of its directory. `threads` are those of torch.
+    What the run prints goes into `log.txt` of its directory. `threads` are those of torch. With a
+    `seat` it trains together with other cells (`together`).
     """
     import datasets
     import torch
@@ -98,6 +105,7 @@ def run_cell(arguments: Arguments, threads: int | None = None) -> State:
 
     from ..record.run_directory import write_json
     from ..train import train
+    from ..training.pack import StoppedError
     from .estimate import check_fits
 
     if threads is not None:
@@ -117,7 +125,10 @@ def run_cell(arguments: Arguments, threads: int | None = None) -> State:
         ):
             try:
                 check_fits(arguments)
-                result: dict[str, Any] = train(arguments)
+                result: dict[str, Any] = train(arguments, seat=seat)
+            except StoppedError as stopped:
+                write_json(directory / STOPPED, {"why": str(stopped)})
+                return State("stopped", str(stopped), time.perf_counter() - started)
             except Exception as error:  # noqa: BLE001 - a failed cell does not stop the others
                 error_line = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 write_json(

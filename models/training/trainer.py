@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,9 @@ from ..record.checkpoints import PROGRESS, TRAINED, seal
 from ..record.run_directory import writing
 from .meter import Meter
 from .progress import Progress, clean
+
+if TYPE_CHECKING:
+    from .pack import Seat
 
 _POOL = 50  # batches among which examples are sorted by length
 
@@ -73,7 +76,8 @@ class ExactTrainer(Trainer):
     `lengths` are the tokens of each training row. `scores` makes the scores of an epoch from what
     the model said of the training rows and from their labels; None makes none. `new` are modules
     that no pretrained file holds: checkpoints hold them though they may not train. With `graphs`
-    steps are replayed from CUDA graphs. `step_losses`, `epochs`, `seconds` and what a callback with
+    steps are replayed from CUDA graphs; with a `seat` they are made in one pass with those of other
+    runs (`pack`). `step_losses`, `epochs`, `seconds` and what a callback with
     `state_dict` and `load_state_dict` keeps survive a resume. Progress shows as one bar and a line
     for each epoch, instead of Trainer's own callbacks.
     """
@@ -85,10 +89,12 @@ class ExactTrainer(Trainer):
         scores: Callable[[Any, Any], dict[str, float]] | None,
         new: Sequence[str] = (),
         graphs: bool = False,
+        seat: Seat | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.graphs = GraphedStep(self.model, self._forward_backward) if graphs else None
+        self.seat = seat
         self._logits: list[torch.Tensor | None] = []
         self._lengths = lengths
         self._scores = scores
@@ -121,6 +127,8 @@ class ExactTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, by the clock."""
+        if self.seat is not None:
+            self.seat.join(self)
         with self.meter.phase("training"):
             output = super().train(*args, **kwargs)
         self._check_steps()
@@ -166,7 +174,9 @@ class ExactTrainer(Trainer):
         if self._batches == 0:
             self._check_steps()
         model.train()
-        run = self.graphs or partial(self._forward_backward, model)
+        run: Any = self.graphs or partial(self._forward_backward, model)
+        if self.seat is not None:
+            run = partial(self.seat.step, self._forward_backward, model)
         accumulated = self.current_gradient_accumulation_steps
         loss, logits = run(dict(inputs), *args, accumulated=accumulated, **kwargs)
         if logits is not None:

@@ -18,9 +18,10 @@ pytest.importorskip("sacrebleu", reason="it scores what is written")
 pytest.importorskip("rouge_score", reason="it scores what is written")
 from models.arguments import Arguments, check
 from models.data import prompts, sentences, tasks
+from models.sweeping.together import run_together
 from models.train import train
 from models.training.generation import write
-from tests.support.tiny_run import write_csv
+from tests.support.tiny_run import read_csv, write_csv
 
 NAMES = [f"name{i}" for i in range(12)]
 FOODS = [f"food{i}" for i in range(6)]
@@ -146,7 +147,8 @@ def test_every_method_that_has_something_to_train_writes(arguments, method, tmp_
     if method == "lora":
         saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
         assert saved["modules_to_save"] is None
-    assert any("meteor and cider are not computed" in note for note in result["notes"])
+    # Two splits are scored, and told of once.
+    assert sum("meteor and cider are not computed" in note for note in result["notes"]) == 1
 
 
 def test_what_cannot_write_is_refused(arguments, bert):
@@ -170,6 +172,29 @@ def test_a_prompt_is_written_for_alike_beside_longer_ones(gpt2, tokenizer):
     together = write(task, model, tokenizer, texts, limits)
     assert together == [write(task, model, tokenizer, [text], limits)[0] for text in texts]
     assert all(together) and len(set(together)) == 4
+
+
+def test_language_models_train_together(arguments, tmp_path):
+    changes = {"model_dropout": 0.0, "epochs": 5, "max_eval_samples": 2}
+    names = ("a", "b")
+    solo = [
+        arguments(output_dir=str(tmp_path / f"solo-{n}"), seed=int(n == "b"), **changes)
+        for n in names
+    ]
+    pack = [
+        arguments(output_dir=str(tmp_path / f"pack-{n}"), seed=int(n == "b"), **changes)
+        for n in names
+    ]
+    run_together(pack, lambda *_: None)
+    for one, other in zip(solo, pack, strict=True):
+        train(one)
+        losses = [
+            [row["loss"] for row in read_csv(made.directory() / "steps.csv")]
+            for made in (one, other)
+        ]
+        assert len(losses[0]) == 70 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+        texts = [(made.directory() / "predictions.csv").read_text() for made in (one, other)]
+        assert texts[0] == texts[1]
 
 
 def test_references_are_those_of_the_whole_split(arguments, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from models.arguments import Arguments
 from models.recipes.recipe import Recipe
 from models.record.run_directory import CHECKPOINTS, RESULT
 from models.sweeping import estimate
-from models.sweeping.cells import ERROR, State, arguments_of, run_cell, state_of
+from models.sweeping.cells import ERROR, STOPPED, State, arguments_of, run_cell, state_of
 from tests.support.tiny_run import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,13 +55,17 @@ def run(recipe, tmp_path, capfd):
     return start
 
 
+def one_by_one(work) -> list[sweep.Unit]:
+    return [sweep.Unit({cell: arguments}) for cell, arguments in work.items()]
+
+
 def test_a_failed_cell_is_shown_and_stops_nothing(run, tmp_path):
     status, printed = run()
     assert status == 1
     lines = printed.splitlines()
     assert lines[0].startswith("[1/3] toy/r=2/seed-0: done in ") and "; 2 left, about" in lines[0]
     assert "[2/3] toy/wrong/seed-0: failed" in printed and "quary" in printed
-    assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in lines[-1]
+    assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in printed
     wrong = tmp_path / "runs/toy/wrong/seed-0"
     assert "Traceback" in json.loads((wrong / ERROR).read_text())["traceback"]
 
@@ -80,7 +85,7 @@ def test_cells_run_side_by_side_and_are_told_of_as_they_end(recipe, tmp_path):
     work = {
         cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in recipe.cells(2)
     }
-    found = dict(sweep.in_processes(work, jobs=2))
+    found = dict(sweep.in_processes(one_by_one(work), jobs=2))
     assert found.keys() == work.keys()
     for cell, state in found.items():
         assert state.name == ("failed" if cell.labels["method"] == "wrong" else "done")
@@ -94,7 +99,7 @@ def test_cells_run_side_by_side_and_are_told_of_as_they_end(recipe, tmp_path):
 
 def test_the_process_that_forks_has_imported_everything(recipe, tmp_path):
     work = {next(recipe.cells()): Arguments(task="none", output_dir=str(tmp_path / "none"))}
-    list(sweep.in_processes(work, jobs=1))  # which starts it
+    list(sweep.in_processes(one_by_one(work), jobs=1))  # which starts it
     context = sweep.multiprocessing.get_context("forkserver")
     code = f"import sys; sys.exit(set({sweep.PRELOAD}) <= sys.modules.keys())"
     process = context.Process(target=exec, args=(code,))
@@ -141,7 +146,7 @@ def test_a_sweep_that_is_stopped_stops_its_cells(recipe, tmp_path):
     work = {
         cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in (wrong, long)
     }
-    ends = sweep.in_processes(work, jobs=2)
+    ends = sweep.in_processes(one_by_one(work), jobs=2)
     assert next(ends)[0] is wrong
     ends.close()
     directory = work[long].directory()
@@ -157,15 +162,61 @@ def test_a_process_that_dies_is_no_failed_cell():
     process.start()
     theirs.close()
     process.join()
-    state = sweep._outcome(process, ours)
+    with pytest.raises(EOFError):
+        ours.recv()
+    state = sweep._death(process.exitcode)
     assert state.name == "died" and "signal 9" in state.why and "memory" in state.why
+
+
+def test_cells_that_train_together_are_told_of_and_go_on(run, tmp_path, monkeypatch):
+    status, printed = run("--together", "2", "--seeds", "2")
+    assert status == 1 and "4 done, 2 failed" in printed and "[6/6]" in printed
+    for label in ("r=2", "r=4"):
+        result = json.loads((tmp_path / f"runs/toy/{label}/seed-1" / RESULT).read_text())
+        assert any("with up to 2 runs in one pass" in note for note in result["notes"])
+    done = tmp_path / "runs/toy/r=4/seed-0" / RESULT
+    before = done.stat().st_mtime_ns
+    status, printed = run("--together", "2", "--seeds", "3", "--only", "method=r=2", "method=r=4")
+    assert status == 0 and "4 of 6 cells are done already" in printed and "6 done" in printed
+    assert done.stat().st_mtime_ns == before
+
+
+def test_losers_are_kept_apart_until_they_may_go_on(run, recipe, tmp_path):
+    recipe.base["epochs"] = 2
+    words = ("--together", "4", "--seeds", "2", "--only", "method=r=2", "method=r=4")
+    status, printed = run(*words, "--stop-losers")
+    assert status == 1 and "2 done, 2 stopped" in printed
+    assert printed.count("stopped in ") == 2 and "better cells of its pack go on" in printed
+    assert len(list((tmp_path / "runs").rglob(STOPPED))) == 2
+    status, printed = run(*words, "--stop-losers")
+    assert status == 1 and "2 done, 2 stopped" in printed and "[" not in printed
+    status, printed = run(*words)
+    assert status == 0 and "4 done" in printed
+    assert not list((tmp_path / "runs").rglob(STOPPED))
+
+
+def test_a_pack_that_dies_takes_its_cells_and_no_others(recipe, tmp_path):
+    work = {
+        cell: arguments_of(cell, tmp_path / "runs", tmp_path / "data") for cell in recipe.cells(2)
+    }
+    cells = list(work)
+    long = {cell: dataclasses.replace(work[cell], epochs=500) for cell in (cells[0], cells[3])}
+    ends = sweep.in_processes([sweep.Unit({cells[2]: work[cells[2]]}), sweep.Unit(long)], 2)
+    assert next(ends)[1].name == "done"
+    child = max(sweep.multiprocessing.active_children(), key=lambda process: process.pid)
+    child.kill()
+    found = dict(ends)
+    assert found.keys() == long.keys()
+    assert all(state.name == "died" and "signal 9" in state.why for state in found.values())
 
 
 def test_the_time_left_ignores_cells_that_are_done(run, recipe, tmp_path, monkeypatch):
     clock = iter([100.0, 130.0, 160.0])
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
-        sweep, "in_processes", lambda work, jobs: ((cell, State("done")) for cell in work)
+        sweep,
+        "in_processes",
+        lambda units, *_: ((cell, State("done")) for unit in units for cell in unit.work),
     )
     directory = tmp_path / "runs/toy/r=2/seed-0"
     monkeypatch.setattr(
@@ -227,6 +278,9 @@ def test_lists(run, capfd):
         (["stsbb"], "did you mean stsb"),
         ([], "name a recipe"),
         (["glue", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["glue", "--together", "0"], "--together 0 must be at least 1, or auto"),
+        (["glue", "--together", "2", "--ray", "auto"], "leave out --ray"),
+        (["glue", "--stop-losers"], "name --together"),
         (["glue", "--seeds", "0"], "--seeds 0 must be at least 1"),
         (["glue", "--only", "task=sst3"], "glue has task=sst2, qqp, mrpc"),
     ],

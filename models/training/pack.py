@@ -1,0 +1,401 @@
+"""Runs that train as one: a forward and a backward of one frozen base for the batches of all.
+
+Every run has its own model, as alone. But all models share the frozen parameters of one base, and
+what trains in them are the very parameters of one packed model. So a run's optimizer, clipping,
+checkpoints and scoring need not know of the others. In a step
+
+    run c    hands in its batch x_c and gets the logits z_c of its rows
+             computes its own loss l_c of z_c, and the slope dl_c/dz_c
+    pack     z = packed(x_1, ..., x_C), once;  one backward of z with all slopes: d(sum l_c)/d(all)
+
+The rows of the batches stand one below the other, padded to one length.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lora_kernels import adapter_rows, add_loras, drop_adapter
+from lora_kernels.injection.inject import fused_layers
+from lora_kernels.injection.packs import adapters_of
+from lora_kernels.injection.targets import find_train
+
+from .strand import Strand
+
+if TYPE_CHECKING:
+    from .trainer import ExactTrainer
+
+Inputs = Mapping[str, Tensor]
+Step = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Batch(NamedTuple):
+    """What a run asks first in a step: the logits of these inputs."""
+
+    inputs: Inputs
+
+
+class Slope(NamedTuple):
+    """What it asks then: the gradients of its parameters, from that of its logits."""
+
+    gradient: Tensor
+    loss: Tensor
+
+
+class Ready(NamedTuple):
+    """What it asks before the first step: a place in the pack."""
+
+
+class EpochEnds(NamedTuple):
+    """What it asks between two epochs, where losers are stopped: whether it may go on."""
+
+    epochs: int
+
+
+class StoppedError(Exception):
+    """Raised in a run that others have beaten."""
+
+
+class Seat(TrainerCallback):
+    """The place of a run in a pack; `trainer` is the run's once it is ready to train.
+
+    With `halving` the run asks between two epochs whether it may go on; `metric` is then compared,
+    or the loss where it is not scored.
+    """
+
+    def __init__(self, name: str, pack: Pack, halving: bool = False) -> None:
+        self.name, self.pack, self.halving = name, pack, halving
+        self.metric = ""
+        self.strand: Strand
+        self.trainer: ExactTrainer
+        self.why_alone: str | None = None
+        self.diverged = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether the run makes its steps without the others."""
+        return self.why_alone is not None
+
+    def begin(self, model: nn.Module, metric: str) -> None:
+        """Take note of the pretrained model, before LoRA is added, and of the task's metric."""
+        self.metric = metric
+        self.pack.keep(model)
+
+    def join(self, trainer: ExactTrainer) -> None:
+        """Take part. Afterwards the parameters of the trainer's model are those of the pack."""
+        self.trainer = trainer
+        if self.halving and trainer.eval_dataset is None:
+            raise ValueError("--stop-losers compares scores of validation: there is no such split")
+        self.why_alone = self.strand.ask(Ready())
+
+    def step(
+        self, run: Step, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `run(model, inputs, ...)`, with the pack's forward and backward in place of its own.
+
+        The time in which others run is not counted; the pack counts a share of its own.
+        """
+        if not self.alone:
+            inputs = self.trainer._prepare_inputs(inputs)  # type: ignore[arg-type]
+            logits = self._ask(Batch({k: v for k, v in inputs.items() if k != "labels"}))
+            if isinstance(logits, str):
+                self.why_alone = logits
+        if self.alone:
+            return run(model, inputs, *args, **kwargs)
+        loss, kept = run(_Said(model, logits), inputs, *args, **kwargs)
+        assert logits.grad is not None
+        self.diverged = self._ask(Slope(logits.grad, loss))
+        return loss, kept
+
+    def _ask(self, what: Batch | Slope) -> Any:
+        began = time.perf_counter()
+        answer = self.strand.ask(what)
+        self.trainer.meter.seconds["training"] -= time.perf_counter() - began
+        return answer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop a run that has diverged for good: its loss and its parameters are no numbers."""
+        trained = (p for p in self.trainer.model.parameters() if p.requires_grad)
+        if self.diverged and not all(bool(p.isfinite().all()) for p in trained):
+            control.should_training_stop = True
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between two epochs, ask whether the run may go on."""
+        epochs = len(self.scores())
+        if self.halving and epochs and not self.alone:
+            self.strand.ask(EpochEnds(epochs))
+
+    def scores(self) -> list[Mapping[str, float]]:
+        """What Trainer logged of the validation split after each epoch so far."""
+        return [log for log in self.trainer.state.log_history if "eval_loss" in log]
+
+    def score(self, epoch: int) -> float:
+        """The validation score after an epoch, by which losers are told; higher is better."""
+        log = self.scores()[epoch - 1]
+        score = log.get(f"eval_{self.metric}", -log["eval_loss"])
+        return score if math.isfinite(score) else -math.inf
+
+    def notes(self, steps: int) -> list[str]:
+        """What the run's result should tell of the pack."""
+        if self.alone:
+            return []
+        found = [
+            f"trained with up to {self.pack.most} runs in one pass over the base: its seconds are "
+            "its share of theirs, its memory is that of all"
+        ]
+        if self.pack.has_dropout:
+            found.append("the base's own dropout draws other masks than in a run alone")
+        if self.diverged:
+            found.append(f"it left the others at step {steps}: its loss is no number")
+        return found
+
+
+class _Said(nn.Module):
+    """Stands for a run's model in Trainer's step: the logits are there, and the loss is its own."""
+
+    def __init__(self, model: nn.Module, logits: Tensor) -> None:
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """What the model's forward returns, without computing the logits."""
+        outputs = {"logits": self.logits}
+        if labels is not None:
+            outputs["loss"] = loss_of(self.model, self.logits, labels, kwargs)
+        return outputs
+
+    def _get_name(self) -> str:  # by which Trainer tells how labels are smoothed
+        return self.model._get_name()  # type: ignore[no-any-return, operator]
+
+
+def loss_of(model: Any, logits: Tensor, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The loss that the model's forward computes of its logits. `given` are its other arguments."""
+    if logits.ndim == 3:  # of every token
+        counts = {k: v for k, v in given.items() if k == "num_items_in_batch"}
+        size = model.config.vocab_size
+        return model.loss_function(logits=logits, labels=labels, vocab_size=size, **counts)
+    return model.loss_function(labels=labels, pooled_logits=logits, config=model.config)
+
+
+class Pack:
+    """One base with the adapters of several runs; `most` is how many there were at once."""
+
+    def __init__(self) -> None:
+        self.base: Any = None
+        self.members: dict[str, Seat] = {}
+        self.most = 0
+        self._logits: Tensor
+        self._rows: dict[str, int] = {}
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the base drops out, by torch's generator."""
+        return any(
+            "drop" in name and isinstance(value, float) and value > 0
+            for name, value in self.base.config.to_dict().items()
+        )
+
+    def keep(self, model: nn.Module) -> None:
+        """Remember the pretrained model of a run before LoRA is added; the first is the base."""
+        if self.base is None:
+            # The modules are copied, the parameters are the very ones.
+            self.base = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+    def open(self, seats: Sequence[Seat]) -> list[str | None]:
+        """Give a place to every run whose frozen parameters are the base's.
+
+        Returns for each why it trains alone, or None.
+        """
+        why = {seat: self._unlike(seat.trainer.model) for seat in seats}
+        found = [seat for seat in seats if why[seat] is None]
+        if len(found) < 2:
+            why |= dict.fromkeys(found, "no other run shares its base")
+            return list(why.values())
+        flags = {p: p.requires_grad for seat in found for p in seat.trainer.model.parameters()}
+        torch.manual_seed(found[0].trainer.args.seed)  # of the base's own dropout
+        try:
+            self._add(found, flags)
+        except (ValueError, TypeError) as error:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            why |= dict.fromkeys(found, str(error))
+        else:
+            self.members, self.most = {seat.name: seat for seat in found}, len(found)
+        return list(why.values())
+
+    def _unlike(self, model: Any) -> str | None:
+        """Why a run cannot share the base; None if it can."""
+        theirs = dict(self.base.named_parameters(remove_duplicate=False))
+        whole = find_train(model, model.lora_config.train)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad or _within(name, whole):
+                continue
+            if name not in theirs or not torch.equal(parameter, theirs[name].to(parameter.device)):
+                return f"its frozen {name} is not that of the first run"
+        if any(module._buffers.get("running_mean") is not None for module in model.modules()):
+            return "the base has running statistics, which would be those of all runs"
+        return None
+
+    def _add(self, seats: Sequence[Seat], trains: Mapping[nn.Parameter, bool]) -> None:
+        """Make the packed model, and put its parameters into the models of the runs."""
+        models: dict[str, Any] = {seat.name: seat.trainer.model for seat in seats}
+        add_loras(
+            self.base.to(seats[0].trainer.args.device),
+            {name: model.lora_config for name, model in models.items()},
+            seeds={seat.name: seat.trainer.args.seed for seat in seats},
+        )
+        frozen = dict(self.base.named_parameters(remove_duplicate=False))
+        for name, model in models.items():
+            for path, own in list(model.named_parameters(remove_duplicate=False)):
+                shared = packed_parameter(self.base, model, path, name)
+                if shared is None:
+                    shared = frozen[path]
+                else:
+                    with torch.no_grad():
+                        shared.copy_(own)
+                    shared.requires_grad_(trains[own])
+                parent, _, leaf = path.rpartition(".")
+                model.get_submodule(parent)._parameters[leaf] = shared
+
+    def leave(self, name: str) -> None:
+        """Take a run out that has ended."""
+        if self.members.pop(name, None) is not None and self.members:
+            drop_adapter(self.base, name)
+
+    def forward(self, batches: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        """The logits of each run's rows, as leaves: their gradients are for `backward`.
+
+        On a CPU each run's dropout on LoRA is drawn from its own random state, as alone.
+        """
+        generators = adapters_of(self.base).streams.generators
+        for name in batches:
+            generators[name].set_state(self.members[name].strand.surroundings.torch)
+        leaves = self._forward(batches)
+        for name in batches:
+            strand = self.members[name].strand
+            strand.surroundings = strand.surroundings._replace(torch=generators[name].get_state())
+        return leaves
+
+    def _forward(self, batches: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        self._rows = {name: len(next(iter(inputs.values()))) for name, inputs in batches.items()}
+        joint = stack(list(batches.values()), getattr(self.base.config, "pad_token_id", None))
+        self.base.train()
+        accelerator = next(iter(self.members.values())).trainer.accelerator
+        with accelerator.autocast(), adapter_rows(self.base, self._rows):
+            self._logits = self.base(**joint).logits
+        leaves = {}
+        for (name, inputs), part in zip(batches.items(), self._parts(self._logits), strict=True):
+            if part.ndim == 3:  # of every token: without those of padding
+                part = part[:, : inputs["input_ids"].shape[1]]
+            leaves[name] = part.detach().float().requires_grad_()
+        return leaves
+
+    def _parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.split(list(self._rows.values()))
+
+    def backward(self, slopes: Mapping[str, Tensor]) -> None:
+        """Add the gradients of every run to its parameters, from those of its logits."""
+        gradient = torch.zeros_like(self._logits)
+        for name, part in zip(self._rows, self._parts(gradient), strict=True):
+            if name in slopes:  # a run that failed meanwhile has none
+                slope = slopes[name]
+                part[tuple(map(slice, slope.shape))] = slope.to(part.dtype)
+        with adapter_rows(self.base, self._rows):
+            self._logits.backward(gradient)  # type: ignore[no-untyped-call]
+        del self._logits
+
+    def speed(self, batches: int = 2) -> float:
+        """Seconds of steps one by one over those of the pack, measured on batches of an epoch.
+
+        Only forward and backward are timed. No parameter changes, and no gradient is left.
+        """
+        plans = {n: list(_some(seat.trainer, batches)) for n, seat in self.members.items()}
+        given = [{name: plan[i] for name, plan in plans.items()} for i in range(batches)]
+        self._packed(given[0])  # warm
+        packed = _seconds(lambda: list(map(self._packed, given)))
+        solo = _seconds(lambda: list(map(self._solo, given)))
+        return solo / packed
+
+    def _packed(self, batches: Mapping[str, Inputs]) -> None:
+        leaves = self._forward(batches)
+        self.backward({name: torch.ones_like(leaf) for name, leaf in leaves.items()})
+        self._forget()
+
+    def _solo(self, batches: Mapping[str, Inputs]) -> None:
+        for name, inputs in batches.items():
+            trainer = self.members[name].trainer
+            trainer.model.train()
+            with trainer.accelerator.autocast():
+                logits = trainer.model(**inputs).logits
+            logits.sum().backward()
+        self._forget()
+
+    def _forget(self) -> None:
+        for seat in self.members.values():
+            seat.trainer.model.zero_grad()
+
+
+def packed_parameter(base: nn.Module, model: Any, path: str, name: str) -> nn.Parameter | None:
+    """The packed model's parameter for that of a run's model at `path`; None for a frozen one."""
+    parent, _, leaf = path.rpartition(".")
+    if leaf in ("lora_A", "lora_B") and parent in fused_layers(model):
+        return getattr(base.get_submodule(parent), leaf)[name]  # type: ignore[no-any-return]
+    whole = _within(path, find_train(model, model.lora_config.train))
+    if whole is None:
+        return None
+    own: nn.Module = base.get_submodule(whole)[name]  # type: ignore[index]
+    return own.get_parameter(path.removeprefix(f"{whole}."))
+
+
+def _within(path: str, modules: Mapping[str, str]) -> str | None:
+    return next((module for module in modules if path.startswith(f"{module}.")), None)
+
+
+def stack(batches: Sequence[Inputs], pad: int | None) -> dict[str, Tensor]:
+    """The batches one below the other, padded on the right to the longest.
+
+    Raises ValueError for batches of other tensors, and for lengths that nothing is known to fill.
+    """
+    fill = {"attention_mask": 0, "token_type_ids": 0, "input_ids": pad}
+    found = {}
+    for key in batches[0]:
+        parts = [inputs.get(key) for inputs in batches]
+        if any(part is None for part in parts):
+            raise ValueError(f"a batch of the pack lacks {key}")
+        longest = max(part.shape[1:2] for part in parts)  # type: ignore[union-attr]
+        if any(part.shape[1:2] != longest for part in parts):  # type: ignore[union-attr]
+            if fill.get(key) is None:
+                raise ValueError(f"the batches of the pack have {key} of several lengths")
+            parts = [
+                nn.functional.pad(p, (0, longest[0] - p.shape[1]), value=fill[key])  # type: ignore[arg-type, union-attr]
+                for p in parts
+            ]
+        found[key] = torch.cat(parts)  # type: ignore[arg-type]
+    return found
+
+
+def _some(trainer: Any, count: int) -> Any:
+    """Batches from all over the first epoch, as the run will have them."""
+    size, order = trainer.args.train_batch_size, list(trainer._get_train_sampler())
+    whole = max(1, len(order) // size)
+    for number in range(count):
+        at = whole * (2 * number + 1) // (2 * count) * size
+        rows = [trainer.train_dataset[row] for row in order[at : at + size]]
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        yield {key: value for key, value in inputs.items() if key != "labels"}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
