@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from lora_kernels import FusedLoRALinear, lora_linear
+from lora_kernels.algebra.operands import PackWeights, Settings
+from lora_kernels.algebra.packs import Pack
 from lora_kernels.autograd import function, functional
+from lora_kernels.autograd.packs import packed_linears
 from tests.support.oracle import Case, inputs
 
 
@@ -128,3 +131,17 @@ def bad(**changes):
 def test_bad_input_gets_one_error_that_names_the_values(changes, error, words):
     with pytest.raises(error, match=words):
         lora_linear(**bad(**changes))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_torch_func_is_refused_in_words_for_several_adapters(transform):
+    pack = Pack((0, 2, 5), (2, 2), (1.0, 1.0), (0.0, 0.0), names=("a", "b"))
+    lora_A, lora_B = (torch.ones(2, 6),) * 2, (torch.ones(4, 2),) * 2
+    weights = PackWeights(torch.ones(4, 6), None, lora_A, lora_B)
+    settings = Settings(1.0, 0.0, "library", pack=pack)
+
+    def loss(x):
+        return packed_linears(x, (weights,), settings)[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"several adapters has no rules for torch\.func"):
+        transform(loss)(torch.ones(5, 6) if transform is torch.func.grad else torch.ones(3, 5, 6))
