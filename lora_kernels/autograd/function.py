@@ -7,6 +7,7 @@ seen as rows [M, K] in here: outside, each view would be a node of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +68,20 @@ class LoRALinears(torch.autograd.Function):
             return _gradients(ctx, *dy)
 
 
-# Function.apply without its look for a transform of torch.func, which takes 4 us a call.
-# `lora_linears` has looked before.
-apply = super(torch.autograd.Function, LoRALinears).apply
+def shortcut() -> tuple[Callable[..., Any], Callable[[], object]]:
+    """(apply, transform): Function.apply without its look for torch.func, and that look.
+
+    Torch's own look takes 4 us a call more; transform() is None outside of torch.func. Both are
+    private to torch: where a release lacks one, apply is the public one, which looks by itself.
+    """
+    try:
+        apply = super(torch.autograd.Function, LoRALinears).apply
+        return apply, torch._C._functorch.peek_interpreter_stack
+    except AttributeError:
+        return LoRALinears.apply, lambda: None
+
+
+apply, transform = shortcut()
 _FIRST = 2  # the place of the first operand among the arguments of apply
 
 

@@ -13,7 +13,7 @@ from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from . import operators
 from .autocast import autocast_dtype
-from .function import Call, apply, as_rows
+from .function import Call, apply, as_rows, transform
 
 
 def lora_linear(
@@ -92,7 +92,7 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     if torch.compiler.is_compiling():
         y = operators.call(as_rows(x), operands, settings, seed)
         return y if x.dim() == 2 else tuple([t.view(*x.shape[:-1], t.shape[1]) for t in y])
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transform() is not None:
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
         )

@@ -15,7 +15,7 @@ from ..algebra.packs import Pack, first_of, table
 from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from .autocast import autocast_dtype
-from .function import Call, apply
+from .function import Call, apply, transform
 
 _KEPT = 4096  # seeds of that many calls are kept for a checkpoint that recomputes them
 
@@ -76,6 +76,11 @@ def packed_linears(
     assert pack is not None
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record a layer with several adapters")
+    if transform() is not None:
+        raise RuntimeError(
+            "a layer with several adapters has no rules for torch.func transforms (vmap, grad, "
+            "jvp): call it outside"
+        )
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
         x = x.to(dtype)

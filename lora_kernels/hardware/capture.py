@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -36,7 +37,22 @@ def captured(
         torch.cuda.set_stream(current)
         generator.graphsafe_set_state(spare)
         with suppress(RuntimeError):  # the allocator may have left the capture already
-            torch._C._cuda_endAllocateToPool(current.device_index, pool)
-            torch._C._cuda_releasePool(current.device_index, pool)
+            _leave(current.device_index, pool)
         raise error.__context__ or error from None
     return graph.replay
+
+
+def _leave(device: int, pool: Any) -> None:
+    """Take torch's allocator out of a failed capture. Torch has only private functions for that."""
+    try:
+        end, release = torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool
+    except AttributeError as error:
+        warnings.warn(
+            f"this torch cannot leave a failed capture of a CUDA graph ({error}): memory that is "
+            "allocated from now on may stay with the graph; begin a new process",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    end(device, pool)
+    release(device, pool)

@@ -61,6 +61,7 @@ class Facts:
     gpu_error: str | None
     interpreting: bool
     peft_asked: str | None = None  # the oldest PEFT that transformers works with
+    launches_known: bool = True  # whether the launch cache knows this Triton
 
     @property
     def gpus(self) -> list[str]:
@@ -96,6 +97,10 @@ PITFALLS = (
             "older than that build needs, or CUDA_VISIBLE_DEVICES hides it"),
     Pitfall("no-triton", lambda f: f.gpus and not f.versions["triton"],
             "Triton is not installed: the GPU gets the library strategy alone"),
+    Pitfall("unknown-triton", lambda f: f.gpus and f.versions["triton"] and not f.launches_known,
+            "the launch cache does not know this Triton, so Triton's own dispatch makes every "
+            "launch: results are the same, but a launch takes the host about 36 us, not 7; small "
+            "models get slower. Take Triton 3.6 or 3.7"),
     Pitfall("turing", lambda f: any(re.fullmatch(r"sm_[1-7]\d", arch) for arch in f.gpus),
             "Triton (3.3 and later) has no matrix instructions for cards before sm_80: they get "
             "the library strategy; they have no fast bfloat16 either, so train in float16"),
@@ -134,7 +139,16 @@ def gather() -> Facts:
     hip, cuda = torch.version.hip, torch.version.cuda
     build = f"ROCm {hip}" if hip else cuda and f"CUDA {cuda}"
     found = (versions, build, tuple(devices), _driver(), gpu_error, interpreting())
-    return Facts(*found, _peft_asked())
+    return Facts(*found, _peft_asked(), _launches_known())
+
+
+def _launches_known() -> bool:
+    """Whether the launch cache knows this Triton; True where the cache cannot be imported."""
+    with suppress(ImportError, ValueError):  # no Triton, or a variable that the trials will report
+        from ..kernels import launch
+
+        return launch.KNOWN
+    return True
 
 
 def _peft_asked() -> str | None:

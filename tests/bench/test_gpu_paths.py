@@ -242,6 +242,18 @@ def test_a_failed_capture_leaves_nothing_behind(gpu):
     assert state["cleared"] == [(name, 0, "pool") for name in names]
 
 
+@pytest.mark.parametrize("lack", ["_cuda_endAllocateToPool", "_cuda_releasePool"])
+def test_a_torch_that_cannot_leave_a_failed_capture_says_so(gpu, monkeypatch, lack):
+    monkeypatch.delattr(torch._C, lack)
+    one = torch.ones(())
+    with (
+        pytest.warns(RuntimeWarning, match=f"cannot leave a failed capture.*{lack}"),
+        pytest.raises(RuntimeError, match="not permitted"),
+    ):
+        stopwatches.captured(lambda: one.item() if state.get("capturing") else None)
+    assert state["stream"] is gpu and state["cleared"] == []
+
+
 def test_tuning(gpu, monkeypatch):
     rows = {name: STRATEGIES[name] for name in ("library", "split")}
     tiles = {**dict.fromkeys(tune.CANDIDATES, ()), "project": tune.CANDIDATES["project"][:1]}

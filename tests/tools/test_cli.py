@@ -43,6 +43,11 @@ def _versions(**versions):
         pytest.param({"devices": CPU_ONLY, "gpu_build": None}, {"cpu-build"}, id="cpu-build"),
         pytest.param({"devices": CPU_ONLY}, {"gpu-unreachable"}, id="old-driver"),
         pytest.param({"versions": _versions(triton=None)}, {"no-triton"}, id="no-triton"),
+        pytest.param({"launches_known": False}, {"unknown-triton"}, id="unknown-triton"),
+        pytest.param(
+            {"launches_known": False, "devices": CPU_ONLY, "driver": None, "gpu_build": None},
+            set(), id="unknown-triton-without-gpu",
+        ),
         pytest.param({"devices": (Device("cuda:0", "T4", "sm_75"),)}, {"turing"}, id="turing"),
         pytest.param({"devices": (Device("cuda:0", "RTX 5090", "sm_120"),)}, set(), id="blackwell"),
         pytest.param({"devices": (Device("cuda:0", "MI300X", "gfx942"),)}, set(), id="amd"),
@@ -147,6 +152,13 @@ def test_a_command_line_that_cannot_be_read(argv, capsys):
 def test_every_command_takes_json(name):
     paths = ["source", "target"] if name in ("convert", "merge") else []
     assert cli.parser().parse_args([name, *paths, "--json"]).json is True
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_doctor_asks_the_launch_cache_which_triton_it_knows(known, monkeypatch):
+    launch = pytest.importorskip("lora_kernels.kernels.launch")
+    monkeypatch.setattr(launch, "KNOWN", known)
+    assert doctor.gather().launches_known is known
 
 
 def test_the_peft_that_transformers_asks_for_is_found(tmp_path, monkeypatch):
