@@ -33,11 +33,16 @@ from ..algebra.operands import Parts
 from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
 from ..strategies.problem import Problem
+from .sharded import is_part
 
 _APART = (
     "layers that are grouped for their names (query, key and value, say) got different tensors in "
     "one call of their block: results were computed and dropped. The numbers are right, the time "
     "is lost: LoRAConfig(group=False), or fuse_peft(model, group=False), saves it"
+)
+_SHARDED = (
+    "layers that would run as a group (query, key and value, say) run one by one: each is an FSDP "
+    "unit of its own, so only a part of its siblings is here; make their block one unit instead"
 )
 
 
@@ -45,6 +50,9 @@ class LoRALayer(Protocol):
     """A layer with LoRA: a FusedLoRALinear, or what `fuse_peft` made of a layer of PEFT's."""
 
     group: Group | None  # the siblings that read the same x
+    in_features: int
+    out_features: int
+    rank: int  # of each range of columns
 
     def own(self) -> Parts | None:
         """Its tensors, and its settings as in training; None if it runs unfused."""
@@ -58,9 +66,8 @@ def layout_of(layer: LoRALayer) -> tuple[Any, ...] | None:
     own = layer.own()
     if own is None or own.settings.columns is not None:
         return None
-    R, K = own.weights.lora_A.shape
     layouts = [None if t is None else (t.dtype, t.device, t.stride()) for t in own.weights]
-    return R, K, own.settings, *layouts
+    return layer.rank, layer.in_features, own.settings, *layouts
 
 
 def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Problem:
@@ -69,16 +76,17 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
     `dtype` is that of the activations (default: the weight's). Raises ValueError if the layer runs
     unfused.
     """
-    members = [layer] if layer.group is None else layer.group.members
-    found = [own for member in members if (own := member.own()) is not None]
+    alone = layer.group is None or layer.group.apart
+    members = [layer] if alone else layer.group.members  # type: ignore[union-attr]
+    found = [member for member in members if member.own() is not None]
     own = layer.own()
     if own is None:
         raise ValueError("a layer that runs unfused asks for no strategy")
-    (weight, _, _, lora_B), settings = own
+    weight, settings = own.weights.weight, own.settings
     now = layer.parts()
     return Problem.on(
-        weight.device, M, max(each.weights.weight.shape[0] for each in found), weight.shape[1],
-        lora_B.shape[1], dtype or weight.dtype,
+        weight.device, M, max(each.out_features for each in found), layer.in_features,
+        layer.rank, dtype or weight.dtype,
         dropout=now is not None and now.settings.dropout > 0,
         segments=len(settings.columns or members), columns=settings.columns is not None,
     )  # fmt: skip
@@ -106,6 +114,7 @@ class Group:
     def __init__(self, members: Iterable[LoRALayer], first_only: bool = False) -> None:
         self._members = tuple([ref(member) for member in members])
         self.first_only = first_only
+        self.apart = False  # each member ran alone in the last call, since FSDP holds its siblings
         self._fresh = False  # the parent was called, and has not passed an x yet
         # One attribute, so that in a model called from threads results never part from their x.
         self._waiting: _Waiting | None = None
@@ -151,7 +160,11 @@ class Group:
         self._fresh = False
         every = [own if member is layer else member.parts() for member in members]
         if not _alike(every, x):
+            if not self.apart and not compiling and _any_part(members):
+                self.apart = True
+                warnings.warn(_SHARDED, stacklevel=5)
             return None
+        self.apart = False
         ys = lora_linears(x, tuple([parts.weights for parts in every]), own.settings)
         results = {
             id(member): (y, _state(parts, compiling))
@@ -177,10 +190,16 @@ def _alike(every: list[Any], x: Tensor) -> bool:
             others != settings
             or (weights.bias is None) != (first.bias is None)
             or weight.device != device
+            or is_part(weights)
             or weight.shape[-1] != K
         ):
             return False
     return True
+
+
+def _any_part(members: list[LoRALayer]) -> bool:
+    """Whether a matrix of some member is not whole here, now."""
+    return any(is_part(own.weights) for each in members if (own := each.own()) is not None)
 
 
 def _state(parts: Parts, compiling: bool) -> Any:
