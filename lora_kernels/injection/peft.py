@@ -246,7 +246,7 @@ def _exchange(layer: Any, old: type, new: type) -> None:
     if cls is not old:
         own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
         bases = tuple(new if base is old else base for base in cls.__bases__)
-        new = type(cls.__name__, bases, own)
+        new = type(cls.__name__.replace(old.__name__, new.__name__), bases, own)
     layer.__class__ = new
 
 

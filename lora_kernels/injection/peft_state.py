@@ -156,6 +156,7 @@ def part_reason(weights: Weights) -> str:
 
 
 def class_of(layer: Any) -> type:
-    """The class of a layer, under the one that FSDP2 puts before that of a unit."""
-    classes = type(layer).__mro__
-    return next(cls for cls in classes if not cls.__module__.startswith("torch.distributed."))
+    """The class of a layer; of a unit of FSDP2 the one below, which FSDP2 derives its own from."""
+    cls = type(layer)
+    first, *rest = cls.__bases__
+    return rest[0] if first.__module__.startswith("torch.distributed.") else cls
