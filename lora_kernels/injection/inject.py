@@ -254,7 +254,7 @@ def trained_paths(model: nn.Module) -> list[str]:
 
 def fused_row(name: str, layer: FusedLoRALinear) -> FusedRow:
     """The strategy of a layer for a batch of `TYPICAL_TOKENS`."""
-    _, choice = chosen(layer, layer.rank, TYPICAL_TOKENS)
+    _, choice = chosen(layer, TYPICAL_TOKENS)
     where = f"columns {layer.columns}: " if layer.columns else ""
     return FusedRow(name, choice.strategy, where + choice.reason)
 

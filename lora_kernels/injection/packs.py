@@ -220,7 +220,7 @@ def chosen_of_pack(
     layer: PackedLoRALinear, tokens: int, dtype: torch.dtype | None = None
 ) -> tuple[Problem, Choice]:
     """As `chosen`, for the tokens of all adapters together; the reason says how the pack runs."""
-    problem, choice = chosen(layer, layer.rank, tokens, dtype)
+    problem, choice = chosen(layer, tokens, dtype)
     count = len(layer.own_settings)
     how = "all in each launch"
     if choice.strategy == "library":

@@ -9,26 +9,36 @@ reference from a layer to itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from .. import arguments
-from ..algebra.operands import Parts, Settings, Weights
+from ..algebra.operands import Parts, Settings
 from ..autograd.addition import add_lora_to
 from ..autograd.functional import lora_layer
-from ..layers.base import is_conv1d, why_not_plain
 from ..layers.dora import Dora, dora_layer
-from ..layers.quantised import chosen, quantiser
+from ..layers.quantised import chosen
+from ..layers.sharded import is_part
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
 from ..strategies.table import check_strategy
 from .bypassed import bypasses, probed, unwatch, watch
+from .peft_state import (
+    KINDS,
+    OFF,
+    Plain,
+    class_of,
+    fallback_reason,
+    never_fused,
+    part_reason,
+    plain_lora,
+)
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
 
@@ -59,12 +69,15 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
     layers = dict(_lora_layers(peft_model))
     dead = probed(peft_model, layers)
     reasons: dict[str, str | None] = {}
+    told: set[str] = set()
     for name, layer in layers.items():
-        reasons[name] = _never(layer) or bypasses(peft_model, name) or dead.get(name)
+        reasons[name] = never_fused(layer) or bypasses(peft_model, name) or dead.get(name)
         if reasons[name] is None:
-            layer.__class__ = _fused_class(type(layer).__name__)
-            layer.strategy, layer.group = strategy, None
+            kind = class_of(layer)
+            _exchange(layer, kind, _fused_class(kind.__name__))
+            layer.strategy, layer.group, layer.fallen, layer.told = strategy, None, None, told
             reasons[name] = fallback_reason(layer)
+    told |= {reason for reason in reasons.values() if reason is not None}
     if group:
         group_siblings(peft_model, fused_peft_layer)
     watch(peft_model)
@@ -85,8 +98,10 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
     unwatch(model)
     for module in model.modules():
         if (layer := fused_peft_layer(module)) is not None:
-            _, layer.__class__ = type(layer).__bases__
-            del layer.strategy, layer.group
+            fused = class_of(layer)
+            _exchange(layer, fused, fused.__bases__[1])
+            for name in ("strategy", "group", "fallen", "told"):
+                vars(layer).pop(name, None)
     return model
 
 
@@ -96,19 +111,23 @@ def fused_peft_layers(
     """Name, problem and choice of the layers that run fused in their present state."""
     found = []
     for name, module in model.named_modules():
-        if (layer := fused_peft_layer(module)) is not None:
-            plain = plain_lora(layer)
-            if not isinstance(plain, str):
-                rank = plain.weights.lora_A.shape[0]
-                found.append((name, *chosen(layer, rank, tokens, dtype)))
+        layer = fused_peft_layer(module)
+        if layer is not None and fallback_reason(layer) is None and layer.fallen is None:
+            found.append((name, *chosen(layer, tokens, dtype)))
     return found
 
 
-# Hooks that torch calls for every module (register_module_forward_hook and its like).
-_GLOBAL_HOOKS = (
-    module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks,
-    module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks,
-)  # fmt: skip
+def unfused_peft_layers(model: nn.Module) -> list[SkippedRow]:
+    """The layers of `fuse_peft` that do not run fused in their present state, or did not last."""
+    found = []
+    for name, module in model.named_modules():
+        if (layer := fused_peft_layer(module)) is not None:
+            reason = fallback_reason(layer)
+            if reason is None and layer.fallen is not None:
+                reason = f"in its last call: {layer.fallen}"
+            if reason is not None:
+                found.append(SkippedRow(name, reason))
+    return found
 
 
 class _Fused:
@@ -116,12 +135,18 @@ class _Fused:
 
     strategy: str
     group: Any
+    fallen: str | None = None  # why the last call with LoRA ran PEFT's own forward
+    told: set[str]  # the reasons that were reported, for all layers of one `fuse_peft`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = plain_lora(self)
-        if isinstance(plain, str) or args or any(v is not None for v in kwargs.values()):
+        mixed = bool(args) or any(v is not None for v in kwargs.values())
+        if isinstance(plain, str) or mixed or is_part(plain.weights):
+            _tell(self, plain, mixed)
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
+        if self.fallen is not None:
+            self.fallen = None
         parts = _parts(self, plain, in_training=False)
         if plain.quantised:
             _, _, lora_A, lora_B = plain.weights
@@ -139,7 +164,8 @@ class _Fused:
 
     def parts(self) -> Parts | None:
         """The tensors and settings of a call now; None where it runs alone, or not fused."""
-        return self._shared(in_training=False)
+        parts = self._shared(in_training=False)
+        return None if parts is None or is_part(parts.weights) else parts
 
     def own(self) -> Parts | None:
         """The same with the settings as in training."""
@@ -151,17 +177,38 @@ class _Fused:
             return None
         return _parts(self, plain, in_training=in_training)
 
+    @property
+    def rank(self) -> int:
+        """R of the adapter that is active."""
+        adapters: Any = self.lora_A  # type: ignore[attr-defined]
+        (name,) = (each for each in self.active_adapters if each in adapters)  # type: ignore[attr-defined]
+        rank: int = adapters[name].out_features
+        return rank
+
     def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fused")  # printed, it is PEFT's layer still
+        return type(self).__name__.replace("Fused", "")  # printed, it is PEFT's layer still
 
     def extra_repr(self) -> str:
         return f"fused, strategy={self.strategy!r}"
 
 
-# PEFT's classes of linear layers that can run fused, and the modules that define them.
-_KINDS = {
-    "Linear": "layer", "Linear4bit": "bnb", "Linear8bitLt": "bnb", "TorchaoLoraLinear": "torchao",
-}  # fmt: skip
+def _tell(layer: Any, plain: Plain | str, mixed: bool) -> None:
+    """Note why a call runs PEFT's own forward, and warn of each reason that was not reported."""
+    if plain in OFF or torch.compiler.is_compiling():
+        return
+    if isinstance(plain, str):
+        reason = plain
+    else:
+        reason = "a mixed batch (adapter_names)" if mixed else part_reason(plain.weights)
+    layer.fallen = reason
+    told = vars(layer).setdefault("told", set())  # a pickle may come from before it
+    if reason not in told:
+        told.add(reason)
+        warnings.warn(
+            "LoRA layers that fuse_peft reported as fused run PEFT's own forward; explain(model) "
+            f"names them. The reason: {reason}",
+            stacklevel=4,
+        )
 
 
 @cache
@@ -170,27 +217,14 @@ def _fused_class(name: str) -> type:
 
     It is made when it is asked for: importing this package imports no PEFT.
     """
-    kind = getattr(import_module(f"peft.tuners.lora.{_KINDS[name]}"), name)
+    kind = getattr(import_module(f"peft.tuners.lora.{KINDS[name]}"), name)
     return type(f"Fused{name}", (_Fused, kind), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> Any:  # where a pickle finds the class
-    if name.removeprefix("Fused") in _KINDS and name.startswith("Fused"):
+    if name.removeprefix("Fused") in KINDS and name.startswith("Fused"):
         return _fused_class(name.removeprefix("Fused"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class Plain(NamedTuple):
-    """What a PEFT layer that runs fused consists of; `magnitude` is DoRA's.
-
-    The base layer of a `quantised` one is called as it is, and LoRA added to its y.
-    """
-
-    weights: Weights
-    dropout: nn.Module
-    scale: float
-    magnitude: Tensor | None = None
-    quantised: bool = False
 
 
 def _parts(layer: Any, plain: Plain, *, in_training: bool) -> Parts:
@@ -203,109 +237,17 @@ def _parts(layer: Any, plain: Plain, *, in_training: bool) -> Parts:
 
 def fused_peft_layer(module: nn.Module | None) -> Any:
     """The module itself if `fuse_peft` made it a FusedLinear, else None."""
-    return module if type(module).__module__ == __name__ else None
+    return module if isinstance(module, _Fused) else None
 
 
-def fallback_reason(layer: Any) -> str | None:
-    """Why a PEFT layer in its present state runs PEFT's own forward; None if it runs fused."""
-    plain = plain_lora(layer)
-    return plain if isinstance(plain, str) else None
-
-
-def plain_lora(layer: Any) -> Plain | str:
-    """What a layer that can run fused now consists of; else why it cannot, in words."""
-    if any(_GLOBAL_HOOKS):
-        return "there are global module hooks, which expect calls of the modules inside it"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records PEFT's own forward"
-    if layer.disable_adapters:
-        return "adapters are disabled"
-    if layer.merged:
-        return "merged: only the base layer runs"
-    known = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(known) != 1:
-        return f"{len(known)} adapters are active: {', '.join(known) or 'none'}"
-    return _plain_adapter(layer, known[0])
-
-
-def _plain_adapter(layer: Any, name: str) -> Plain | str:
-    """The same for its one active adapter."""
-    adapter = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    base, scale, (lora_A, lora_B, dropout) = layer.base_layer, layer.scaling[name], adapter
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A.bias is not None:
-        return f"adapter {name!r} is made of {type(lora_A).__name__}, {type(lora_B).__name__}"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "p", 0.0) >= 1:
-        return f"adapter {name!r} has the dropout {dropout}"
-    if not isinstance(scale, (int, float)):
-        return f"the scaling of adapter {name!r} is a {type(scale).__name__}, no number"
-    if (whose := quantiser(base)) is not None:
-        if lora_B.bias is not None or name in layer.lora_variant or any(map(_is_hooked, adapter)):
-            return f"its weight is {whose}, and the adapter no plain LoRA, or hooked"
-        weights = Weights(base.weight, None, lora_A.weight, lora_B.weight)
-        return Plain(weights, dropout, scale, quantised=True)
-    if not (type(base) is nn.Linear or is_conv1d(base)):
-        return f"its base layer is {type(base).__module__}.{type(base).__name__}"
-    if _is_hooked(base) or any(map(_is_hooked, adapter)):
-        return "a module inside it has hooks or a patched forward"
-    bias = base.bias
-    if lora_B.bias is not None:  # lora_bias
-        bias = scale * lora_B.bias if bias is None else bias + scale * lora_B.bias
-    weights = Weights(base.weight, bias, lora_A.weight, lora_B.weight)
-    if type(base) is not nn.Linear:  # a Conv1D holds [K, N]
-        weights = weights._replace(weight=weights.weight.T)
-    if refusal := _why_not(weights):
-        return refusal
-    if name not in layer.lora_variant:
-        return Plain(weights, dropout, scale)
-    magnitude = _magnitude(layer, name, weights.weight.device)
-    return magnitude if isinstance(magnitude, str) else Plain(weights, dropout, scale, magnitude)
-
-
-def _magnitude(layer: Any, name: str, device: torch.device) -> Tensor | str:
-    """The magnitude of DoRA; why there is none to use, in words."""
-    variant = layer.lora_variant[name]
-    if not _is_of_peft(variant, "DoraLinearVariant"):
-        words = type(variant).__name__.removesuffix("LinearVariant")
-        return f"adapter {name!r} is a LoRA variant: {words}"
-    holder = layer.lora_magnitude_vector[name]
-    if not _is_of_peft(holder, "DoraLinearLayer") or _is_hooked(holder):
-        return f"adapter {name!r} has a magnitude of another class, or with hooks"
-    if holder.weight.device != device:
-        return f"the magnitude of adapter {name!r} is on {holder.weight.device}"
-    weight: Tensor = holder.weight
-    return weight
-
-
-def _is_of_peft(value: Any, name: str) -> bool:
-    cls = type(value)
-    return cls.__name__ == name and cls.__module__.startswith("peft.")
-
-
-def _why_not(weights: Weights) -> str | None:
-    """Why these tensors cannot run fused, or None."""
-    weight, _, lora_A, lora_B = weights
-    if refusal := why_not_plain(weight) or why_not_plain(lora_A) or why_not_plain(lora_B):
-        return f"its weight is {refusal}"
-    return "the base weight trains too" if weight.requires_grad else None
-
-
-def _never(layer: Any) -> str | None:
-    """Why a LoRA layer can never run fused."""
-    if _is_of_peft(layer, "ParamWrapper"):
-        return "its LoRA is on a parameter (target_parameters), not on a linear layer"
-    if not any(_is_of_peft(layer, name) for name in _KINDS):
-        return f"{type(layer).__module__}.{type(layer).__name__} is no plain LoRA of a linear layer"
-    return "its forward is patched already" if "forward" in vars(layer) else None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def _exchange(layer: Any, old: type, new: type) -> None:
+    """Make `new` the class of a layer in the place of `old`."""
+    cls = type(layer)
+    if cls is not old:
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        bases = tuple(new if base is old else base for base in cls.__bases__)
+        new = type(cls.__name__.replace(old.__name__, new.__name__), bases, own)
+    layer.__class__ = new
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

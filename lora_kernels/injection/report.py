@@ -50,10 +50,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"fused {len(self.fused)} layers"]
-        lines += _by_reason((row.name, f"{row.strategy}: {row.reason}") for row in self.fused)
+        lines += by_reason((row.name, f"{row.strategy}: {row.reason}") for row in self.fused)
         if self.skipped:
             lines.append(f"skipped {len(self.skipped)}")
-            lines += _by_reason((row.name, row.reason) for row in self.skipped)
+            lines += by_reason((row.name, row.reason) for row in self.skipped)
         width = max(map(len, self.counts), default=5)
         lines.append(f"{'parameters':<{width + 2}} {'trainable':>13} {'total':>13} {'share':>8}")
         rows = [*self.counts.items(), ("all", (self.trainable, self.total))]
@@ -63,7 +63,7 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
+def by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each reason, with the names it holds for, shortened."""
     names: dict[str, list[str]] = {}
     for name, reason in rows:

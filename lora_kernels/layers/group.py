@@ -34,11 +34,16 @@ from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
 from ..autograd.packs import packed_linears
 from ..strategies.problem import Problem
+from .sharded import is_part
 
 _APART = (
     "layers that are grouped for their names (query, key and value, say) got different tensors in "
     "one call of their block: results were computed and dropped. The numbers are right, the time "
     "is lost: LoRAConfig(group=False), or fuse_peft(model, group=False), saves it"
+)
+_SHARDED = (
+    "layers that would run as a group (query, key and value, say) run one by one: each is an FSDP "
+    "unit of its own, so only a part of its siblings is here; make their block one unit instead"
 )
 
 
@@ -46,6 +51,9 @@ class LoRALayer(Protocol):
     """A layer with LoRA: a FusedLoRALinear, or what `fuse_peft` made of a layer of PEFT's."""
 
     group: Group | None  # the siblings that read the same x
+    in_features: int
+    out_features: int
+    rank: int  # of each range of columns
 
     def own(self) -> Parts | None:
         """Its tensors, and its settings as in training; None if it runs unfused."""
@@ -62,7 +70,7 @@ def layout_of(layer: LoRALayer) -> tuple[Any, ...] | None:
     layouts = [
         None if t is None else (t.dtype, t.device, t.stride()) for t in _tensors(own.weights)
     ]
-    return _rank(own), own.weights.weight.shape[1], own.settings, *layouts
+    return layer.rank, layer.in_features, own.settings, *layouts
 
 
 def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Problem:
@@ -71,16 +79,17 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
     `dtype` is that of the activations (default: the weight's). Raises ValueError if the layer runs
     unfused.
     """
-    members = [layer] if layer.group is None else layer.group.members
-    found = [own for member in members if (own := member.own()) is not None]
+    alone = layer.group is None or layer.group.apart
+    members = [layer] if alone else layer.group.members  # type: ignore[union-attr]
+    found = [member for member in members if member.own() is not None]
     own = layer.own()
     if own is None:
         raise ValueError("a layer that runs unfused asks for no strategy")
     weight, settings = own.weights.weight, own.settings
     now = layer.parts()
     return Problem.on(
-        weight.device, M, max(each.weights.weight.shape[0] for each in found), weight.shape[1],
-        _rank(own), dtype or weight.dtype,
+        weight.device, M, max(each.out_features for each in found), layer.in_features,
+        layer.rank, dtype or weight.dtype,
         dropout=now is not None and now.settings.dropout > 0,
         segments=len(settings.columns or members), columns=settings.columns is not None,
     )  # fmt: skip
@@ -93,12 +102,6 @@ def _tensors(weights: Weights | PackWeights) -> Iterator[Tensor | None]:
             yield from each
         else:
             yield each
-
-
-def _rank(parts: Parts) -> int:
-    """The rank of a layer; of a pack the widest."""
-    pack, lora_B = parts.settings.pack, parts.weights.lora_B
-    return pack.rank if pack is not None else lora_B.shape[1]  # type: ignore[union-attr]
 
 
 class _Waiting(NamedTuple):
@@ -123,6 +126,7 @@ class Group:
     def __init__(self, members: Iterable[LoRALayer], first_only: bool = False) -> None:
         self._members = tuple([ref(member) for member in members])
         self.first_only = first_only
+        self.apart = False  # each member ran alone in the last call, since FSDP holds its siblings
         self._fresh = False  # the parent was called, and has not passed an x yet
         # One attribute, so that in a model called from threads results never part from their x.
         self._waiting: _Waiting | None = None
@@ -168,7 +172,11 @@ class Group:
         self._fresh = False
         every = [own if member is layer else member.parts() for member in members]
         if not _alike(every, x):
+            if not self.apart and not compiling and _any_part(members):
+                self.apart = True
+                warnings.warn(_SHARDED, stacklevel=5)
             return None
+        self.apart = False
         run: Any = lora_linears if own.settings.pack is None else packed_linears
         ys = run(x, tuple([parts.weights for parts in every]), own.settings)
         results = {
@@ -195,10 +203,16 @@ def _alike(every: list[Any], x: Tensor) -> bool:
             others != settings
             or (weights.bias is None) != (first.bias is None)
             or weight.device != device
+            or is_part(weights)
             or weight.shape[-1] != K
         ):
             return False
     return True
+
+
+def _any_part(members: list[LoRALayer]) -> bool:
+    """Whether a matrix of some member is not whole here, now."""
+    return any(is_part(own.weights) for each in members if (own := each.own()) is not None)
 
 
 def _state(parts: Parts, compiling: bool) -> Any:

@@ -17,6 +17,7 @@ from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, why_not_plain
 from .config import check_settings
 from .dora import Dora, dora_layer, row_norms
+from .sharded import as_asked
 from .start import START, check_start, drawn, kaiming, takes_weight
 
 
@@ -237,15 +238,17 @@ class FusedLoRALinear(nn.Module):
         return Parts(weights, Settings(self.scale, dropout, self.strategy, self.columns))
 
     def _weights(self, bias: Tensor | None) -> Weights:
-        weight = self.weight.T if self.conv1d else self.weight
+        weight = as_asked(self.weight)
+        weight = weight.t() if self.conv1d else weight  # a part of it, under FSDP1, is flat
         return Weights(weight, bias, self.lora_A, self.lora_B)
 
     def _bias(self) -> Tensor | None:
         """The bias of y: the frozen one, and that of LoRA."""
+        bias: Tensor | None = as_asked(self.bias)
         if not self.has_lora_bias:
-            return self.bias
+            return bias
         own = self.scale * self.lora_bias
-        return own if self.bias is None else self.bias + own
+        return own if bias is None else bias + own
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

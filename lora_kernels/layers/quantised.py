@@ -34,16 +34,14 @@ def quantiser(layer: nn.Module) -> str | None:
     return None
 
 
-def chosen(
-    layer: Any, rank: int, tokens: int, dtype: torch.dtype | None = None
-) -> tuple[Problem, Choice]:
-    """What a layer of this rank that runs fused asks of `choose` for so many tokens, and gets."""
+def chosen(layer: Any, tokens: int, dtype: torch.dtype | None = None) -> tuple[Problem, Choice]:
+    """What a layer that runs fused asks of `choose` for so many tokens, and gets."""
     base = getattr(layer, "base_layer", None)  # of PEFT's layers, and of quantised ones
     if base is None or (whose := quantiser(base)) is None:
         problem = problem_of(layer, tokens, dtype)
         return problem, choose(problem, layer.strategy)
     (K, N), dtype = features_of(base), dtype or torch.get_default_dtype()
-    problem = Problem.on(base.weight.device, tokens, N, K, rank, dtype, dropout=False)
+    problem = Problem.on(base.weight.device, tokens, N, K, layer.rank, dtype, dropout=False)
     return problem, Choice("library", None, f"its frozen product is {whose}; LoRA is added to it")
 
 

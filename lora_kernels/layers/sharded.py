@@ -1,0 +1,44 @@
+"""Tensors of a layer under FSDP and tensor parallelism: which are parts, and which ask in vain.
+
+Outside a forward both versions of FSDP leave a part of each parameter on a process: FSDP2 as a
+DTensor that shows its global shape, FSDP1 as a flat piece. In a forward the parameters of its unit
+are whole, and those of other units stay parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.operands import Weights
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes, whatever shape it shows."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def is_part(weights: Weights) -> bool:
+    """Whether a matrix of a layer is not whole here, now."""
+    for tensor in (weights.weight, weights.lora_A, weights.lora_B):
+        if tensor.dim() != 2 or is_dtensor(tensor):
+            return True
+    return False
+
+
+def as_asked(tensor: Any) -> Any:
+    """A frozen parameter without the gradient that FSDP1 would compute and drop; others as given.
+
+    FSDP1 keeps a unit's parameters in one flat parameter, which trains if one of them does. In a
+    forward each is a view of it, and so the views of frozen parameters ask for a gradient too.
+    """
+    if tensor is None or not tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor
+    flat = tensor._base
+    parameters, views = (getattr(flat, name, None) for name in ("_params", "_tensors"))
+    for parameter, view in zip(parameters or (), views or (), strict=False):
+        if view is tensor:
+            return tensor if parameter.requires_grad else tensor.detach()
+    return tensor
