@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.operands import Weights
+from ..algebra.operands import PackWeights, Weights
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -20,9 +20,13 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def is_part(weights: Weights) -> bool:
+def is_part(weights: Weights | PackWeights) -> bool:
     """Whether a matrix of a layer is not whole here, now."""
-    for tensor in (weights.weight, weights.lora_A, weights.lora_B):
+    if isinstance(weights, PackWeights):
+        matrices = [weights.weight, *(t for t in weights.lora_A + weights.lora_B if t is not None)]
+    else:
+        matrices = [weights.weight, weights.lora_A, weights.lora_B]
+    for tensor in matrices:
         if tensor.dim() != 2 or is_dtensor(tensor):
             return True
     return False
