@@ -10,14 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..algebra.operands import Weights
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes, whatever shape it shows."""
-    return type(tensor).__name__ == "DTensor"
+from ..autograd.functional import is_dtensor
 
 
 def is_part(weights: Weights) -> bool:
