@@ -40,9 +40,9 @@ def lora_linear(
     gradient gets it, by a plain product.
 
     Raises ValueError for shapes that do not fit, a rank below 1, mixed devices, a dropout outside
-    [0, 1) or an unknown strategy; TypeError for dtypes that do not fit; RuntimeError under
-    torch.func and torch.jit.trace. Source: Hu et al., 2021 (LoRA), section 4.1; dropout as in
-    Hugging Face PEFT.
+    [0, 1) or an unknown strategy; TypeError for dtypes that do not fit, and for a DTensor;
+    RuntimeError under torch.func and torch.jit.trace. Source: Hu et al., 2021 (LoRA), section 4.1;
+    dropout as in Hugging Face PEFT.
 
     >>> y = lora_linear(x, layer.weight, lora_A, lora_B, bias=layer.bias, scale=2.0, dropout=0.1)
     """
@@ -129,6 +129,11 @@ def _one_layout(layers: tuple[Weights, ...]) -> bool:
 def check(x: Tensor, weights: Weights, settings: Settings) -> None:
     """One error that names the values, for inputs that do not fit: ValueError, or TypeError."""
     (weight, bias, lora_A, lora_B), columns = weights, settings.columns
+    if is_dtensor(x) or is_dtensor(weight) or is_dtensor(lora_A) or is_dtensor(lora_B):
+        raise TypeError(
+            "a LoRA layer takes no DTensor: tensor parallelism is not supported, and what FSDP2 "
+            "shards is whole only in a forward of the unit that holds the layer"
+        )
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             f"x needs at least one dimension and weight, lora_A, lora_B two: got "
@@ -170,6 +175,11 @@ def check(x: Tensor, weights: Weights, settings: Settings) -> None:
         raise ValueError(
             f"x, weight, (bias,) lora_A and lora_B must share one device: got {devices}"
         )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes, whatever shape it shows."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def _shape(tensor: Tensor) -> list[int]:

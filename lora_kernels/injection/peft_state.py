@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..algebra.operands import Weights
+from ..autograd.functional import is_dtensor
 from ..layers.base import is_conv1d, why_not_plain
 from ..layers.quantised import quantiser
-from ..layers.sharded import as_asked, is_dtensor
+from ..layers.sharded import as_asked
 
 # PEFT's classes of linear layers that can run fused, and the modules that define them.
 KINDS = {
@@ -83,7 +84,8 @@ def _plain_adapter(layer: Any, name: str) -> Plain | str:
     if not (type(base) is nn.Linear or is_conv1d(base)):
         return f"its base layer is {type(base).__module__}.{type(base).__name__}"
     if _is_hooked(base) or any(map(_is_hooked, adapter)):
-        return "a module inside it has hooks or a patched forward"
+        split = is_dtensor(base.weight)  # by tensor parallelism, or as an FSDP unit
+        return f"a module inside it has hooks or a patched forward{', which split it' * split}"
     bias = as_asked(base.bias)
     if lora_B.bias is not None:  # lora_bias
         bias = scale * lora_B.bias if bias is None else bias + scale * lora_B.bias

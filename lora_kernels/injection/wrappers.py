@@ -74,5 +74,16 @@ def is_summoned(model: nn.Module) -> bool:
 
 def refuse_sharded(model: nn.Module, instead: str) -> None:
     """Raise ValueError where `model` is sharded, with what to do instead."""
+    if is_sharded(model) and _is_tensor_parallel(model):
+        raise ValueError(
+            f"{type(model).__name__} is split by tensor parallelism (tp_plan, DTensor weights), "
+            "which LoRA layers of this library do not take: load it without, or use PEFT's layers"
+        )
     if is_sharded(model):
         raise ValueError(f"the parameters of {type(model).__name__} are sharded: {instead}")
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether parameters are DTensors, and not FSDP's."""
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    return not classes & {"FSDPModule", "FullyShardedDataParallel"}

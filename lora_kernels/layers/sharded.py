@@ -10,14 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..algebra.operands import PackWeights, Weights
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes, whatever shape it shows."""
-    return type(tensor).__name__ == "DTensor"
+from ..autograd.functional import is_dtensor
 
 
 def is_part(weights: Weights | PackWeights) -> bool:
@@ -26,10 +21,7 @@ def is_part(weights: Weights | PackWeights) -> bool:
         matrices = [weights.weight, *(t for t in weights.lora_A + weights.lora_B if t is not None)]
     else:
         matrices = [weights.weight, weights.lora_A, weights.lora_B]
-    for tensor in matrices:
-        if tensor.dim() != 2 or is_dtensor(tensor):
-            return True
-    return False
+    return any(tensor.dim() != 2 or is_dtensor(tensor) for tensor in matrices)
 
 
 def as_asked(tensor: Any) -> Any:

@@ -375,8 +375,8 @@ def stack(batches: Sequence[Inputs], pad: int | None) -> dict[str, Tensor]:
         if any(part.shape[1:2] != longest for part in parts):  # type: ignore[union-attr]
             if fill.get(key) is None:
                 raise ValueError(f"the batches of the pack have {key} of several lengths")
-            pad = partial(nn.functional.pad, value=fill[key])
-            parts = [pad(p, (0, longest[0] - p.shape[1])) for p in parts]  # type: ignore[union-attr]
+            fit = partial(nn.functional.pad, value=fill[key])
+            parts = [fit(p, (0, longest[0] - p.shape[1])) for p in parts]  # type: ignore[union-attr]
         found[key] = torch.cat(parts)  # type: ignore[arg-type]
     return found
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from lora_kernels import fuse_peft, load_adapter, unfuse_peft
+from lora_kernels import explain, fuse_peft, load_adapter, unfuse_peft
 from lora_kernels.autograd.functional import lora_layer, lora_linears
 from lora_kernels.injection.peft import fused_peft_layers
 from tests.support import zoo
@@ -215,6 +216,45 @@ def test_switching_back_runs_fused_again(fused_calls):
             zoo.logits(copy.deepcopy(model).double()), zoo.logits(fresh.double())
         )
     assert len(fused_calls) == 16
+
+
+def told(model: nn.Module, **options) -> list[str]:
+    """What a forward of the model warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(**zoo.batch(), **options)
+    return [str(each.message) for each in caught if "PEFT's own forward" in str(each.message)]
+
+
+def test_a_layer_that_was_reported_as_fused_says_once_that_it_is_not(fused_calls):
+    model = with_adapters()
+    fuse_peft(model)
+    assert told(model) == [] and explain(model).unfused == ()
+    two_active(model)
+    (text,) = told(model)
+    assert text.endswith("The reason: 2 adapters are active: default, plain2")
+    assert told(model) == [] and len(explain(model).unfused) == 4 and not explain(model).rows
+    assert "unfused 4 layers\n     4  2 adapters are active" in str(explain(model))
+    model.set_adapter("default")
+    names = ["default", "plain2", "__base__"]
+    (text,) = told(model, adapter_names=names)
+    assert text.endswith("The reason: a mixed batch (adapter_names)")
+    assert told(model, adapter_names=names) == []
+    assert {row.reason for row in explain(model).unfused} == {
+        "in its last call: a mixed batch (adapter_names)"
+    }
+    assert told(model) == [] and explain(model).unfused == () and len(explain(model).rows) == 4
+
+
+def test_what_was_reported_as_unfused_and_what_is_off_say_nothing():
+    model = with_adapters()
+    two_active(model)
+    assert not fuse_peft(model).fused
+    assert told(model) == []
+    model.set_adapter("default")
+    with model.disable_adapter():
+        assert told(model) == [] and len(explain(model).unfused) == 4
+    assert explain(model).unfused == ()
 
 
 def test_a_layer_that_holds_one_of_several_active_adapters_runs_fused(fused_calls):

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as tf
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_kernels.injection.peft
 import lora_kernels.layers.group
 import lora_kernels.layers.linear
-from lora_kernels import LoRAConfig, add_lora, explain, fuse_peft, save_adapter, unfuse_peft
+from lora_kernels import (
+    FusedLoRALinear,
+    LoRAConfig,
+    add_lora,
+    explain,
+    fuse_peft,
+    save_adapter,
+    unfuse_peft,
+)
 from tests.support import zoo
 
 PROCESSES, STEPS = 2, 3
@@ -117,6 +127,8 @@ def late(engine: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.M
     return wrap
 
 
+# Checkpoints of torch.distributed are tried with these.
+RESUMED = ("ddp", "fsdp1", "fsdp1-peft", "fsdp2", "fsdp2-peft", "fsdp2-each")
 TOGETHER, ALONE, GPT2 = [3, 1, 1, 1] * 2, [1] * 12, [1] * 6
 APART = "run one by one: each is an FSDP unit"
 
@@ -176,10 +188,18 @@ class _Calls:
         return counted
 
 
-def train(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[float]:
-    """The loss of each step."""
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    return torch.optim.AdamW(trained, lr=1e-2)
+
+
+def train(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[float]:
+    """The loss of each step."""
+    optimizer = optimizer or optimizer_of(model)
     losses = []
     for batch in batches:
         loss = model(**batch).loss
@@ -198,26 +218,60 @@ def batches(part: slice) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def _run(row: Row, calls: _Calls, directory: Path) -> dict[str, Any]:
-    rank = dist.get_rank()
+def own_batches() -> list[dict[str, torch.Tensor]]:
+    """The rows of this process."""
+    start = 2 * dist.get_rank()
+    return batches(slice(start, start + 2))
+
+
+def _check_resumed(row: Row, directory: Path, losses: torch.Tensor) -> None:
+    """A fresh model and optimizer that load a checkpoint of step one go on with the same losses."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+        model = row.wrap(row.build())
+        optimizer = optimizer_of(model)
+        train(model, own_batches()[:1], optimizer)
+        parameters, moments = get_state_dict(model, optimizer)
+        return model, optimizer, {"model": parameters, "optimizer": moments}
+
+    _, _, state = begun()
+    checkpoint.save(state, checkpoint_id=directory)
+    model, optimizer, other = begun()
+    train(model, own_batches()[1:2], optimizer)  # elsewhere than the checkpoint
+    checkpoint.load(other, checkpoint_id=directory)
+    set_state_dict(
+        model, optimizer, model_state_dict=other["model"], optim_state_dict=other["optimizer"]
+    )
+    found = torch.tensor(train(model, own_batches()[1:], optimizer))
+    torch.testing.assert_close(found, losses[1:])
+
+
+def _run(name: str, row: Row, calls: _Calls, directory: Path) -> dict[str, Any]:
     alone = row.build()
     expected = train(alone, batches(slice(None)))
     model = row.wrap(row.build())
     calls.layers, calls.asking = [], 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        losses = torch.tensor(train(model, batches(slice(2 * rank, 2 * rank + 2))))
+        losses = torch.tensor(train(model, own_batches()))
+    layers, asking = calls.layers, calls.asking
+    calls.layers, own = [], losses.clone()
     dist.all_reduce(losses)
+    if name in RESUMED:
+        _check_resumed(row, directory / "checkpoint", own)
     segments = [problem.segments for _, problem, _ in explain(model).rows]
     found = {
         "expected": expected,
         "losses": (losses / PROCESSES).tolist(),
-        "calls": list(calls.layers),
-        "asking": calls.asking,
+        "calls": layers,
+        "asking": asking,
         "segments": segments,
         "unfused": len(explain(model).unfused),
         "warnings": [str(each.message) for each in caught if each.category is UserWarning],
     }
+    rank = dist.get_rank()
     if not hasattr(alone, "peft_config"):
         save_adapter(model, directory / f"saved-{rank}")
         save_adapter(alone, directory / f"alone-{rank}")
@@ -226,6 +280,38 @@ def _run(row: Row, calls: _Calls, directory: Path) -> dict[str, Any]:
         after = [type(module) for module in pefts_layers(unfuse_peft(model))]
         found["unfused_types"] = [each.__name__ for each in after]
         assert before != after
+    return found
+
+
+def _under_tensor_parallelism(directory: str) -> dict[str, Any]:
+    """What is refused, and what of a PEFT model runs unfused, where `tp_plan` split the model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    if dist.get_rank() == 0:
+        zoo.build("llama").save_pretrained(f"{directory}/llama")
+    dist.barrier()
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(PROCESSES))
+    model = tf.LlamaForSequenceClassification.from_pretrained(
+        f"{directory}/llama", tp_plan="auto", num_labels=3
+    ).eval()
+    found: dict[str, Any] = {}
+    try:
+        add_lora(model, LoRAConfig(targets=("q_proj",)))
+    except ValueError as error:
+        found["add_lora"] = str(error)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    before = zoo.logits(wrapped)
+    report = fuse_peft(wrapped)
+    found["fused"] = len(report.fused)
+    found["reasons"] = sorted({row.reason for row in report.skipped})
+    found["same"] = torch.equal(zoo.logits(wrapped), before)
+    layer = distribute_module(FusedLoRALinear(8, 4), init_device_mesh("cpu", (PROCESSES,)))
+    try:
+        layer(torch.randn(2, 8))
+    except TypeError as error:
+        found["layer"] = str(error)
     return found
 
 
@@ -248,9 +334,10 @@ def _work(rank: int, directory: str) -> None:
         place = Path(directory, name)
         place.mkdir(exist_ok=True)
         try:
-            results[name] = _run(row, calls, place)
+            results[name] = _run(name, row, calls, place)
         except Exception:  # noqa: BLE001 (the test of that row shows it)
             results[name] = {"error": traceback.format_exc()}
+    results["tensor parallelism"] = _under_tensor_parallelism(directory)
     Path(directory, f"results-{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends in the common way
@@ -262,7 +349,10 @@ def results(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         pytest.skip("no gloo")
     directory = tmp_path_factory.mktemp("sharded")
     multiprocessing.spawn(_work, (str(directory),), nprocs=PROCESSES)
-    return directory, json.loads((directory / "results-0.json").read_text())
+    first, second = (
+        json.loads((directory / f"results-{rank}.json").read_text()) for rank in range(PROCESSES)
+    )
+    return directory, first | {name: each for name, each in second.items() if "error" in each}
 
 
 @pytest.mark.slow
@@ -288,10 +378,17 @@ def test_two_processes_train_as_one(name, results):
         return
     # With DDP each process that calls `save_adapter` writes, for each has the whole model.
     assert (directory / "saved-1").exists() == (row.wrap is ddp)
-    saved, alone = (
-        load_file(directory / f"{way}-0" / "adapter_model.safetensors")
-        for way in ("saved", "alone")
-    )
+    folders = (directory / f"{way}-0" for way in ("saved", "alone"))
+    saved, alone = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert saved.keys() == alone.keys()
     for key in saved:
         torch.testing.assert_close(saved[key], alone[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused_by_name_or_runs_as_it_did(results):
+    found = results[1]["tensor parallelism"]
+    assert "is split by tensor parallelism (tp_plan, DTensor weights)" in found["add_lora"]
+    assert found["fused"] == 0 and found["same"]
+    assert len(found["reasons"]) == 1 and "patched forward, which split it" in found["reasons"][0]
+    assert "takes no DTensor" in found["layer"]
