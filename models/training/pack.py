@@ -376,7 +376,7 @@ def stack(batches: Sequence[Inputs], pad: int | None) -> dict[str, Tensor]:
             if fill.get(key) is None:
                 raise ValueError(f"the batches of the pack have {key} of several lengths")
             fit = partial(nn.functional.pad, value=fill[key])
-            parts = [fit(p, (0, longest[0] - p.shape[1])) for p in parts]  # type: ignore[union-attr]
+            parts = [fit(p, (0, longest[0] - p.shape[1])) for p in parts]  # type: ignore[arg-type, union-attr]
         found[key] = torch.cat(parts)  # type: ignore[arg-type]
     return found
 
