@@ -252,6 +252,7 @@ def test_what_was_reported_as_unfused_and_what_is_off_say_nothing():
     assert not fuse_peft(model).fused
     assert told(model) == []
     model.set_adapter("default")
+    zoo.logits(model)
     with model.disable_adapter():
         assert told(model) == [] and len(explain(model).unfused) == 4
     assert explain(model).unfused == ()
