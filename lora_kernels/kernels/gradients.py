@@ -332,6 +332,8 @@ def _plan(
     # t too, Triton (3.6, 3.7) makes one buffer too few, and the copy overwrites the t that wgmma
     # still reads. With one stage nothing is copied ahead.
     stages = tile.stages
+    if shared is not None:  # the adapter's numbers take registers: with three ptxas spills (sm_86)
+        stages = min(stages, 2)
     if b is not None and rank_block(R) >= 64 and has_asynchronous_products():
         stages = 1
     return planned(

@@ -263,7 +263,8 @@ def test_two_plans_share_no_signature():
     def theirs(*arguments):
         return ours(*arguments)._replace(grid=(7, 7, 7))
 
-    call = (torch.zeros(32, 48), (torch.zeros(8, 48),), None), 0.0, BASE.tile, "ieee", 1
+    tensors = torch.zeros(32, 48), (torch.zeros(8, 48),), None, None
+    call = tensors, 0.0, BASE.tile, "ieee", 1, None
     with card() as active:
         for plan in (ours, theirs) * 2:
             launch.launch(plan, *call)
