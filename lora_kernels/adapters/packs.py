@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import arguments
-from ..injection.inject import packed_layers, refuse_injected
+from ..injection.inject import packed_layers, refuse_injected, trained_paths
 from ..injection.packs import (
     Planned,
     adapters_of,
@@ -56,8 +56,11 @@ def load_adapters(model: nn.Module, path: str | PathLike[str]) -> Report | None:
             names = adapters_of(inner).names
             if missing := [name for name in names if not (root / name).is_dir()]:
                 raise FileNotFoundError(f"{root} has no adapter {missing[0]!r}")
-            for name in names:
-                load_adapter(alone(inner, name), root / name)
+            ones = {name: alone(inner, name) for name in names}
+            for name, one in ones.items():  # all must fit before the first is taken over
+                check_fit(one, read_adapter(root / name, one, None, None), trained_paths(one))
+            for name, one in ones.items():
+                load_adapter(one, root / name)
             return None
         refuse_injected(inner)
         found = _found(root, inner)

@@ -7,7 +7,8 @@ model is touched, and then swaps layers and freezes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from torch import nn
@@ -187,28 +188,13 @@ def inject(
     """
     train = find_train(model, config.train)
     fresh = drawn_at_random(model)
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        new: dict[int, nn.Module] = {}
-        for path, (rank, alpha) in ranks.items():
-            layer = model.get_submodule(path)
-            kind = FusedLoRALinear if quantiser(layer) is None else QuantisedLoRALinear
-            new[id(layer)] = kind.from_linear(
-                layer,
-                rank=rank,
-                alpha=alpha,
-                dropout=config.dropout,
-                rslora=config.rslora,
-                strategy=config.strategy,
-                columns=columns.get(path),
-                init=config.init,
-                dora=config.dora,
-                lora_bias=config.lora_bias,
+    with flags_kept(model):
+        new: dict[int, nn.Module] = {
+            id(model.get_submodule(path)): with_lora(
+                model.get_submodule(path), config, *sizes, columns.get(path)
             )
-    except Exception:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        raise
+            for path, sizes in ranks.items()
+        }
     swap(model, new)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -224,6 +210,37 @@ def inject(
     model.lora_kept = tuple(fresh)  # type: ignore[assignment]
     remember(model, fused_layers(model), trained_paths(model))
     return describe(model, skipped)
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """An error inside leaves every parameter's `requires_grad` as it was."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except Exception:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+
+
+def with_lora(
+    layer: nn.Module, config: LoRAConfig, rank: int, alpha: float, columns: Ranges | None
+) -> FusedLoRALinear:
+    """A LoRA layer on top of a linear one, whose weight it takes over and freezes."""
+    kind = FusedLoRALinear if quantiser(layer) is None else QuantisedLoRALinear
+    return kind.from_linear(
+        layer,
+        rank=rank,
+        alpha=alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        strategy=config.strategy,
+        columns=columns,
+        init=config.init,
+        dora=config.dora,
+        lora_bias=config.lora_bias,
+    )
 
 
 def describe(model: nn.Module, skipped: Iterable[SkippedRow] = ()) -> Report:

@@ -20,11 +20,22 @@ from ..layers.packed import Adapters, PackedLoRALinear, PerAdapter
 from ..layers.quantised import chosen, quantiser
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
-from .inject import fused_layers, packed_layers, ranks_of, refuse_injected, swap, trained_paths
-from .kept import drawn_at_random, remember
+from .bypassed import unwatch, watch
+from .inject import (
+    flags_kept,
+    fused_layers,
+    packed_layers,
+    ranks_of,
+    refuse_injected,
+    swap,
+    trained_paths,
+    weight_owners,
+    with_lora,
+)
+from .kept import drawn_at_random, notes_on, remember, running_statistics
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
-from .targets import find_targets, find_train
+from .targets import find_targets, find_train, inside
 from .wrappers import bare, refuse_sharded
 
 ALL_SHARE = ("train", "strategy", "group")  # what the configs of one model must have in common
@@ -64,8 +75,9 @@ def add_loras(
     Raises:
         ValueError: no adapter, a name that cannot be part of a path, configs that differ in what
             they must share, a layer that adapters divide into different columns or that is
-            quantised, a start that needs the frozen weight, dora or lora_bias, too little memory,
-            or what `add_lora` refuses. The model is then unchanged.
+            quantised, a start that needs the frozen weight, dora or lora_bias, a module of `train`
+            that shares a parameter, batch norms, too little memory, or what `add_lora` refuses. The
+            model is then unchanged.
 
     Example:
         >>> add_loras(model, {f"r{r}": LoRAConfig(rank=r, alpha=16) for r in (4, 8, 16)})
@@ -142,16 +154,20 @@ def inject_all(model: nn.Module, plans: Mapping[str, Planned], seeds: Mapping[st
     _refuse_too_many(model, plans)
     config = next(iter(plans.values())).config
     heads = find_train(model, config.train)
-    model.lora_kept = tuple(drawn_at_random(model))  # type: ignore[assignment]
+    _refuse_mixed(model, heads)
     adapters = Adapters(seeds)
     layers: dict[str, dict[str, FusedLoRALinear]] = {path: {} for path in paths}
-    for name, plan in plans.items():
-        generator = adapters.streams.generators[name]
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator.get_state())
-            for path in plan.ranks:
-                layers[path][name] = _layer(model, path, plan)
-            generator.set_state(torch.get_rng_state())
+    with flags_kept(model):
+        for name, (own, ranks, ranges, _) in plans.items():
+            generator = adapters.streams.generators[name]
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(generator.get_state())
+                for path, sizes in ranks.items():
+                    layer = model.get_submodule(path)
+                    layers[path][name] = with_lora(layer, own, *sizes, ranges.get(path))
+                generator.set_state(torch.get_rng_state())
+    model.lora_kept = tuple(drawn_at_random(model))  # type: ignore[assignment]
+    notes = notes_on(model, wanted, [*heads])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     new: dict[int, nn.Module] = {
@@ -165,19 +181,28 @@ def inject_all(model: nn.Module, plans: Mapping[str, Planned], seeds: Mapping[st
     swap(model, new)
     if config.group:
         group_siblings(model, packed_layer)
+    watch(model)
     model.register_forward_pre_hook(adapters.call_begins, with_kwargs=True)
     model.register_forward_hook(adapters.call_ends, always_call=True)
     model.lora_configs = {name: plan.config for name, plan in plans.items()}  # type: ignore[assignment]
-    return _described(model, plans)
+    return replace(_described(model, plans), notes=notes)
 
 
-def _layer(model: nn.Module, path: str, plan: Planned) -> FusedLoRALinear:
-    config, (rank, alpha) = plan.config, plan.ranks[path]
-    return FusedLoRALinear.from_linear(
-        model.get_submodule(path), rank=rank, alpha=alpha, dropout=config.dropout,
-        rslora=config.rslora, strategy=config.strategy, columns=plan.columns.get(path),
-        init=config.init,
-    )  # fmt: skip
+def _refuse_mixed(model: nn.Module, heads: Iterable[str]) -> None:
+    """Raise ValueError for what adapters would share though it trains, or see of each other."""
+    owners = weight_owners(model)
+    for path in heads:
+        for parameter in model.get_submodule(path).parameters():
+            if others := [each for each in owners[id(parameter)] if not inside(each, [path])]:
+                raise ValueError(
+                    f"{path!r} shares a parameter with {sorted(others)[0]!r}: each adapter would "
+                    "train a copy of its own, and the other module would not follow"
+                )
+    if mixing := [key for key in running_statistics(model) if not inside(key, heads)]:
+        raise ValueError(
+            f"{mixing[0].rpartition('.')[0]!r} normalizes over the batch, so the adapters would "
+            "see each other's rows: add_lora trains one at a time"
+        )
 
 
 def _refuse_too_many(model: nn.Module, plans: Mapping[str, Planned]) -> None:
@@ -250,9 +275,12 @@ def adapters_of(model: nn.Module) -> Adapters:
 def adapter_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     """Inside, a batch holds `rows[name]` examples of each adapter, block after block in this order.
 
-    Adapters that are not named have none, and get zero gradients. Where a checkpoint recomputes
-    layers, backward belongs inside as well. Raises ValueError for a name that the model lacks, and
-    at the model's call for rows that do not add up to the batch.
+    Adapters that are not named have none: the gradients of their LoRA are zero, those of their
+    heads None. An optimizer with momentum or weight decay still moves a parameter whose gradient is
+    zero. Where a checkpoint recomputes layers, backward belongs inside as well.
+
+    Raises ValueError for a name that the model lacks, and at the model's call for rows that do not
+    add up to the batch.
 
     >>> with adapter_rows(model, {"a": 8, "b": 3}):
     ...     logits = model(**batch).logits  # of 11 examples
@@ -304,6 +332,7 @@ def alone(model: nn.Module, name: str) -> nn.Module:
         memo[id(head)] = copy.deepcopy(head[name], memo)
     one = copy.deepcopy(model, memo)
     unhook(one)
+    unwatch(one)
     for hooks in (one._forward_pre_hooks, one._forward_hooks):
         for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is adapters]:
             del hooks[key]

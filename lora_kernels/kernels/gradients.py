@@ -154,6 +154,18 @@ def _column_gradients(
         tl.store(g_ptr + offsets, g, mask=column_inside[None, :] & (ranks < own_rank)[:, None])
 
 
+@triton.jit
+def _sum(ptr, first, last, stride, index, inside, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """Partials first to last - 1, each `stride` elements after the one before, added in order."""
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    # AHEAD loads wait for the memory together; they are added one after another.
+    for i in range(first, last, AHEAD):
+        for j in tl.static_range(AHEAD):
+            here = inside & (i + j < last)
+            acc += tl.load(ptr + (i + j) * stride + index, mask=here, other=0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["counts", "lengths"])
 def _add_partials(
     partial_ptrs, out_ptrs, counts, lengths, scales,
@@ -167,14 +179,7 @@ def _add_partials(
             length = tl.full((), lengths[job], INDEX)
             index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
-            acc = tl.zeros((BLOCK,), dtype=tl.float32)
-            # AHEAD loads wait for the memory together; they are added one after another.
-            for i in range(0, counts[job], AHEAD):
-                for j in tl.static_range(AHEAD):
-                    here = inside & (i + j < counts[job])
-                    acc += tl.load(
-                        partial_ptrs[job] + (i + j) * length + index, mask=here, other=0.0
-                    )
+            acc = _sum(partial_ptrs[job], 0, counts[job], length, index, inside, BLOCK, AHEAD)
             tl.store(
                 out_ptrs[job] + index,
                 cast(acc * scales[job], out_ptrs[job].dtype.element_ty),
@@ -207,13 +212,7 @@ def _add_splits(
                 out_ptr = out_ptrs[job]
             index = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
             inside = index < length
-            acc = tl.zeros((BLOCK,), dtype=tl.float32)
-            for i in range(first, last, AHEAD):
-                for j in tl.static_range(AHEAD):
-                    here = inside & (i + j < last)
-                    acc += tl.load(
-                        partial_ptrs[job] + (i + j) * stride + index, mask=here, other=0.0
-                    )
+            acc = _sum(partial_ptrs[job], first, last, stride, index, inside, BLOCK, AHEAD)
             tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -22,6 +24,19 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return weight.shape[0], weight.shape[1]
     return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def plain_layer(cls: type[nn.Module], weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+    """An `nn.Linear` (weight [N, K]) or a Conv1D ([K, N]) of these very parameters."""
+    layer: Any = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
+    if is_conv1d(layer):
+        layer.nx, layer.nf = weight.shape
+    else:
+        layer.out_features, layer.in_features = weight.shape
+    return layer  # type: ignore[no-any-return]
 
 
 def why_not_plain(tensor: Tensor) -> str | None:

@@ -14,7 +14,7 @@ from ..algebra.columns import Range, Ranges, check_columns, unfold, widths
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
-from .base import features_of, is_conv1d, why_not_plain
+from .base import features_of, is_conv1d, plain_layer, why_not_plain
 from .config import check_settings
 from .dora import Dora, dora_layer, row_norms
 from .sharded import as_asked
@@ -294,18 +294,11 @@ class FusedLoRALinear(nn.Module):
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the class that was replaced, sharing weight (merged or not) and bias."""
-        layer: Any = self.base_class.__new__(self.base_class)
-        nn.Module.__init__(layer)
-        if self.conv1d:
-            layer.nx, layer.nf = self.in_features, self.out_features
-        else:
-            layer.in_features, layer.out_features = self.in_features, self.out_features
-        layer.weight, bias = self.weight, self.bias
+        bias = self.bias
         if self.merged and (total := self._bias()) is not None and total is not bias:
             trains = bias is not None and bias.requires_grad
             bias = nn.Parameter(total.detach().to(self.weight.dtype), requires_grad=trains)
-        layer.register_parameter("bias", bias)
-        return layer.train(self.training)
+        return plain_layer(self.base_class, self.weight, bias).train(self.training)
 
     def extra_repr(self) -> str:
         return (

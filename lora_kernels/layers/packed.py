@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..algebra.operands import PackWeights, Parts, Settings
 from ..algebra.packs import Pack
 from ..autograd.packs import Streams, packed_linears
+from .base import plain_layer
 from .linear import FusedLoRALinear
 
 
@@ -64,11 +65,18 @@ class Adapters:
 
     def see(self, x: Tensor) -> None:
         """Find the blocks of an x [examples, ..., K] that a layer is given."""
-        if x.dim() < 2 or self._batch not in (None, x.shape[0]):
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would replay the adapters' rows of the call that it captured: layers "
+                "with several adapters cannot be captured"
+            )
+        lone = x.dim() == 2 and self._batch is None and self._given is None
+        if x.dim() < 2 or lone or self._batch not in (None, x.shape[0]):
             raise ValueError(
                 f"a layer with several adapters got x {list(x.shape)} in a batch of "
-                f"{self._batch} examples: it cannot tell whose rows these are (tokens of "
-                "experts, or relative positions that all examples share)"
+                f"{self._batch or 'unknown'} examples: it cannot tell whose rows these are (tokens "
+                "of experts, relative positions that all examples share, a part of the model "
+                "called by itself outside of adapter_rows)"
             )
         counts = self._blocks(x.shape[0])
         tokens = x.shape[1:-1].numel()
@@ -80,7 +88,7 @@ class Adapters:
         """The examples of each adapter, in the order of the batch; all adapters are named."""
         given = self._given
         recomputing = _in_backward()
-        if given is None and recomputing and self._were_given:
+        if given is None and self._were_given and recomputing is not False:
             raise RuntimeError(
                 "a checkpoint recomputes a layer outside of adapter_rows, where the batch was said "
                 "to be another one: call backward inside of `with adapter_rows(...)`"
@@ -113,10 +121,13 @@ class Adapters:
         self.examples = self.edges = (0,) * (len(self.names) + 1)
 
 
-def _in_backward() -> bool:
-    """Whether autograd is at work in this thread: then a forward is a recomputation."""
+def _in_backward() -> bool | None:
+    """Whether autograd is at work in this thread: then a forward is a recomputation.
+
+    None on a torch that does not tell.
+    """
     task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
+    return None if task is None else task() != -1
 
 
 class Own(NamedTuple):
@@ -192,6 +203,11 @@ class PackedLoRALinear(nn.Module):
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel cuts a batch anywhere, and a layer with several adapters must "
+                "know whose rows it has: use one process for each GPU"
+            )
         self.adapters.see(x)
         parts = self.parts()
         if parts is None:
@@ -243,18 +259,10 @@ class PackedLoRALinear(nn.Module):
 
     def alone(self, name: str) -> nn.Module:
         """A layer with this adapter alone, of the same parameters; a plain one without LoRA."""
-        plain: Any = self.base_class.__new__(self.base_class)
-        nn.Module.__init__(plain)
-        if self.conv1d:
-            plain.nx, plain.nf = self.in_features, self.out_features
-        else:
-            plain.in_features, plain.out_features = self.in_features, self.out_features
-        plain.weight = self.weight
-        plain.register_parameter("bias", self.bias)
-        plain.train(self.training)
+        plain = plain_layer(self.base_class, self.weight, self.bias).train(self.training)
         own = self.own_settings.get(name)
         if own is None:
-            return plain  # type: ignore[no-any-return]
+            return plain
         with torch.random.fork_rng(devices=[]):  # what is drawn is not used
             layer = FusedLoRALinear.from_linear(
                 plain, rank=own.rank, alpha=own.alpha, dropout=own.dropout, rslora=own.rslora,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import peft
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import lora_kernels
 from lora_kernels import (
+    FusedLoRALinear,
     LoRAConfig,
     adapter_rows,
     add_lora,
@@ -341,6 +343,110 @@ def test_relative_positions_that_examples_share_are_refused():
     ids = torch.randint(3, model.config.vocab_size, (4, 7))
     with pytest.raises(ValueError, match="cannot tell whose rows"):
         model(input_ids=ids)
+
+
+def test_a_layer_that_cannot_know_whose_rows_it_has_refuses_them(monkeypatch):
+    model = packed("roberta").eval()
+    hidden = torch.randn(6, 7, 32)
+    layer = model.roberta.encoder.layer[0].attention.self.query
+    assert layer(hidden).shape == (6, 7, 32)  # equal blocks of a part that is called by itself
+    with pytest.raises(ValueError, match="called by itself outside of adapter_rows"):
+        layer(hidden.flatten(0, 1))  # or rows of tokens in any order
+    with adapter_rows(model, {"a": 20, "c": 22}):
+        assert layer(hidden.flatten(0, 1)).shape == (42, 32)
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        layer._replicate_for_data_parallel()(hidden)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph would replay"):
+        layer(hidden)
+
+
+def test_a_torch_that_tells_of_no_backward_is_not_trusted(monkeypatch):
+    model = packed("roberta").eval()
+    ids = torch.cat([batch(model, each, 0, 2)[0] for each in RANKS])
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    model(input_ids=ids)
+    with adapter_rows(model, ROWS | {"c": 1}):
+        model(input_ids=ids)
+    with pytest.raises(RuntimeError, match="call backward inside"):
+        model(input_ids=ids)  # which may be a recomputation
+
+
+def test_what_adapters_would_share_or_mix_is_refused():
+    tied = zoo.build("gpt2-lm")
+    with pytest.raises(ValueError, match=r"'lm_head' shares a parameter with 'transformer\.wte'"):
+        add_loras(tied, {"a": LoRAConfig(targets=("c_fc",), train=("lm_head",))})
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    flags = [p.requires_grad for p in normed.parameters()]
+    with pytest.raises(ValueError, match="'1' normalizes over the batch"):
+        add_loras(normed, {"a": LoRAConfig(targets=("0",))})
+    assert flags == [p.requires_grad for p in normed.parameters()]
+
+
+def test_an_error_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model, made = plain("roberta"), []
+    start = FusedLoRALinear.from_linear
+
+    def second_fails(*args, **kwargs):
+        made.append(start(*args, **kwargs))
+        if len(made) == 2:
+            raise MemoryError
+        return made[-1]
+
+    monkeypatch.setattr(FusedLoRALinear, "from_linear", second_fails)
+    with pytest.raises(MemoryError):
+        add_loras(model, configs("roberta"))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not packed_layers(model)
+
+
+def test_what_is_known_of_a_model_is_said(recwarn):
+    model = plain("roberta").bfloat16()
+    report = add_loras(model, configs("roberta"))
+    assert any("small updates vanish" in note for note in report.notes)
+    assert any("small updates vanish" in str(each.message) for each in recwarn)
+
+    class Bypassing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            # Hidden from the reader of code: the weight is taken through getattr.
+            return self.a(x) @ getattr(self, "b").__getattr__("weight").T  # noqa: B009
+
+    model = Bypassing()
+    add_loras(model, {"one": LoRAConfig(targets=("a", "b")), "two": LoRAConfig(targets=("a",))})
+    with pytest.warns(UserWarning, match=r"no effect on 1 layers \(b\)"):
+        model(torch.randn(2, 3, 8))
+
+
+def test_files_are_all_checked_before_the_first_is_taken_over(tmp_path):
+    model = packed("roberta")
+    train_together(model, 1, optimizer_of(model))
+    save_adapters(model, tmp_path)
+    other = plain("roberta")
+    add_lora(other, configs("roberta")["a"])
+    lora_kernels.save_adapter(other, tmp_path / "c")  # of another rank
+    into = packed("roberta")
+    before = [p.clone() for p in into.parameters()]
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapters(into, tmp_path)
+    assert all(map(torch.equal, before, into.parameters()))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_train_their_own_parameters(how):
+    model = packed("roberta", 0.2)
+    twin = how(model)
+    losses = []
+    for each in (twin, model):
+        torch.manual_seed(0)
+        losses.append({name: loss.item() for name, loss in step_together(each, 0).items()})
+        if each is twin:
+            assert all(p.grad is None for p in model.parameters())
+    assert losses[0] == losses[1]
 
 
 def test_too_many_for_the_card_are_refused_before_the_start(monkeypatch):

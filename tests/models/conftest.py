@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
-from tests.support.tiny_run import ROWS, SIZES, WORDS, label_of, text_of, write_csv
+from tests.support.tiny_run import ROWS, SIZES, WORDS, drawn, label_of, text_of, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +27,7 @@ def bert(tmp_path_factory, tokenizer) -> str:
     folder = tmp_path_factory.mktemp("bert")
     sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 64}
     config = transformers.BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return drawn(transformers.BertModel, config, tokenizer, folder)
 
 
 @pytest.fixture(scope="module")

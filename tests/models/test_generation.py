@@ -21,7 +21,7 @@ from models.data import prompts, sentences, tasks
 from models.sweeping.together import run_together
 from models.train import train
 from models.training.generation import write
-from tests.support.tiny_run import read_csv, write_csv
+from tests.support.tiny_run import drawn, read_csv, write_csv
 
 NAMES = [f"name{i}" for i in range(12)]
 FOODS = [f"food{i}" for i in range(6)]
@@ -44,10 +44,7 @@ def gpt2(tmp_path_factory, tokenizer) -> str:
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32,
         bos_token_id=3, eos_token_id=3, initializer_range=0.2,
     )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return drawn(transformers.GPT2LMHeadModel, config, tokenizer, folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,9 @@ import csv
 import gzip
 import random
 from pathlib import Path
+from typing import Any
+
+import torch
 
 WORDS = [f"word{i}" for i in range(40)]
 ROWS = {"train": 44, "validation": 12, "test": 12}
@@ -38,3 +41,11 @@ def read_csv(path: Path) -> list[dict[str, float]]:
     """The rows of a file of numbers."""
     with path.open(newline="") as file:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def drawn(kind, config: Any, tokenizer: Any, folder: Path) -> str:
+    """A directory with a random model of a class of transformers, and its tokenizer."""
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
