@@ -32,7 +32,7 @@ PAIRS = [
     for dtype in DTYPES
 ]  # fmt: skip
 
-ELEMENTWISE = {"add_partials", "draw_masks", "apply_mask"}
+ELEMENTWISE = {"add_partials", "add_splits", "draw_masks", "apply_mask"}
 
 
 def run(*arguments, **environment):
