@@ -391,5 +391,5 @@ def _plan_splits(
     return planned(
         _add_splits, (triton.cdiv(longest, block), len(partials), several), (outs,),
         tuple(each.shape[0] for each in partials), lengths,
-        R=R, SPLIT=split, INDEX=index_type(partials), BLOCK=block, AHEAD=8,
+        R=R, SPLIT=split, INDEX=index_type((*partials, *outs)), BLOCK=block, AHEAD=8,
     )  # fmt: skip

@@ -167,6 +167,22 @@ def test_every_strategy_computes_every_adapter(strategy, case, dtype, adapter):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES[2:4], ids=str)
+def test_half_precision_under_wider_adapters_is_no_worse_than_eager(strategy, case):
+    """float16 has a way of its own in each strategy: rank-sized products are float32."""
+    given = Given(case, torch.float16, torch.float32)
+    torch.manual_seed(0)
+    y = packed_linears(given.x, given.layers(), given.settings(strategy))
+    mask, G = mask_of(y[0]), len(case.N)
+    actual = [*(each.detach() for each in y), *torch.autograd.grad(y, given.leaves(), given.dy)]
+    exact, eager = given.expected(mask, torch.float64), given.expected(mask, torch.float16)
+    assert {t.dtype for t in actual[G + 1 :]} == {torch.float32}
+    for found, near, right in zip(actual, eager, exact, strict=True):
+        error, yardstick = ((t.double() - right).norm() for t in (found, near))
+        assert error <= 1.1 * yardstick + 1e-3 * right.norm()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_are_those_of_each_adapter_alone(strategy):
     case = Case((5, 0, 33, 7), (4, 4, 4, 4), N=(48, 48), dropout=0.2)
     given = Given(case, torch.float32, torch.float32)
