@@ -86,8 +86,8 @@ def _column_gradients(
     ranks = tl.arange(0, BLOCK_R).to(INDEX)
     rank_inside = ranks < R  # R is padded by zeros to BLOCK_R
     # rows_per_split is a multiple of BLOCK_M: only the last block of the last split passes M.
-    first, last, adapter, _, own_rank = run_of(pack_ptrs, split, rows_per_split, M, R, PACKED, R_BY)
-    end = last if PACKED else M
+    first, end, adapter, _, own_rank = run_of(pack_ptrs, split, rows_per_split, M, R, PACKED, R_BY)
+    last = end if PACKED else min(first + rows_per_split, end)
     gradient_inside = column_inside[:, None] & (ranks < own_rank)[None, :]
     # The grid has as many blocks of columns as the widest segment needs. In a narrower one the
     # blocks past its P have nothing to add to g, and get no rows; but the sum over P reads a d of

@@ -90,8 +90,8 @@ def _low_rank_gemm(
     TERMS: tl.constexpr = len(Ks)
     LOW_RANK_TERMS: tl.constexpr = len(v_ptrs) if len(Ns) == 1 else 1
     # A segment without a v takes part with rank 0: its low-rank loads are all masked to zero.
-    has_v = segment < len(v_ptrs) if len(Ns) > len(v_ptrs) else True
-    rank_inside, stored = (ranks < own_rank) & has_v, (ranks < R) & has_v
+    own_rank = tl.where(segment < len(v_ptrs), own_rank, 0) if len(Ns) > len(v_ptrs) else own_rank
+    rank_inside = ranks < own_rank
 
     # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N], R padded by zeros to
     # BLOCK_R. u lies as [G, M, R] and belongs to a segment or, where one out sums them, to a term.
@@ -104,7 +104,8 @@ def _low_rank_gemm(
         u = _summed(u_ptr + u_offsets, u_inside, len(v_ptrs) * M.to(INDEX) * R, PARTS)
         if PARTS > 1:
             u = cast(u, sum_ptr.dtype.element_ty)
-            whole = row_inside & stored[None, :] & (block_n == 0)
+            # An adapter of a pack has zeros past its own rank, which are stored as well.
+            whole = row_inside & ((ranks < R) & (at < len(v_ptrs)))[None, :] & (block_n == 0)
             tl.store(sum_ptr + u_offsets, u, mask=whole)
         v_ptr = of_term(v_ptrs, segment, term, LOW_RANK_TERMS)
         place = adapter * len(v_ptrs) + min(at, len(v_ptrs) - 1)

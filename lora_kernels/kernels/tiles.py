@@ -82,9 +82,10 @@ def of_term(values, segment, term: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def run_of(pack_ptrs, run, length, M, R, PACKED: tl.constexpr, R_BY: tl.constexpr):
-    """(first row, last row + 1, adapter, its first row, its rank) of a run of rows.
+    """(first row, end, adapter, its first row, its rank) of a run of rows.
 
-    Without a pack a run is `length` rows. With one, tables say whose rows it has (`packs.py`).
+    Without a pack a run is `length` rows, and the end is that of all rows, M: one number less to
+    keep. With a pack, tables say whose rows it has and where they end (`packs.py`).
     """
     if PACKED:
         at = pack_ptrs[0] + run * 4
@@ -92,7 +93,7 @@ def run_of(pack_ptrs, run, length, M, R, PACKED: tl.constexpr, R_BY: tl.constexp
         rank = multiple(tl.load(pack_ptrs[1] + adapter), R_BY)
         return tl.load(at + 1), tl.load(at + 2), adapter, tl.load(at + 3), rank
     else:
-        return run * length, min(run * length + length, M), 0, 0, R
+        return run * length, M, 0, 0, R
 
 
 @triton.jit
