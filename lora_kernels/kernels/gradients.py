@@ -145,6 +145,9 @@ def _column_gradients(
             alike = of_x == (i < INPUTS)
             columns_before += tl.where(alike & (i < segment), Ps[i], 0)
             columns_total += tl.where(alike, Ps[i], 0)
+        if PACKED:  # asked again, so that they take no register during the loop
+            adapter = tl.load(pack_ptrs[0] + split * 4, volatile=True)
+            own_rank = multiple(tl.load(pack_ptrs[1] + adapter, volatile=True), R_BY)
         # Within a segment dlora_A lies as [R, K], dlora_B as [N, R].
         stride_gp, stride_gr = tl.where(of_x, 1, own_rank), tl.where(of_x, P, 1)
         of_input = own(1.0, pack_ptrs, 3, adapter, PACKED)
