@@ -309,11 +309,11 @@ def _check_processes(arguments: Arguments) -> None:
     told = ", ".join(f"{name}={size}" for name, size in processes.items())
     if "WORLD_SIZE" not in processes or not os.environ.keys() >= {"RANK", "MASTER_ADDR"}:
         raise ValueError(f"{told}: start several processes by torchrun or accelerate launch")
-    for name, engine in ENGINES.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
+    for name, value in os.environ.items():
+        if name in ENGINES and value.lower() in ("1", "true"):
             raise ValueError(
-                f"{engine} splits the model, which a run keeps whole in each process: choose plain "
-                "multi-GPU in accelerate's configuration"
+                f"{ENGINES[name]} splits the model, which a run keeps whole in each process: "
+                "choose plain multi-GPU in accelerate's configuration"
             )
     if arguments.graphs:
         raise ValueError("--graphs replays the steps of one process: leave it out with several")

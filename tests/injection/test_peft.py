@@ -273,7 +273,7 @@ def test_several_plain_adapters_run_as_one_of_their_ranks(late, fused_calls):
     assert {(p.R, p.segments) for _, p, _ in explain(model).rows} == {(5, 1)}
     model.set_adapter("default")
     zoo.logits(model)
-    assert {p.segments for _, p, _ in explain(model).rows} == {2 if late else 1}
+    assert {p.segments for _, p, _ in explain(model).rows} == {2}
 
 
 def test_a_layer_that_holds_one_of_several_active_adapters_runs_fused(fused_calls):
