@@ -195,6 +195,40 @@ def sentences(folder: Path) -> None:
     assert model.encode(text) == pytest.approx(expected, abs=1e-6)
 
 
+def sft(folder: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(57))]
+    split = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    )
+    texts = [{"text": " ".join(f"w{(7 * i + j) % 57}" for j in range(8))} for i in range(24)]
+    options = {
+        "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [],
+        "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, **STEADY,
+    }  # fmt: skip
+    sizes = {name: size for name, size in zoo.LLAMA.items() if name != "num_labels"}
+    found = []
+    for callbacks in ([FusedLoRACallback()], []):
+        torch.manual_seed(0)
+        run = trl.SFTTrainer(
+            tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)),
+            args=trl.SFTConfig(output_dir=folder, **options),
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "up_proj"]),
+            callbacks=callbacks,
+        )
+        run.train()
+        found.append(losses(run))
+        assert all(len(each.report.fused) == 6 for each in callbacks)
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(set(found[0])) > 1
+
+
 def sharded(*names: str) -> Callable[[Path], None]:
     """Run by tests/injection/test_sharded.py, which has a row of each name."""
 
@@ -247,6 +281,7 @@ ROWS = (
     Row("transformers' Trainer", "`add_lora`", "losses, with the plain formula", trainer_with_ours),
     Row("transformers' Trainer and PEFT", "`callbacks=[FusedLoRACallback()]`",
         "losses, with PEFT's", trainer_with_peft),
+    Row("TRL's SFTTrainer", "`callbacks=[FusedLoRACallback()]`", "losses, with PEFT's", sft),
     Row("`add_adapter` of transformers", "`fuse_peft(model)`", "logits, with PEFT's",
         attached_by_transformers),
     Row("`add_adapter` of sentence-transformers", "`fuse_peft(model)`", "embeddings, with PEFT's",
