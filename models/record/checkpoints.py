@@ -15,7 +15,7 @@ from lora_kernels.durable import replacing
 from .digests import file_digest
 
 TRAINED, PROGRESS, STATE = "trained.safetensors", "progress.json", "trainer_state.json"
-NEEDED = (TRAINED, PROGRESS, STATE, "optimizer.pt", "scheduler.pt")
+NEEDED = (TRAINED, PROGRESS, STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 KEPT = 2  # checkpoints on disk: the last, and the one before in case the last is damaged
 _SEAL = "seal.json"
 
@@ -44,9 +44,9 @@ def damage_of(checkpoint: Path) -> str | None:
         sealed = dict(json.loads((checkpoint / _SEAL).read_text()))
     except (OSError, ValueError, TypeError):
         return "it was not written to the end"
-    if not any(name.startswith("rng_state") for name in sealed):  # one for each process
-        return "rng_state.pth is missing"
-    for name in (*NEEDED, *sealed):
+    # Of several processes each has a state of its own, and the seal names them all.
+    needed = NEEDED[:-1] if "rng_state_0.pth" in sealed else NEEDED
+    for name in (*needed, *sealed):
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
