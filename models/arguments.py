@@ -34,6 +34,8 @@ LONGEST_NAME = 120  # characters of a directory; file systems take 255
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 # How launchers tell a process that it is one of several.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What accelerate launch tells a process of engines that split the model.
+ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def flag(default: Any, text: str, **options: Any) -> Any:
@@ -214,7 +216,7 @@ def check(arguments: Arguments) -> None:
     _check_numbers(arguments)
     _check_scheduler(arguments)
     _check_trackers(arguments)
-    _check_processes()
+    _check_processes(arguments)
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = task_of(arguments.task)
@@ -299,8 +301,24 @@ def _check_trackers(arguments: Arguments) -> None:
             raise ValueError(f"--trackers {name} {why}; choose {', '.join(close)}")
 
 
-def _check_processes() -> None:
+def _check_processes(arguments: Arguments) -> None:
     processes = {name: size for name, size in os.environ.items() if name in WORLD_SIZES}
-    if any(size.isdigit() and int(size) > 1 for size in processes.values()):
-        told = ", ".join(f"{name}={size}" for name, size in processes.items())
-        raise ValueError(f"a run is one process, but {told}: start it without torchrun or mpirun")
+    several = [size for size in processes.values() if size.isdigit() and int(size) > 1]
+    if not several:
+        return
+    told = ", ".join(f"{name}={size}" for name, size in processes.items())
+    if "WORLD_SIZE" not in processes or not os.environ.keys() >= {"RANK", "MASTER_ADDR"}:
+        raise ValueError(f"{told}: start several processes by torchrun or accelerate launch")
+    for name, value in os.environ.items():
+        if name in ENGINES and value.lower() in ("1", "true"):
+            raise ValueError(
+                f"{ENGINES[name]} splits the model, which a run keeps whole in each process: "
+                "choose plain multi-GPU in accelerate's configuration"
+            )
+    if arguments.graphs:
+        raise ValueError("--graphs replays the steps of one process: leave it out with several")
+    if arguments.batch_size < int(processes["WORLD_SIZE"]):
+        raise ValueError(
+            f"--batch-size {arguments.batch_size} is that of all processes together, and there are "
+            f"{processes['WORLD_SIZE']}"
+        )

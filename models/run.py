@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ from .record.result import (
     logits_of,
     predictions_of,
 )
+from .training import processes
 from .training.generation import write_held_out
 from .training.pack import Seat
 from .training.progress import SaveEvery
@@ -50,17 +52,19 @@ def run(
 ) -> dict[str, Any]:
     """Do what `train.train` promises."""
     check(arguments)
+    processes.begin()
     task = task_of(arguments.task)
     directory, identity = arguments.directory(), arguments.identity()
     data = load(task, arguments.data_dir)
     source = model_source(arguments.model)
     tokenizer = None if task.images else load_tokenizer(source)
     used = tokens.sample(data.splits, arguments.max_train_samples, arguments.max_eval_samples)
-    identity |= digests(used, source)
+    identity |= digests(used, source) | processes.identity()
     choice = {"resume": arguments.resume, "overwrite": arguments.overwrite}
-    finished = run_directory.find_run(directory, identity, **choice)
+    finished = processes.from_first(lambda: run_directory.find_run(directory, identity, **choice))
     if finished is not None:
-        print(f"{directory} holds this run, finished; --overwrite runs it again")
+        if processes.is_first():
+            print(f"{directory} holds this run, finished; --overwrite runs it again")
         return finished
 
     if task.images:
@@ -77,9 +81,13 @@ def run(
         **describe_model(attached),
         "notes": [*data.notes, *loaded.notes, *attached.notes],
     }
-    show.print_parameters(result)
-    with run_directory.opened(directory, identity, **choice) as checkpoint:
+    if processes.is_first():
+        show.print_parameters(result)
+    with ExitStack() as held:
+        opened = run_directory.opened(directory, identity, **choice)
+        checkpoint = processes.from_first(lambda: held.enter_context(opened))
         trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks, seat)
+        processes.seed_apart(arguments.seed)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.graphs is not None:
             print(trainer.graphs)
@@ -101,13 +109,15 @@ def run(
         if arguments.method == "lora_adaptive":
             result |= describe_ranks(trainer.model)
         result |= describe_numbers(result, trainer.step_losses)
-        run_directory.finish(
+        finish = partial(
+            run_directory.finish,
             directory,
             result,
             trainer.step_losses,
             predictions,
             lambda path: WAYS[arguments.method].save(trainer.model, path),
         )
+        processes.from_first(finish)
     return result
 
 

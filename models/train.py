@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     import transformers
 
     from .record import show
+    from .training import processes
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -112,9 +113,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = train(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if processes.is_first():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    show.print_result(result, arguments.directory())
+    finally:
+        processes.end()
+    if processes.is_first():
+        show.print_result(result, arguments.directory())
     return 1 if result.get("diverged") else 0
 
 

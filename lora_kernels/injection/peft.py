@@ -2,9 +2,9 @@
 
 The PEFT model keeps its modules, parameters, names and files. A supported layer becomes a
 `FusedLinear`, a subclass of PEFT's class that adds a `forward`. Each call decides anew: what PEFT
-does beyond LoRA and DoRA (merged or disabled adapters, several at once, other variants, mixed
-batches) runs PEFT's own forward. A subclass can be copied and pickled like any module, and adds no
-reference from a layer to itself.
+does beyond LoRA and DoRA (merged or disabled adapters, other variants, mixed batches) runs PEFT's
+own forward. A subclass can be copied and pickled like any module, and adds no reference from a
+layer to itself.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .peft_state import (
     KINDS,
     OFF,
     Plain,
+    active,
     class_of,
     fallback_reason,
     never_fused,
@@ -151,6 +152,10 @@ class _Fused:
         if plain.quantised:
             _, _, lora_A, lora_B = plain.weights
             return add_lora_to(self.base_layer(x), x, lora_A, lora_B, parts.settings)  # type: ignore[attr-defined]
+        if plain.stacked:
+            if self.group is not None:
+                self.group.apart = True
+            return lora_layer(x, parts)
         if plain.magnitude is None:
             return self._lora(x, parts)
         dropout = getattr(plain.dropout, "p", 0.0) if plain.dropout.training else 0.0
@@ -173,17 +178,15 @@ class _Fused:
 
     def _shared(self, *, in_training: bool) -> Parts | None:
         plain = plain_lora(self)
-        if isinstance(plain, str) or plain.quantised:
+        if isinstance(plain, str) or plain.quantised or (plain.stacked and not in_training):
             return None
         return _parts(self, plain, in_training=in_training)
 
     @property
     def rank(self) -> int:
-        """R of the adapter that is active."""
+        """R of the adapter that is active, or the sum of those of several."""
         adapters: Any = self.lora_A  # type: ignore[attr-defined]
-        (name,) = (each for each in self.active_adapters if each in adapters)  # type: ignore[attr-defined]
-        rank: int = adapters[name].out_features
-        return rank
+        return sum(adapters[name].out_features for name in active(self))
 
     def _get_name(self) -> str:
         return type(self).__name__.replace("Fused", "")  # printed, it is PEFT's layer still
@@ -228,7 +231,7 @@ def __getattr__(name: str) -> Any:  # where a pickle finds the class
 
 
 def _parts(layer: Any, plain: Plain, *, in_training: bool) -> Parts:
-    weights, dropout, scale, magnitude, _ = plain
+    weights, dropout, scale, magnitude, *_ = plain
     if magnitude is not None:
         return Parts(weights._replace(bias=None), Settings(scale, 0.0, layer.strategy))
     probability = getattr(dropout, "p", 0.0) if in_training or dropout.training else 0.0

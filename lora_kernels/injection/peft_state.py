@@ -12,7 +12,7 @@ from ..algebra.operands import Weights
 from ..autograd.functional import is_dtensor
 from ..layers.base import is_conv1d, why_not_plain
 from ..layers.quantised import quantiser
-from ..layers.sharded import as_asked
+from ..layers.sharded import as_asked, is_part
 
 # PEFT's classes of linear layers that can run fused, and the modules that define them.
 KINDS = {
@@ -27,6 +27,7 @@ _GLOBAL_HOOKS = (
 )  # fmt: skip
 
 
+_NO_DROPOUT = nn.Identity()
 # What switches LoRA off: nothing falls back then, since nothing of ours would run.
 OFF = ("adapters are disabled", "merged: only the base layer runs")
 
@@ -34,7 +35,8 @@ OFF = ("adapters are disabled", "merged: only the base layer runs")
 class Plain(NamedTuple):
     """What a PEFT layer that runs fused consists of; `magnitude` is DoRA's.
 
-    The base layer of a `quantised` one is called as it is, and LoRA added to its y.
+    The base layer of a `quantised` one is called as it is, and LoRA added to its y. A `stacked` one
+    has the adapters of several, made for this call, and so runs without its siblings.
     """
 
     weights: Weights
@@ -42,6 +44,7 @@ class Plain(NamedTuple):
     scale: float
     magnitude: Tensor | None = None
     quantised: bool = False
+    stacked: bool = False
 
 
 def fallback_reason(layer: Any) -> str | None:
@@ -60,10 +63,42 @@ def plain_lora(layer: Any) -> Plain | str:
         return "adapters are disabled"
     if layer.merged:
         return "merged: only the base layer runs"
-    known = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(known) != 1:
-        return f"{len(known)} adapters are active: {', '.join(known) or 'none'}"
-    return _plain_adapter(layer, known[0])
+    known = active(layer)
+    if not known:
+        return "no adapter is active"
+    plain = [_plain_adapter(layer, name) for name in known]
+    return plain[0] if len(plain) == 1 else _stacked(known, plain)
+
+
+def active(layer: Any) -> list[str]:
+    """The names of a layer's active adapters."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _stacked(names: list[str], plain: list[Plain | str]) -> Plain | str:
+    """Several active adapters as one, whose rank is the sum of theirs.
+
+    lora_A holds theirs one below the other, lora_B side by side, times their scales.
+    """
+    found = [each for each in plain if not isinstance(each, str)]
+    lora = [
+        each
+        for each in found
+        if each.magnitude is None and not each.quantised and not getattr(each.dropout, "p", 0.0)
+    ]
+    biases = {id(each.weights.bias) for each in lora}  # lora_bias makes one of its own
+    if len(lora) < len(names) or len(biases) > 1:
+        return (
+            f"{len(names)} adapters are active, not all plain LoRA without dropout: "
+            f"{', '.join(names)}"
+        )
+    if any(is_part(each.weights) for each in lora):
+        return lora[0]._replace(stacked=True)  # between the calls that FSDP makes it whole for
+    weights = lora[0].weights._replace(
+        lora_A=torch.cat([each.weights.lora_A for each in lora]),
+        lora_B=torch.cat([each.scale * each.weights.lora_B for each in lora], dim=1),
+    )
+    return Plain(weights, _NO_DROPOUT, 1.0, stacked=True)
 
 
 def _plain_adapter(layer: Any, name: str) -> Plain | str:

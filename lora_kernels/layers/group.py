@@ -34,7 +34,7 @@ from ..autograd.autocast import autocast_dtype
 from ..autograd.functional import lora_linears
 from ..autograd.packs import packed_linears
 from ..strategies.problem import Problem
-from .sharded import is_part
+from .sharded import is_gathered_alone, is_part
 
 _APART = (
     "layers that are grouped for their names (query, key and value, say) got different tensors in "
@@ -42,8 +42,9 @@ _APART = (
     "is lost: LoRAConfig(group=False), or fuse_peft(model, group=False), saves it"
 )
 _SHARDED = (
-    "layers that would run as a group (query, key and value, say) run one by one: each is an FSDP "
-    "unit of its own, so only a part of its siblings is here; make their block one unit instead"
+    "layers that would run as a group (query, key and value, say) run one by one: each is sharded "
+    "by itself, so only a part of its siblings is here. Under FSDP make their block one unit; "
+    "DeepSpeed's ZeRO-3 gathers layer by layer"
 )
 
 
@@ -126,7 +127,7 @@ class Group:
     def __init__(self, members: Iterable[LoRALayer], first_only: bool = False) -> None:
         self._members = tuple([ref(member) for member in members])
         self.first_only = first_only
-        self.apart = False  # each member ran alone in the last call, since FSDP holds its siblings
+        self.apart = False  # each member ran alone in the last call: its siblings were not whole
         self._fresh = False  # the parent was called, and has not passed an x yet
         # One attribute, so that in a model called from threads results never part from their x.
         self._waiting: _Waiting | None = None
@@ -197,6 +198,8 @@ def _alike(every: list[Any], x: Tensor) -> bool:
     if None in every:
         return False
     (first, settings), device, K = every[0], x.device, x.shape[-1]
+    if is_gathered_alone(first):
+        return False
     for weights, others in every:
         weight = weights.weight
         if (
@@ -212,7 +215,8 @@ def _alike(every: list[Any], x: Tensor) -> bool:
 
 def _any_part(members: list[LoRALayer]) -> bool:
     """Whether a matrix of some member is not whole here, now."""
-    return any(is_part(own.weights) for each in members if (own := each.own()) is not None)
+    every = [own.weights for each in members if (own := each.own()) is not None]
+    return any(is_part(weights) or is_gathered_alone(weights) for weights in every)
 
 
 def _state(parts: Parts, compiling: bool) -> Any:

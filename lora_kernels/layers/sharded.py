@@ -1,4 +1,4 @@
-"""Tensors of a layer under FSDP and tensor parallelism: which are parts, and which ask in vain.
+"""Tensors under FSDP, ZeRO-3 and tensor parallelism: which are parts, and which ask in vain.
 
 Outside a forward both versions of FSDP leave a part of each parameter on a process: FSDP2 as a
 DTensor that shows its global shape, FSDP1 as a flat piece. In a forward the parameters of its unit
@@ -22,6 +22,14 @@ def is_part(weights: Weights | PackWeights) -> bool:
     else:
         matrices = [weights.weight, weights.lora_A, weights.lora_B]
     return any(tensor.dim() != 2 or is_dtensor(tensor) for tensor in matrices)
+
+
+def is_gathered_alone(weights: Weights) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a layer, which is whole in its own call alone.
+
+    In the call of a sibling its tensors may look whole and not be: they may be on their way.
+    """
+    return hasattr(weights.lora_A, "ds_id")
 
 
 def as_asked(tensor: Any) -> Any:

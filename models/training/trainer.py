@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with four changes: it resumes exactly, saves little, and counts more.
+"""The Hugging Face Trainer with five changes: it resumes exactly, saves little, and counts more.
 
 * The order of an epoch depends on (seed, epoch) alone. Trainer's own samplers draw it from the
   global generator. A run that resumes within an epoch no longer has the generator's state at the
@@ -7,6 +7,7 @@
 * The loss of each step is kept at full precision, so that two methods can be compared.
 * Each epoch has a row: its seconds, its learning rate, and the scores of the training rows as they
   were trained on. Time and memory of training, scoring and saving are counted apart.
+* Several processes share the rows of a step (`processes`). Trainer's own would each take as many.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lora_kernels import GraphedStep
 
 from ..record.checkpoints import PROGRESS, TRAINED, seal
 from ..record.run_directory import writing
+from . import processes
 from .meter import Meter
 from .progress import Progress, clean
 
@@ -105,13 +107,14 @@ class ExactTrainer(Trainer):
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.epochs: list[dict[str, float]] = []
         self.predictions: dict[str, Any] = {}
-        if self.args.gradient_accumulation_steps > 1:
+        if self.args.gradient_accumulation_steps > 1 or processes.count() > 1:
             # Trainer hands such models the rows of a step, by which not all divide their loss.
             self.model_accepts_loss_kwargs = False
         self.meter = Meter()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(Progress())
+        if processes.is_first():
+            self.add_callback(Progress())
         self.add_callback(_Counting(self))
 
     @property
@@ -158,13 +161,28 @@ class ExactTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Keep what the model says of each row of the split that was scored last."""
         output = super().evaluation_loop(*args, **kwargs)
-        self.predictions[kwargs.get("metric_key_prefix", "eval")] = output.predictions
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self.predictions[prefix] = output.predictions
+        if processes.count() > 1 and self._scores is not None:
+            # Rows that fill up the last batch are taken out of the predictions, not of the loss.
+            output.metrics[f"{prefix}_loss"] = self._loss_of(output.predictions, output.label_ids)
         return output
+
+    def _loss_of(self, predictions: Any, labels: Any) -> float:
+        """The loss of a whole split, from what the model says of it."""
+        logits = predictions[0] if isinstance(predictions, tuple) else predictions
+        outputs, wanted = {"logits": torch.from_numpy(logits)}, torch.from_numpy(labels)
+        if self.label_smoother is not None:
+            return float(self.label_smoother(outputs, wanted))
+        config: Any = self.model.config
+        return float(self.model.loss_function(wanted, outputs["logits"], config))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any) -> Any:
         """Compute the loss, and keep what the model says of the training rows."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
         if model.training:
+            if processes.count() > 1:
+                loss = loss * processes.weight_of(processes.mean_over(inputs["labels"]))
             scored = self._scores is not None
             self._logits.append(outputs["logits"].detach().float() if scored else None)
         return (loss, outputs) if return_outputs else loss
@@ -197,11 +215,14 @@ class ExactTrainer(Trainer):
         """
         self._logits.clear()  # of a step that failed
         loss = super().training_step(model, inputs, *args, **kwargs)
-        return loss.detach(), self._logits.pop()
+        return processes.mean(loss.detach()), self._logits.pop()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the parameters that train, and what else survives a resume."""
         directory = Path(output_dir or self.args.output_dir)
+        seen = self._all_seen()
+        if not processes.is_first():
+            return
         directory.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self._trained().items()}
         save_file(trained, directory / TRAINED)
@@ -209,7 +230,7 @@ class ExactTrainer(Trainer):
             "losses": self.step_losses,
             "seconds": self.meter.read(),
             "epochs": self.epochs,
-            "seen": [[t.tolist() for t in pair] for pair in self._seen],
+            "seen": [[t.tolist() for t in pair] for pair in seen],
             "callbacks": [callback.state_dict() for callback in self._stateful()],
         }
         (directory / PROGRESS).write_text(json.dumps(progress))
@@ -239,7 +260,10 @@ class ExactTrainer(Trainer):
         directory = Path(self.args.output_dir)
         with writing(directory.parent), self.meter.phase("saving"):
             super()._save_checkpoint(*args, **kwargs)
-            seal(directory / f"checkpoint-{self.state.global_step}")
+            processes.gathered(None)  # each has written its part
+            if processes.is_first():
+                seal(directory / f"checkpoint-{self.state.global_step}")
+            processes.gathered(None)  # none goes on, to be killed, before the checkpoint is whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
@@ -250,6 +274,7 @@ class ExactTrainer(Trainer):
         self._seen = [
             (torch.tensor(logits, device=device), torch.tensor(labels, device=device))
             for logits, labels in progress["seen"]
+            if processes.is_first()
         ]
         self.epochs = progress["epochs"]
         for name, seconds in progress["seconds"].items():
@@ -277,7 +302,8 @@ class ExactTrainer(Trainer):
         seconds = self.meter.read()["training"]
         scores: dict[str, float] = {}
         if self._scores is not None:
-            logits, labels = (torch.cat(tensors) for tensors in zip(*self._seen, strict=True))
+            seen = self._all_seen()
+            logits, labels = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
             scores = self._scores(logits.cpu().numpy(), labels.cpu().numpy())
         self._seen = []
         self.epochs.append(
@@ -286,6 +312,26 @@ class ExactTrainer(Trainer):
                 "seconds": seconds - sum(row["seconds"] for row in self.epochs),
             }
         )
+
+    def _all_seen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and labels of the batches of this epoch, in all processes."""
+        if processes.count() == 1:
+            return self._seen
+        first, *others = processes.gathered([(a.cpu(), b.cpu()) for a, b in self._seen])
+        doubled = 0 < len(self._lengths) % self.args.train_batch_size < processes.count()
+        if doubled and sum(len(b) for each in (first, *others) for _, b in each) > len(
+            self._lengths
+        ):  # each process took the last batch
+            others = [each[:-1] for each in others]
+        return [pair for each in (first, *others) for pair in each]
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's loader; with several processes, that of this process's share of each batch."""
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        sampler = self._get_train_sampler()
+        size = self.args.train_batch_size
+        return processes.Shares(self.train_dataset, sampler, size, self.data_collator)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)

@@ -135,7 +135,7 @@ def disabled(model: nn.Module) -> None:
 
 
 def two_active(model: nn.Module) -> None:
-    model.base_model.set_adapter(["default", "plain2"])
+    model.base_model.set_adapter(["default", "dora"])
 
 
 def hooked(model: nn.Module) -> None:
@@ -163,7 +163,7 @@ def tensor_scaling(model: nn.Module) -> None:
 STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "disabled": (disabled, "adapters are disabled"),
     "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
-    "two": (two_active, "2 adapters are active: default, plain2"),
+    "two": (two_active, "2 adapters are active, not all plain LoRA without dropout: default, dora"),
     "variant": (lambda model: model.set_adapter("alora"), "'alora' is a LoRA variant: ALora"),
     "hooked": (hooked, "hooks or a patched forward"),
     "base-trains": (base_trains, "the base weight trains too"),
@@ -232,7 +232,7 @@ def test_a_layer_that_was_reported_as_fused_says_once_that_it_is_not(fused_calls
     assert told(model) == [] and explain(model).unfused == ()
     two_active(model)
     (text,) = told(model)
-    assert text.endswith("The reason: 2 adapters are active: default, plain2")
+    assert text.endswith("plain LoRA without dropout: default, dora")
     assert told(model) == [] and len(explain(model).unfused) == 4 and not explain(model).rows
     assert "unfused 4 layers\n     4  2 adapters are active" in str(explain(model))
     model.set_adapter("default")
@@ -258,10 +258,30 @@ def test_what_was_reported_as_unfused_and_what_is_off_say_nothing():
     assert explain(model).unfused == ()
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_several_plain_adapters_run_as_one_of_their_ranks(late, fused_calls):
+    model = with_adapters()
+    names = ["default", "plain2"]
+    if late:
+        fuse_peft(model)
+    model.base_model.set_adapter(names)
+    eager = unfuse_peft(copy.deepcopy(model))
+    if not late:
+        assert len(fuse_peft(model).fused) == 4
+    zoo.judge_models(model, eager, batches=16)
+    assert len(fused_calls) == 16 * 4
+    assert {(p.R, p.segments) for _, p, _ in explain(model).rows} == {(5, 1)}
+    model.set_adapter("default")
+    zoo.logits(model)
+    assert {p.segments for _, p, _ in explain(model).rows} == {2}
+
+
 def test_a_layer_that_holds_one_of_several_active_adapters_runs_fused(fused_calls):
     models = peft_model(task_type=None), peft_model(task_type=None)
     for model in models:
-        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["value"]))
+        other = peft.LoraConfig(r=2, target_modules=["value"], lora_dropout=0.1)
+        model.add_adapter("other", other)
+        model.eval()
         model.base_model.set_adapter(["default", "other"])
         zoo.randomise(model, "lora_")
     report = fuse_peft(models[0])

@@ -130,7 +130,7 @@ def late(engine: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.M
 # Checkpoints of torch.distributed are tried with these.
 RESUMED = ("ddp", "fsdp1", "fsdp1-peft", "fsdp2", "fsdp2-peft", "fsdp2-each")
 TOGETHER, ALONE, GPT2 = [3, 1, 1, 1] * 2, [1] * 12, [1] * 6
-APART = "run one by one: each is an FSDP unit"
+APART = "run one by one: each is sharded by itself"
 
 
 class Row(NamedTuple):

@@ -385,3 +385,16 @@ def test_layers_that_differ_are_left_alone():
     model = Attention(key=8)
     model.value = nn.Linear(24, 24)
     assert group_siblings(model) == ()
+
+
+def test_layers_that_zero_3_gathers_one_by_one_run_one_by_one(x):
+    model = Attention()
+    expected = model(x)
+    group_siblings(model)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # as DeepSpeed marks what it gathers
+    with pytest.warns(UserWarning, match="each is sharded by itself"):
+        torch.testing.assert_close(model(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launches(model(x)) == 3, "and it is told once"

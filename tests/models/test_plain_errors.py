@@ -46,12 +46,31 @@ def test_flags_that_cannot_work_together_are_refused(arguments, changes, message
 
 
 @pytest.mark.parametrize("name", WORLD_SIZES)
-def test_several_processes_are_refused(arguments, monkeypatch, name):
+def test_processes_of_no_known_launcher_are_refused(arguments, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     check(arguments())
     monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match=f"a run is one process, but {name}=2"):
+    with pytest.raises(ValueError, match=f"{name}=2: start several processes by torchrun"):
         train(arguments())
+
+
+@pytest.mark.parametrize(
+    "environment, changes, message",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP splits the model"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed splits the model"),
+        ({}, {"batch_size": 1}, "--batch-size 1 is that of all processes together"),
+        ({}, {"graphs": True}, "--graphs"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    arguments, monkeypatch, environment, changes, message
+):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in (launched | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        check(arguments(**changes))
 
 
 # --- files of the model ---------------------------------------------------------------------------
