@@ -85,6 +85,24 @@ def sample(
         gc.enable()
 
 
+def take_turns(runs: dict[str, Run], device: torch.device, samples: int) -> dict[str, list[float]]:
+    """Microseconds of each run, sampled in turns: sample i of all runs is round i."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        sample(run, device, 1, warm_up=2)
+    for _ in range(samples):
+        for name, run in runs.items():
+            taken[name] += sample(run, device, 1, warm_up=0)
+    return taken
+
+
+def paired_ratio(taken: list[float], base: list[float] | None) -> float | None:
+    """The median over rounds of one run's time over another's; None without the other."""
+    if base is None:
+        return None
+    return round(statistics.median(a / b for a, b in zip(taken, base, strict=True)), 4)
+
+
 def _device_time(run: Run) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

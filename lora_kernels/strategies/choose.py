@@ -25,6 +25,9 @@ from .table import STRATEGIES, Strategy, check_strategy, triton_supports
 if TYPE_CHECKING:
     from ..hardware.cards import Card
 
+# The elements of x [M, K] up to which `auto` on a CPU leaves a layer's gradients to torch
+# (`autograd/few.py`): the host's calls are most of the time there.
+FEW = 1 << 15
 # The shares of a datasheet that the cost model takes for attained are assumptions. A lead below
 # this one lies within their error, and is no reason to leave `split`.
 TIE = 0.05
@@ -54,7 +57,11 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
             return _choice(problem, strategy, "named by the caller" + where, tiles)
         prefix = f"{strategy} was asked for, but: {refusal}; "
     if problem.arch == "cpu":
-        return _choice(problem, "library", prefix + "on a CPU the vendor's GEMM is fastest")
+        few = strategy == "auto" and not problem.columns and problem.M * problem.K <= FEW
+        reason = "on a CPU the vendor's GEMM is fastest"
+        return _choice(
+            problem, "library", prefix + reason + (", with torch's own gradients" if few else "")
+        )
     if refusal := triton_supports(problem):
         return _choice(problem, "library", prefix + refusal)
     if row is not None:
