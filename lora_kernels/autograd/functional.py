@@ -14,7 +14,7 @@ from ..strategies.table import check_strategy
 from . import operators
 from .autocast import autocast_dtype
 from .few import few_linears, takes
-from .function import Call, apply, as_rows
+from .function import Call, apply, as_rows, transform_stack
 
 
 def lora_linear(
@@ -90,21 +90,25 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
         operands = operands._replace(bias=tuple([bias.contiguous() for bias in operands.bias]))  # type: ignore[union-attr]
     check_strategy(settings.strategy)
     compiling = torch.compiler.is_compiling()
-    if not compiling and takes(x, operands, settings, dtype is not None):
+    if not compiling:
         _check_transforms()
-        return few_linears(x, operands, settings)
+        if _TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
+            return few_linears(x, operands, settings)
     seed = masks.draw_seed(x.device) if settings.dropout else None
     if compiling:
         y = operators.call(as_rows(x), operands, settings, seed)
         return y if x.dim() == 2 else tuple([t.view(*x.shape[:-1], t.shape[1]) for t in y])
-    _check_transforms()
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers))
     return apply(x, call, *operands.flatten())
 
 
+_TRANSFORMS = transform_stack()
+
+
 def _check_transforms() -> None:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Raises RuntimeError under torch.func; a torch that cannot be asked refuses in `apply`."""
+    if _TRANSFORMS is not None and _TRANSFORMS() is not None:
         raise RuntimeError(
             "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
         )

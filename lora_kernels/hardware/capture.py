@@ -35,7 +35,8 @@ def captured(
         # Torch's stream, generator and allocator are still in it: they would fail all that follows.
         torch.cuda.set_stream(current)
         generator.graphsafe_set_state(spare)
-        with suppress(RuntimeError):  # the allocator may have left the capture already
+        # The allocator may have left the capture already; these two are private, and may be gone.
+        with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
             torch._C._cuda_releasePool(current.device_index, pool)
         raise error.__context__ or error from None

@@ -61,6 +61,7 @@ class Facts:
     gpu_error: str | None
     interpreting: bool
     peft_asked: str | None = None  # the oldest PEFT that transformers works with
+    launch_cache: bool | None = None  # whether it knows this Triton's launcher; None: no Triton
 
     @property
     def gpus(self) -> list[str]:
@@ -107,6 +108,11 @@ PITFALLS = (
             "TRITON_INTERPRET is set: kernels run in Python, not on the GPU, far slower: unset it"),
     Pitfall("old-torch", lambda f: f.older("torch", 2, 11) or f.older("triton", 3, 6),
             "torch before 2.11 or Triton before 3.6: not tested, upgrade both"),
+    Pitfall("unknown-triton", lambda f: f.launch_cache is False,
+            "the launch cache does not know this Triton's compiled launcher, so Triton's own "
+            "dispatch makes every launch: results are the same, and on a GPU a launch costs the "
+            "host 36 us in place of 7, which steps of small batches notice; the cache knows "
+            "Triton 3.6 and 3.7"),
     Pitfall("old-peft", lambda f: f.peft_asked and f.older("peft", *_numbers(f.peft_asked)),
             "this transformers asks for a newer PEFT than the one beside it: its add_adapter, "
             "load_adapter and from_pretrained of an adapter fail; take another pair, such as "
@@ -134,7 +140,18 @@ def gather() -> Facts:
     hip, cuda = torch.version.hip, torch.version.cuda
     build = f"ROCm {hip}" if hip else cuda and f"CUDA {cuda}"
     found = (versions, build, tuple(devices), _driver(), gpu_error, interpreting())
-    return Facts(*found, _peft_asked())
+    return Facts(*found, _peft_asked(), _launch_cache())
+
+
+def _launch_cache() -> bool | None:
+    """Whether the launch cache knows the launcher of the Triton that is installed."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        from ..kernels.launch import KNOWN
+    except (ImportError, AttributeError):  # a Triton that lacks even what the module imports
+        return False
+    return bool(KNOWN)
 
 
 def _peft_asked() -> str | None:
