@@ -182,11 +182,11 @@ def encoder(tiny: bool) -> Subject:
 
 
 _BASE = shapes.MODELS["roberta-base"]
-_block = partial(linears, hidden=_BASE.hidden, wide=_BASE.intermediate)
+_of_base = partial(linears, hidden=_BASE.hidden, wide=_BASE.intermediate)
 SUBJECTS: dict[str, Callable[[bool], Subject]] = {
-    "linears": partial(_block, tokens=TOKENS),
-    "16 rows": partial(_block, tokens=16),
-    "one row": partial(_block, tokens=1),
+    "linears": partial(_of_base, tokens=TOKENS),
+    "16 rows": partial(_of_base, tokens=16),
+    "one row": partial(_of_base, tokens=1),
     "tiny layers": partial(linears, hidden=16, wide=64, tokens=1, calls=20),
     "encoder": encoder,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -85,7 +85,9 @@ def sample(
         gc.enable()
 
 
-def take_turns(runs: dict[str, Run], device: torch.device, samples: int) -> dict[str, list[float]]:
+def take_turns(
+    runs: Mapping[str, Run], device: torch.device, samples: int
+) -> dict[str, list[float]]:
     """Microseconds of each run, sampled in turns: sample i of all runs is round i."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():

@@ -57,7 +57,8 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
             return _choice(problem, strategy, "named by the caller" + where, tiles)
         prefix = f"{strategy} was asked for, but: {refusal}; "
     if problem.arch == "cpu":
-        few = strategy == "auto" and not problem.columns and problem.M * problem.K <= FEW
+        few = problem.dtype in (torch.float32, torch.float64) and problem.M * problem.K <= FEW
+        few = few and strategy == "auto" and not problem.columns
         reason = "on a CPU the vendor's GEMM is fastest"
         return _choice(
             problem, "library", prefix + reason + (", with torch's own gradients" if few else "")

@@ -65,6 +65,8 @@ def _versions(**versions):
             {"versions": _versions(peft="0.22.0"), "peft_asked": "0.22.0"}, set(), id="peft-new"
         ),
         pytest.param({"peft_asked": "0.22.0"}, set(), id="no-peft"),
+        pytest.param({"launch_cache": False}, {"unknown-triton"}, id="unknown-triton"),
+        pytest.param({"launch_cache": True}, set(), id="known-triton"),
     ],
 )  # fmt: skip
 def test_pitfalls(changes, expected):
@@ -154,6 +156,20 @@ def test_the_peft_that_transformers_asks_for_is_found(tmp_path, monkeypatch):
     assert doctor.gather().peft_asked == transformers.MIN_PEFT_VERSION
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert doctor.gather().peft_asked is None
+
+
+def test_a_triton_that_the_launch_cache_does_not_know(monkeypatch, capsys):
+    launch = pytest.importorskip("lora_kernels.kernels.launch")
+    monkeypatch.setattr(launch, "KNOWN", True)
+    assert doctor.gather().launch_cache is True
+    monkeypatch.setattr(launch, "KNOWN", False)
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "unknown-triton" in said and "36 us in place of 7" in said
+    monkeypatch.delattr(launch, "KNOWN")
+    assert doctor.gather().launch_cache is False
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor.gather().launch_cache is None
 
 
 def test_as_a_module():
