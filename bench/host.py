@@ -261,7 +261,8 @@ def _wrong(
 ) -> dict[str, str]:
     """Which of our models compute something wrong, and what.
 
-    Their RMS error against PEFT in float64 may be 1.1 times that of eager PEFT in this precision.
+    Their RMS error against PEFT in float64 may be 1.1 times that of eager PEFT in this precision,
+    and more by what an RMS of n numbers varies by itself, three times 1 / sqrt(n).
     """
     ours = [name for name in models if PROVIDERS[name].trains == "ours"]
     if "peft" not in models or not ours:
@@ -278,9 +279,10 @@ def _wrong(
         ]
     wrong = {}
     for name in ours:
-        for i, (error, allowed) in enumerate(zip(errors[name], errors["peft"], strict=True)):
-            if not error <= 1.1 * allowed + 1e-12:
-                wrong[name] = f"output {i}: RMS error {error:.2e}, PEFT's {allowed:.2e}"
+        rows = zip(errors[name], errors["peft"], exact, strict=True)
+        for i, (error, peft, truth) in enumerate(rows):
+            if not error <= 1.1 * (1 + 3 / truth.numel() ** 0.5) * peft + 1e-12:
+                wrong[name] = f"output {i}: RMS error {error:.2e}, PEFT's {peft:.2e}"
                 break
     return wrong
 

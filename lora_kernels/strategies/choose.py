@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The elements of x [M, K] up to which `auto` on a CPU leaves a layer's gradients to torch
 # (`autograd/few.py`): the host's calls are most of the time there.
-FEW = 1 << 15
+FEW = 1 << 16
 # The shares of a datasheet that the cost model takes for attained are assumptions. A lead below
 # this one lies within their error, and is no reason to leave `split`.
 TIE = 0.05
