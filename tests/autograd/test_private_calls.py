@@ -30,7 +30,7 @@ for M in (3, 10000):
         found = y, *torch.autograd.grad(y.sum(), (x, A, B))
         print([t.double().sum().item().hex() for t in found])
     try:
-        torch.func.grad(lambda x: lora_linear(x, weight, A, B).sum())(x.detach())
+        torch.func.vmap(lambda x: lora_linear(x, weight, A, B))(x.detach().view(M, 1, 8))
     except RuntimeError:
         print("refused")
 print("public:", function.apply == function.LoRALinears.apply)
