@@ -23,8 +23,8 @@ DECLARED := pyproject.toml constraints.txt
 SAY_VERSION := import sys; print(sys.version_info[:2])
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test lint types pytest coverage nightly compile-gate run-compiled versions benchmark gpu \
-	format install clean check-python
+.PHONY: help demo test lint types pytest coverage nightly compile-gate run-compiled versions releases benchmark \
+	gpu format install clean check-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -61,7 +61,7 @@ coverage: $(VENV)/.installed-all ## the tests again, with the share of lines tha
 
 nightly: $(VENV)/.installed-all ## what is too long for make test: tests marked nightly, all compiled kernels
 	$(call run_pytest,-m nightly)
-	$(MAKE) run-compiled compile-gate
+	$(MAKE) run-compiled compile-gate releases
 
 compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
 	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report
@@ -73,6 +73,9 @@ run-compiled: $(VENV)/.installed-all ## run the compiled kernels on the CPU, ins
 
 versions: $(VENV)/.installed-all ## whether each supported Python parses, resolves, imports (VERSIONS='3.10 3.13')
 	$(RUN) .ci/versions.py $(VERSIONS) $(ARGS)
+
+releases: $(VENV)/.installed-all ## train a step on the oldest and the newest torch and Triton that pyproject.toml admits
+	$(RUN) .ci/releases.py
 
 benchmark: $(VENV)/.installed-all ## the kernel cases through pytest-benchmark; on a CPU only toys
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)

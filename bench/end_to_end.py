@@ -12,10 +12,10 @@ import argparse
 import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=Recipe.rank)
     parser.add_argument("--dropout", type=float, default=Recipe.dropout, help="LoRA's")
     parser.add_argument("--steps", type=int, default=timing.SAMPLES, help="steps to time")
+    parser.add_argument(
+        "--in-turns", action="store_true",
+        help="the methods of a model step in turns, so that a drift hits all alike, and rows have "
+        "over_lora, the median over rounds of a step over ours; all are in memory at once",
+    )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="measure what the file holds already")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument(
@@ -63,6 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe(arguments.rank, arguments.dropout)
     results = Results("end_to_end", device, folder_of(arguments))
     failed = 0
+    if arguments.in_turns:
+        for name, precision in product(models, precisions):
+            rows = measure_in_turns(
+                MODELS[name], arguments.methods or tuple(METHODS), PRECISIONS[precision], recipe,
+                device, steps=arguments.steps, tiny=arguments.tiny,
+            )  # fmt: skip
+            results.add(rows)
+            print("\n".join(map(_line, rows)), flush=True)
+            failed += any(row["status"] == "failed" for row in rows)
+        print(f"rows in {results.path}")
+        return 1 if failed else 0
     methods = [METHODS[name] for name in arguments.methods or METHODS]
     eager = [method for method in methods if not method.compiled]
     slow = [method for method in methods if method.compiled]  # last: minutes each
@@ -99,26 +115,71 @@ def measure(
     steps: int, tiny: bool,
 ) -> Row:  # fmt: skip
     """One row: a model trained by one method in one precision."""
-    row = _key(model, method, precision, tiny)
-    row |= {"rank": recipe.rank, "lora_dropout": recipe.dropout, "targets": list(model.targets)}
-    if method.graph and device.type != "cuda":
-        return row | {"status": "unavailable", "reason": "CUDA graphs need a GPU"}
-    if method.graph and model.no_graph:
-        return row | {"status": "unavailable", "reason": model.no_graph}
-    if precision.scaled and device.type != "cuda":
-        return row | {"status": "unavailable", "reason": "fp16 is not trained on a CPU"}
+    row = _start(model, method, precision, recipe, device, tiny)
+    if row["status"] == "unavailable":
+        return row
     try:
         return row | _measure(model, method, precision, recipe, device, steps, tiny)
     except Exception as error:
         return row | {"status": "failed", "reason": explain_error(error)}
     finally:
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # of a lost device: the row says why
-                # torch holds a workspace for every stream that ran a product.
-                torch._C._cuda_clearCublasWorkspaces()
-                torch.cuda.empty_cache()
+        _clear(device)
+
+
+def measure_in_turns(
+    model: Model, methods: Sequence[str], precision: Precision, recipe: Recipe,
+    device: torch.device, *, steps: int, tiny: bool,
+) -> list[Row]:  # fmt: skip
+    """A row for each method of one model in one precision, their steps taken in turns."""
+    rows, runs, built = {}, {}, {}
+    for name in methods:
+        method = METHODS[name]
+        rows[name] = _start(model, method, precision, recipe, device, tiny)
+        if rows[name]["status"] == "unavailable":
+            continue
+        try:
+            built[name] = _build(model, method, precision, recipe, device, tiny)
+            step = built[name].step
+            step()  # compiles, and shows what fails before the others are timed
+            runs[name] = captured(step) if method.graph else step
+        except Exception as error:
+            rows[name] |= {"status": "failed", "reason": explain_error(error)}
+    taken = timing.take_turns(runs, device, steps)
+    for name, found in taken.items():
+        rows[name] |= _found(found, built[name], None)
+        rows[name] |= {"over_lora": timing.paired_ratio(found, taken.get("lora"))}
+    runs.clear()
+    built.clear()
+    _clear(device)
+    return list(rows.values())
+
+
+def _start(
+    model: Model, method: Method, precision: Precision, recipe: Recipe, device: torch.device,
+    tiny: bool,
+) -> Row:  # fmt: skip
+    """The row before it is timed; its status is "unavailable" where it cannot be."""
+    row = _key(model, method, precision, tiny)
+    row |= {"rank": recipe.rank, "lora_dropout": recipe.dropout, "targets": list(model.targets)}
+    reason = None
+    if method.graph and device.type != "cuda":
+        reason = "CUDA graphs need a GPU"
+    elif method.graph and model.no_graph:
+        reason = model.no_graph
+    elif precision.scaled and device.type != "cuda":
+        reason = "fp16 is not trained on a CPU"
+    return row | {"status": "unavailable" if reason else "timed", "reason": reason}
+
+
+def _clear(device: torch.device) -> None:
+    """Forget what was compiled, and free what was built."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # of a lost device: the row says why
+            # torch holds a workspace for every stream that ran a product.
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
 
 
 def _alive(device: torch.device) -> bool:
@@ -130,10 +191,18 @@ def _alive(device: torch.device) -> bool:
     return True
 
 
-def _measure(
+class _Built(NamedTuple):
+    """A training step, and what its row says of the model."""
+
+    step: Callable[[], None]
+    batch: int
+    trainable: int
+
+
+def _build(
     row: Model, method: Method, precision: Precision, recipe: Recipe, device: torch.device,
-    steps: int, tiny: bool,
-) -> Row:  # fmt: skip
+    tiny: bool,
+) -> _Built:  # fmt: skip
     torch.manual_seed(0)
     model = row.build(device, precision.weights, tiny=tiny)
     model.requires_grad_(False)
@@ -146,35 +215,49 @@ def _measure(
         "labels": torch.randint(0, 2, (batch,), device=device),
         "attention_mask": torch.ones(batch, length, dtype=torch.long, device=device),
     }
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     step = training_step(model, inputs, method, precision, device)
-    timed = captured(step) if method.graph else step
+    return _Built(step, batch, trainable)
+
+
+def _measure(
+    row: Model, method: Method, precision: Precision, recipe: Recipe, device: torch.device,
+    steps: int, tiny: bool,
+) -> Row:  # fmt: skip
+    built = _build(row, method, precision, recipe, device, tiny)
+    timed = captured(built.step) if method.graph else built.step
     taken = timing.sample(timed, device, steps, queued=True)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    found = _found(taken, built, memory)
+    if device.type == "cuda":
+        try:
+            found |= _profile(timed, found["step_ms"])
+        except Exception as error:  # the timing stays where the profiler cannot run
+            found |= {"launches": None, "busy_share": None, "reason": explain_error(error)}
+    return found
+
+
+def _found(taken: list[float], built: _Built, memory: int | None) -> Row:
+    """The columns of a row that say what was measured; FloatingPointError for a loss of NaN."""
     middle = len(taken) // 2
     median, p20, p80 = (value / 1e3 for value in timing.spread(taken))
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    loss = float(step.loss)  # type: ignore[attr-defined]
+    loss = float(built.step.loss)  # type: ignore[attr-defined]
     if not loss < float("inf"):
         raise FloatingPointError(f"the loss is {loss}")
-    found: Row = {
+    return {
         "status": "timed",
-        "samples_per_second": round(batch / median * 1e3, 2),
+        "samples_per_second": round(built.batch / median * 1e3, 2),
         "step_ms": round(median, 4),
         "p20_ms": round(p20, 4),
         "p80_ms": round(p80, 4),
         "noise": round(timing.noise(taken[:middle] or taken, taken[middle:]), 4),
         "peak_memory_bytes": memory,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable": built.trainable,
         "samples": len(taken),
     }
-    if device.type == "cuda":
-        try:
-            found |= _profile(timed, median)
-        except Exception as error:  # the timing stays where the profiler cannot run
-            found |= {"launches": None, "busy_share": None, "reason": explain_error(error)}
-    return found
 
 
 def training_step(
@@ -240,6 +323,8 @@ def _line(row: Row) -> str:
     text = f"{name}{row['step_ms']:>10.2f} ms {row['samples_per_second']:>9.1f} samples/s"
     if memory is not None:
         text += f" {memory / 2**20:>8.0f} MiB"
+    if row.get("over_lora") is not None:
+        text += f"  this / ours: {row['over_lora']:.2f}"
     if row.get("launches") is not None:
         text += f" {row['launches']:>6} launches {row['busy_share']:>5.0%} busy"
     return text

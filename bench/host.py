@@ -1,8 +1,9 @@
-"""What needs no GPU: CPU time against eager PEFT, the overhead of a call, import, launches.
+"""What needs no GPU: CPU time beside the rivals', the overhead of a call, import, launches.
 
-CPU time is of two cases: the six linear layers of a RoBERTa-base block alone, and a RoBERTa-base
-encoder cut to two blocks. Every linear layer has LoRA. Providers take turns sample by sample, so
-that a drift of the machine's speed hits all alike.
+CPU time is of the cases in SUBJECTS: the six linear layers of a block, of many tokens or few, and a
+RoBERTa-base encoder cut to two blocks. Every linear layer has LoRA. The providers take turns sample
+by sample, so a drift of the machine's speed hits all alike. `over_ours` is the median over these
+rounds of a provider's time over that of `library`, our eager layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +34,30 @@ from .subjects import MODELS
 
 CPU = torch.device("cpu")
 TOKENS, RANK = 512, 8
-PROVIDERS = ("floor", "peft", "library")
+OURS = "library"
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16-autocast": torch.bfloat16}
 DROPOUTS = (0.0, 0.1)
 CALLS = 100  # of the tiny layer, in one sample
 IMPORT_GOAL_MS = 50.0
 # (precision, dropout) -> eager PEFT's time over ours.
 GOALS = {("bf16-autocast", 0.0): 1.05, ("bf16-autocast", 0.1): 1.3}
+
+
+class Provider(NamedTuple):
+    """What trains: "frozen" (no LoRA), "full" (everything), "peft" or "ours"; compiled or eager."""
+
+    trains: str
+    compiled: bool = False
+
+
+PROVIDERS: dict[str, Provider] = {
+    "floor": Provider("frozen"),
+    "full": Provider("full"),
+    "peft": Provider("peft"),
+    "peft-compile": Provider("peft", compiled=True),
+    OURS: Provider("ours"),
+    f"{OURS}-compile": Provider("ours", compiled=True),
+}
 
 
 class Linears(nn.Module):
@@ -62,18 +80,25 @@ ENCODER_TARGETS = MODELS["roberta-base"].targets
 
 
 class Subject(NamedTuple):
-    """A model, its targets, and `step`: forward and backward, which returns what it computed."""
+    """A model, its targets, and `step`: forward and backward, which returns what it computed.
+
+    A sample is of `calls` steps. `exact`: whether the outputs are compared with float64.
+    """
 
     model: nn.Module
     targets: Sequence[str]
     step: Callable[[nn.Module], list[Tensor]]
+    calls: int = 1
+    exact: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m bench host`."""
-    parser.add_argument("--quick", action="store_true", help="ten samples, the linears alone")
+    parser.add_argument("--quick", action="store_true", help="ten samples, without the encoder")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: tests the suite")
     parser.add_argument("--samples", type=int, default=timing.SAMPLES)
+    parser.add_argument("--cases", nargs="+", choices=SUBJECTS, help="default: all")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
 
 
@@ -85,12 +110,16 @@ def run(arguments: argparse.Namespace) -> int:
     emulated = not (arguments.tiny or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if emulated:
         print("no bfloat16 instructions on this CPU: torch emulates it, so it is not timed")
-    for case in ("linears",) if arguments.quick else ("linears", "encoder"):
+    cases = arguments.cases or [c for c in SUBJECTS if not (arguments.quick and c == "encoder")]
+    providers = arguments.providers or tuple(PROVIDERS)
+    for case in cases:
         for precision, half in PRECISIONS.items():
             if half and emulated:
                 continue
             for dropout in DROPOUTS:
-                rows = measure(case, precision, dropout, samples, tiny=arguments.tiny)
+                rows = measure(
+                    case, precision, dropout, samples, tiny=arguments.tiny, providers=providers
+                )
                 results.add(rows)
                 found += rows
                 print(_lines(rows), flush=True)
@@ -104,10 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "wrong" for row in found) else 0
 
 
-def linears(tiny: bool) -> Subject:
-    """The six linear layers."""
-    base = shapes.MODELS["roberta-base"]
-    hidden, wide, tokens = (32, 64, 24) if tiny else (base.hidden, base.intermediate, TOKENS)
+def linears(tiny: bool, hidden: int, wide: int, tokens: int, calls: int = 1) -> Subject:
+    """The six linear layers of a block of these widths."""
+    if tiny:
+        hidden, wide, tokens, calls = 32, 64, min(tokens, 24), 1
     model = Linears(hidden, wide)
     inputs = [torch.randn(tokens, width) for width in (hidden, hidden, hidden, wide)]
     directions = [torch.randn(tokens, N) for N in (*[hidden] * 4, wide, hidden)]
@@ -133,7 +162,7 @@ def linears(tiny: bool) -> Subject:
             x.grad = None
         return found  # type: ignore[return-value]
 
-    return Subject(model, TARGETS, step)
+    return Subject(model, TARGETS, step, calls)
 
 
 def encoder(tiny: bool) -> Subject:
@@ -149,63 +178,76 @@ def encoder(tiny: bool) -> Subject:
         loss.backward()
         return [loss.detach()]
 
-    return Subject(model, ENCODER_TARGETS, step)
+    return Subject(model, ENCODER_TARGETS, step, exact=False)
 
 
-SUBJECTS = {"linears": linears, "encoder": encoder}
+_BASE = shapes.MODELS["roberta-base"]
+_of_base = partial(linears, hidden=_BASE.hidden, wide=_BASE.intermediate)
+SUBJECTS: dict[str, Callable[[bool], Subject]] = {
+    "linears": partial(_of_base, tokens=TOKENS),
+    "16 rows": partial(_of_base, tokens=16),
+    "one row": partial(_of_base, tokens=1),
+    "tiny layers": partial(linears, hidden=16, wide=64, tokens=1, calls=20),
+    "encoder": encoder,
+}
 
 
 def attach(provider: str, subject: Subject, dropout: float) -> nn.Module:
-    """A copy of the subject's model with LoRA by a provider; lora_B is random, not zero."""
-    model = copy.deepcopy(subject.model).requires_grad_(False).train()
-    if provider == "peft":
+    """A copy of the subject's model as a provider trains it; lora_B is random, not zero."""
+    trains, compiled = PROVIDERS[provider]
+    model = copy.deepcopy(subject.model).requires_grad_(trains == "full").train()
+    if trains == "peft":
         attach_peft(model, subject.targets, RANK, dropout)
-    elif provider != "floor":
-        attach_lora(model, subject.targets, RANK, dropout, strategy=provider)
+    elif trains == "ours":
+        attach_lora(model, subject.targets, RANK, dropout)
     draw = torch.Generator().manual_seed(1)
     named = sorted((n.replace(".default.weight", ""), p) for n, p in model.named_parameters())
     for name, parameter in named:
         if "lora_" in name:
             parameter.data.normal_(0, parameter.shape[1] ** -0.5 / 2, generator=draw)
-    if provider == "floor":  # one trained parameter, or an encoder would have no backward
+    if trains == "frozen":  # one trained parameter, or an encoder would have no backward
         for embedding in model.modules():
             if isinstance(embedding, nn.LayerNorm):
                 embedding.requires_grad_(True)
                 break
-    return model
+    return torch.compile(model, dynamic=False) if compiled else model  # type: ignore[return-value]
 
 
-def measure(case: str, precision: str, dropout: float, samples: int, *, tiny: bool) -> list[Row]:
+def measure(
+    case: str, precision: str, dropout: float, samples: int, *, tiny: bool,
+    providers: Sequence[str] = tuple(PROVIDERS),
+) -> list[Row]:  # fmt: skip
     """The rows of one case in one precision with one dropout."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # forgets earlier cases, whose shapes would make these ones dynamic
     subject = SUBJECTS[case](tiny)
-    models = {name: attach(name, subject, dropout) for name in PROVIDERS}
+    models = {name: attach(name, subject, dropout) for name in providers}
     casting = _casting(PRECISIONS[precision])
 
     def runner(model: nn.Module) -> timing.Run:
         def once() -> None:
-            with casting():
-                subject.step(model)
-            model.zero_grad(set_to_none=True)
+            for _ in range(subject.calls):
+                with casting():
+                    subject.step(model)
+                model.zero_grad(set_to_none=True)
 
         return once
 
-    rows = [
-        {"case": case, "provider": name, "precision": precision, "dropout": dropout,
-         "status": "timed", "reason": None, "R": RANK}
-        for name in PROVIDERS
-    ]  # fmt: skip
-    wrong = ""
-    if case == "linears" and not dropout:  # masks differ: the kernel suite checks with dropout
-        wrong = _wrong(subject, models, casting)
-    if wrong:
-        rows[-1] |= {"status": "wrong", "reason": wrong}
-        del models["library"]
-    taken = take_turns({name: runner(model) for name, model in models.items()}, samples)
-    for row in rows:
-        if row["provider"] in taken:
-            row |= summary(taken[row["provider"]])
-    return rows
+    rows = {
+        name: {"case": case, "provider": name, "precision": precision, "dropout": dropout,
+               "status": "timed", "reason": None, "R": RANK}
+        for name in providers
+    }  # fmt: skip
+    if subject.exact and not dropout:  # masks differ: the kernel suite checks with dropout
+        for name, reason in _wrong(subject, models, casting).items():
+            rows[name] |= {"status": "wrong", "reason": reason}
+            del models[name]
+    runs = {name: runner(model) for name, model in models.items()}
+    taken = timing.take_turns(runs, CPU, samples)
+    for name, found in taken.items():
+        rows[name] |= summary(found, subject.calls)
+        rows[name] |= {"over_ours": timing.paired_ratio(found, taken.get(OURS))}
+    return list(rows.values())
 
 
 def _casting(dtype: torch.dtype | None) -> Callable[[], Any]:
@@ -214,36 +256,35 @@ def _casting(dtype: torch.dtype | None) -> Callable[[], Any]:
     return lambda: torch.autocast("cpu", dtype)
 
 
-def _wrong(subject: Subject, models: dict[str, nn.Module], casting: Callable[[], Any]) -> str:
-    """What is wrong with our layer ("": nothing).
+def _wrong(
+    subject: Subject, models: dict[str, nn.Module], casting: Callable[[], Any]
+) -> dict[str, str]:
+    """Which of our models compute something wrong, and what.
 
-    Its RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision.
+    Their RMS error against PEFT in float64 may be 1.1 times that of eager PEFT in this precision,
+    and more by what an RMS of n numbers varies by itself, three times 1 / sqrt(n).
     """
+    ours = [name for name in models if PROVIDERS[name].trains == "ours"]
+    if "peft" not in models or not ours:
+        return {}
     exact = subject.step(copy.deepcopy(models["peft"]).double())
-    outputs = {}
-    for name in ("peft", "library"):
+    errors = {}
+    for name in ("peft", *ours):
         with casting():
-            outputs[name] = subject.step(models[name])
+            outputs = subject.step(models[name])
         models[name].zero_grad(set_to_none=True)
-    for i, truth in enumerate(exact):
-        rms = {
-            name: (found[i].double() - truth).square().mean().sqrt().item()
-            for name, found in outputs.items()
-        }
-        if not rms["library"] <= 1.1 * rms["peft"] + 1e-12:
-            return f"output {i}: RMS error {rms['library']:.2e}, PEFT's {rms['peft']:.2e}"
-    return ""
-
-
-def take_turns(runs: dict[str, timing.Run], samples: int) -> dict[str, list[float]]:
-    """Microseconds of each run, sampled in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        timing.sample(run, CPU, 1, warm_up=2)
-    for _ in range(samples):
-        for name, run in runs.items():
-            taken[name] += timing.sample(run, CPU, 1, warm_up=0)
-    return taken
+        errors[name] = [
+            (found.double() - truth).square().mean().sqrt().item()
+            for found, truth in zip(outputs, exact, strict=True)
+        ]
+    wrong = {}
+    for name in ours:
+        rows = zip(errors[name], errors["peft"], exact, strict=True)
+        for i, (error, peft, truth) in enumerate(rows):
+            if not error <= 1.1 * (1 + 3 / truth.numel() ** 0.5) * peft + 1e-12:
+                wrong[name] = f"output {i}: RMS error {error:.2e}, PEFT's {peft:.2e}"
+                break
+    return wrong
 
 
 def summary(taken: list[float], calls: int = 1) -> Row:
@@ -275,8 +316,8 @@ def overhead(samples: int) -> list[Row]:
 
         return calls
 
-    models = {name: attach(name, subject, 0.0) for name in PROVIDERS}
-    taken = take_turns({name: runner(model) for name, model in models.items()}, samples)
+    models = {name: attach(name, subject, 0.0) for name in ("floor", "peft", OURS)}
+    taken = timing.take_turns({name: runner(model) for name, model in models.items()}, CPU, samples)
     return [
         {"case": "overhead of a call", "provider": name, "precision": "fp32", "dropout": 0.0,
          "status": "timed", "reason": None, **summary(found, CALLS)}
@@ -317,18 +358,20 @@ def _block(rows: Sequence[Row]) -> str:
     title = f"\n{first['case']}"
     if first["precision"]:
         title += f", {first['precision']}, dropout {first['dropout']}"
-    peft = next((row["median_us"] for row in rows if row["provider"] == "peft"), None)
+    peft = next((row.get("median_us") for row in rows if row["provider"] == "peft"), None)
     lines = [title]
     for row in rows:
         if row["status"] != "timed":
-            lines.append(f"  {row['provider']:<14}{row['status']}: {row['reason']}")
+            lines.append(f"  {row['provider']:<16}{row['status']}: {row['reason']}")
             continue
         spread = f"({row['p20_us']:.1f} - {row['p80_us']:.1f})"
-        line = f"  {row['provider']:<14}{row['median_us']:>12.1f} us  {spread}"
-        if peft and row["provider"] == "library":
+        line = f"  {row['provider']:<16}{row['median_us']:>12.1f} us  {spread}"
+        if row.get("over_ours") is not None and row["provider"] != OURS:
+            line += f"  this / ours: {row['over_ours']:.2f}"
+        if peft and row["provider"] == OURS:
             line += f"  PEFT / this: {peft / row['median_us']:.2f}"
             goal = GOALS.get((first["precision"], first["dropout"]))
-            if goal and first["case"] in SUBJECTS:
+            if goal and first["case"] in ("linears", "encoder"):
                 line += f" (goal {goal})"
         if row["case"] == "import":
             line += f"  (goal {IMPORT_GOAL_MS:.0f} ms; processor time {row['cpu_us']:.1f} us)"

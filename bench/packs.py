@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ from lora_kernels import LoRAConfig, add_loras
 from lora_kernels.injection.packs import alone
 
 from . import timing
-from .host import take_turns
 from .providers import ALPHA_PER_RANK, attach_peft
 from .records import RESULTS, Results, Row, folder_of
 
@@ -102,9 +100,9 @@ def measure(case: Case, batch: int, samples: int) -> list[Row]:
     if not error < 1e-5:
         reason = f"the logits of the pack differ by {error:.1e} of the largest"
         return [{**key, "provider": "packed", "status": "wrong", "reason": reason}]
-    taken = take_turns(runs, samples)
+    taken = timing.take_turns(runs, CPU, samples)
     ratios = {
-        name: statistics.median(a / b for a, b in zip(taken[other], taken["packed"], strict=True))
+        name: timing.paired_ratio(taken[other], taken["packed"])
         for name, other in zip(("solo_ratio", "peft_ratio"), PROVIDERS[1:], strict=True)
     }
     rows = []
@@ -113,7 +111,7 @@ def measure(case: Case, batch: int, samples: int) -> list[Row]:
         row: Row = {**key, "provider": name, "status": "timed", "median_us": median}
         row |= {"p20_us": p20, "p80_us": p80, "samples": samples}
         if name == "packed":
-            row |= {ratio: round(value, 3) for ratio, value in ratios.items()}
+            row |= ratios
         rows.append(row)
     return rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -83,6 +83,26 @@ def sample(
         return [timer(run) for _ in range(count)]
     finally:
         gc.enable()
+
+
+def take_turns(
+    runs: Mapping[str, Run], device: torch.device, samples: int
+) -> dict[str, list[float]]:
+    """Microseconds of each run, sampled in turns: sample i of all runs is round i."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        sample(run, device, 1, warm_up=2)
+    for _ in range(samples):
+        for name, run in runs.items():
+            taken[name] += sample(run, device, 1, warm_up=0)
+    return taken
+
+
+def paired_ratio(taken: list[float], base: list[float] | None) -> float | None:
+    """The median over rounds of one run's time over another's; None without the other."""
+    if base is None:
+        return None
+    return round(statistics.median(a / b for a, b in zip(taken, base, strict=True)), 4)
 
 
 def _device_time(run: Run) -> float:

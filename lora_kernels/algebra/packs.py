@@ -46,6 +46,11 @@ class Pack(NamedTuple):
         """Dropout's 1 / (1 - p) of each adapter."""
         return tuple(1 / (1 - p) for p in self.dropouts)
 
+    @property
+    def counts(self) -> list[int]:
+        """How many rows each adapter has."""
+        return [last - first for first, last in pairwise(self.edges)]
+
     def rows(self) -> Iterator[tuple[int, slice]]:
         """The adapters that have rows, and these rows."""
         for c, (first, last) in enumerate(pairwise(self.edges)):
@@ -62,7 +67,7 @@ class Pack(NamedTuple):
 
     def sums(self, length: int) -> tuple[tuple[int, int, int, int], ...]:
         """Of each adapter (first run, last run + 1, the ranks of those before it, its rank)."""
-        counts = [-(-(last - first) // length) for first, last in pairwise(self.edges)]
+        counts = [-(-count // length) for count in self.counts]
         ends = list(accumulate(counts, initial=0))
         before = accumulate(self.ranks, initial=0)
         return tuple(zip(ends, ends[1:], before, self.ranks, strict=False))

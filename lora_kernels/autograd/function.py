@@ -68,20 +68,36 @@ class LoRALinears(torch.autograd.Function):
             return _gradients(ctx, *dy)
 
 
-def shortcut() -> tuple[Callable[..., Any], Callable[[], object]]:
-    """(apply, transform): Function.apply without its look for torch.func, and that look.
+def transform_stack() -> Callable[[], object] | None:
+    """torch's own answer to which transforms of torch.func are active (it gives None for none).
 
-    Torch's own look takes 4 us a call more; transform() is None outside of torch.func. Both are
-    private to torch: where a release lacks one, apply is the public one, which looks by itself.
+    It is private. None stands for a torch that has no such function.
     """
-    try:
-        apply = super(torch.autograd.Function, LoRALinears).apply
-        return apply, torch._C._functorch.peek_interpreter_stack
-    except AttributeError:
-        return LoRALinears.apply, lambda: None
+    return getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 
 
-apply, transform = shortcut()
+def fastest_apply(function: Any) -> Any:
+    """`apply` of a Function without its look for a transform of torch.func: 4 us a call less.
+
+    That is private, and for callers who have looked themselves. Where torch lacks either, it is the
+    public `apply`, which looks and refuses by itself.
+    """
+    inner = getattr(super(torch.autograd.Function, function), "apply", None)
+    return function.apply if inner is None or transform_stack() is None else inner
+
+
+apply = fastest_apply(LoRALinears)
+TRANSFORMS = transform_stack()
+
+
+def refuse_transforms(who: str = "lora_linear") -> None:
+    """Raises RuntimeError under torch.func; a torch that cannot be asked refuses in `apply`."""
+    if TRANSFORMS is not None and TRANSFORMS() is not None:
+        raise RuntimeError(
+            f"{who} has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
+        )
+
+
 _FIRST = 2  # the place of the first operand among the arguments of apply
 
 
@@ -122,7 +138,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+_UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", None)
+
+
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     # A caller could not change a plain view in place, since it is made inside a Function. Unsafe
     # means that torch does not count it as a view; nobody else has `rows`, so nothing is lost.
-    return torch.ops.aten._unsafe_view.default(rows, (*shape, rows.shape[1]))
+    # A torch without this operator gets the view.
+    reshaped = _UNSAFE_VIEW or torch.Tensor.view
+    return reshaped(rows, (*shape, rows.shape[1]))

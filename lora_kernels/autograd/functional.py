@@ -13,7 +13,8 @@ from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from . import operators
 from .autocast import autocast_dtype
-from .function import Call, apply, as_rows, transform
+from .few import few_linears, takes
+from .function import TRANSFORMS, Call, apply, as_rows, refuse_transforms
 
 
 def lora_linear(
@@ -88,14 +89,15 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     if any(map(_is_strided, operands.bias)):  # kernels read a bias as it lies
         operands = operands._replace(bias=tuple([bias.contiguous() for bias in operands.bias]))  # type: ignore[union-attr]
     check_strategy(settings.strategy)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        refuse_transforms()
     seed = masks.draw_seed(x.device) if settings.dropout else None
-    if torch.compiler.is_compiling():
+    if compiling:
         y = operators.call(as_rows(x), operands, settings, seed)
         return y if x.dim() == 2 else tuple([t.view(*x.shape[:-1], t.shape[1]) for t in y])
-    if transform() is not None:
-        raise RuntimeError(
-            "lora_linear has no rules for torch.func transforms (vmap, grad, jvp): call it outside"
-        )
+    if TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
+        return few_linears(x, operands, settings, seed)
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers))
     return apply(x, call, *operands.flatten())

@@ -15,7 +15,8 @@ from ..algebra.packs import Pack, first_of, table
 from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from .autocast import autocast_dtype
-from .function import Call, apply, transform
+from .few import few_packed, takes
+from .function import TRANSFORMS, Call, apply, refuse_transforms
 
 _KEPT = 4096  # seeds of that many calls are kept for a checkpoint that recomputes them
 
@@ -76,11 +77,7 @@ def packed_linears(
     assert pack is not None
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record a layer with several adapters")
-    if transform() is not None:
-        raise RuntimeError(
-            "a layer with several adapters has no rules for torch.func transforms (vmap, grad, "
-            "jvp): call it outside"
-        )
+    refuse_transforms("a layer with several adapters")
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
         x = x.to(dtype)
@@ -95,8 +92,9 @@ def packed_linears(
     check_strategy(settings.strategy)
     seed = None
     if settings.dropout:
-        rows = [last - first for first, last in zip(pack.edges, pack.edges[1:], strict=False)]
-        seed = pack.streams.draw(pack.names, rows, x.device)
+        seed = pack.streams.draw(pack.names, pack.counts, x.device)
+    if TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
+        return few_packed(x, operands, settings, seed)
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers), len(pack.ranks))
     y: tuple[Tensor, ...] = apply(x, call, *operands.flatten())

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 
@@ -124,8 +123,13 @@ def _probe(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """The bypassed of the layers at `paths` in a forward of the model's dummy inputs.
 
     What runs is a copy of fake tensors, which take no memory: a forward may leave tensors of its
-    own in a model. There is no finding where a model cannot be copied, or has no dummy inputs.
+    own in a model. There is no finding where a model cannot be copied, or has no dummy inputs, or
+    where torch has no fake tensors, which are private.
     """
+    try:
+        from torch._subclasses import FakeTensorMode
+    except ImportError:
+        return []  # the first forward will tell
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
             copied: Any = copy.deepcopy(model)

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last stands for either while a graph is traced
+_PLAIN: tuple[type, ...] = (nn.Parameter, Tensor)
+try:
+    from torch._subclasses import FakeTensor
+except ImportError:  # it is private
+    pass
+else:
+    _PLAIN += (FakeTensor,)  # stands for either while a graph is traced
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

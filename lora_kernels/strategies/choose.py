@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..algebra import masks
 from ..algebra.operands import Operands, Settings, rank_dtype
 from ..hardware.tiles import Outputs, Tile, Tiles, bucket, tiles_for
 from ..hardware.tuned import Tuned, load_table, table_path
@@ -54,7 +55,12 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
             return _choice(problem, strategy, "named by the caller" + where, tiles)
         prefix = f"{strategy} was asked for, but: {refusal}; "
     if problem.arch == "cpu":
-        return _choice(problem, "library", prefix + "on a CPU the vendor's GEMM is fastest")
+        few = problem.dtype in (torch.float32, torch.float64) and problem.M * problem.K <= masks.FEW
+        few = few and strategy == "auto" and not problem.columns
+        reason = "on a CPU the vendor's GEMM is fastest"
+        return _choice(
+            problem, "library", prefix + reason + (", with torch's own gradients" if few else "")
+        )
     if refusal := triton_supports(problem):
         return _choice(problem, "library", prefix + refusal)
     if row is not None:

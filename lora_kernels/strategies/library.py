@@ -89,9 +89,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 def add_frozen(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out + a b, in place; b is a frozen weight, or its transpose, in the dtype of out."""
-    if b.shape[1] < 16 and out.dtype is torch.float32:
-        # For so few columns MKL adds product after product to `out`, and rounds twice as much as
-        # eager code, whose sum starts at zero.
+    if out.dtype is torch.float32 and (b.shape[1] < 16 or out.shape[0] < 4):
+        # For so few columns or rows MKL adds product after product to `out`, and rounds twice as
+        # much as eager code, whose sum starts at zero.
         out.add_(a @ b)
     else:
         out.addmm_(a, b)

@@ -144,11 +144,14 @@ def gather() -> Facts:
 
 def _launches_known() -> bool:
     """Whether the launch cache knows this Triton; True where the cache cannot be imported."""
-    with suppress(ImportError, ValueError):  # no Triton, or a variable that the trials will report
+    try:
         from ..kernels import launch
 
         return launch.KNOWN
-    return True
+    except AttributeError:  # a Triton that lacks even what the module imports
+        return False
+    except (ImportError, ValueError):  # no Triton, or a variable that the trials will report
+        return True
 
 
 def _peft_asked() -> str | None:

@@ -204,9 +204,19 @@ class GraphedStep:
             target[1].append(grad)
         with torch.no_grad():
             if first[0]:
-                torch._foreach_copy_(*first)
+                _each("copy_", *first)
             if more[0]:
-                torch._foreach_add_(*more)
+                _each("add_", *more)
+
+
+def _each(name: str, targets: list[Tensor], values: list[Tensor]) -> None:
+    """target.copy_(value), or add_, of each pair: at once where torch has its private operator."""
+    at_once = getattr(torch, f"_foreach_{name}", None)
+    if at_once is not None:
+        at_once(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        getattr(target, name)(value)
 
 
 def graph_trainer(trainer: Any, limit: int = 8) -> GraphedStep:

@@ -133,7 +133,7 @@ def test_compiled_dropout_is_fresh_in_every_call_and_layer():
 
 
 def test_compiled_autocast_reads_the_weight_as_it_is():
-    layer = FusedLoRALinear(16, 24, rank=3, device=DEVICE)
+    layer = FusedLoRALinear(16, 24, rank=3, strategy="library", device=DEVICE)
     nn.init.normal_(layer.lora_B)
     fast = compiled(layer)
     x = torch.randn(8, 16, device=DEVICE, requires_grad=True)

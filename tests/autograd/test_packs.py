@@ -137,6 +137,24 @@ class Given:
         return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.columns], ids=str)
+def test_few_tokens_by_torchs_own_gradients(case):
+    given = Given(case, torch.float64, torch.float64)
+    found = []
+    for strategy in ("auto", "library"):
+        ys = packed_linears(given.x, given.layers(), given.settings(strategy))
+        found.append((*ys, *torch.autograd.grad(ys, given.leaves(), given.dy)))
+        assert (type(ys[0].grad_fn).__name__ == "CatBackward0") == (
+            strategy == "auto" and DEVICE.type == "cpu"
+        )
+    for few, usual in zip(*found, strict=True):  # adapters without rows have gradients as well
+        torch.testing.assert_close(few, usual, rtol=1e-12, atol=1e-12)
+    if DEVICE.type == "cpu":
+        y = packed_linears(given.x, given.layers(), given.settings("auto"))[0]
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(y.square().sum(), given.x, create_graph=True)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(

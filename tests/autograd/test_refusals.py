@@ -11,7 +11,6 @@ import torch
 from lora_kernels import FusedLoRALinear, lora_linear
 from lora_kernels.algebra.operands import PackWeights, Settings
 from lora_kernels.algebra.packs import Pack
-from lora_kernels.autograd import function, functional
 from lora_kernels.autograd.packs import packed_linears
 from tests.support.oracle import Case, inputs
 
@@ -35,56 +34,6 @@ def test_torch_func_is_refused_in_words():
         return lora_linear(given.x, given.weight, lora_A, given.lora_B).sum()
 
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(loss)(given.lora_A.detach())
-
-
-@pytest.fixture(params=["peek", "apply"])
-def public_apply(request, monkeypatch):
-    """A torch that lacks one of the private calls."""
-    with monkeypatch.context() as torch_of_then:
-        if request.param == "peek":
-            torch_of_then.delattr(torch._C._functorch, "peek_interpreter_stack")
-        else:  # as if torch.autograd.Function had apply from no other class
-            torch_of_then.setattr(torch.autograd, "Function", torch._C._FunctionBase)
-        apply, transform = function.shortcut()
-    calls = []
-
-    def counted(*given):
-        calls.append(given)
-        return apply(*given)
-
-    def use():
-        monkeypatch.setattr(functional, "apply", counted)
-        monkeypatch.setattr(functional, "transform", transform)
-        return calls
-
-    assert apply == function.LoRALinears.apply != function.apply
-    return use
-
-
-def test_a_torch_without_the_private_calls_computes_the_same(public_apply):
-    given = inputs(Case(M=5, N=4, K=6, R=2, dropout=0.3), torch.float32)
-    trained = (given.x, given.lora_A, given.lora_B)
-
-    def run():
-        torch.manual_seed(0)
-        y = lora_linear(given.x, given.weight, given.lora_A, given.lora_B, dropout=0.3)
-        return y, *torch.autograd.grad(y.square().sum(), trained)
-
-    expected, calls = run(), public_apply()
-    for got, want in zip(run(), expected, strict=True):
-        assert torch.equal(got, want)
-    assert len(calls) == 1
-
-
-def test_a_torch_without_the_private_calls_refuses_torch_func(public_apply):
-    public_apply()
-    given = inputs(Case(M=5, N=4, K=6, R=2), torch.float32)
-
-    def loss(lora_A):
-        return lora_linear(given.x, given.weight, lora_A, given.lora_B).sum()
-
-    with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(loss)(given.lora_A.detach())
 
 

@@ -92,7 +92,7 @@ def test_the_first_layer_needs_no_weight():
 
 
 def test_under_autocast_the_half_weight_is_what_is_saved():
-    layer = layer_to_save(dtype=torch.float32)
+    layer = layer_to_save(dtype=torch.float32, strategy="library")
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     saved = Saved(x=x, **dict(layer.named_parameters()))
     with autocast(), saved.hooks:

@@ -59,6 +59,7 @@ def test_whole_models_have_the_widths_of_their_layers():
     assert widths == {
         "roberta-base": (768, 3072), "roberta-large": (1024, 4096), "gpt2": (768, None),
         "gpt2-medium": (1024, None), "deberta-v2-xlarge": (1536, 6144),
+        "roberta-base-2-blocks": (768, 3072),
     }  # fmt: skip
 
 

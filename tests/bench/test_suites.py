@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, host, packs, plots, records, roofline, training_run
+from bench import end_to_end, host, packs, plots, records, roofline, timing, training_run
 from bench.cases import LAYERS, Case
 from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
@@ -133,16 +133,46 @@ def test_training_run_puts_both_side_by_side(tmp_path, monkeypatch, capsys):
 
 
 def test_host_suite(tmp_path, monkeypatch, capsys):
-    # tests/test_launch.py has the launches; they want a process that is not interpreting.
+    # tests/kernels/test_launch.py has the launches; they want a process that is not interpreting.
     monkeypatch.setattr(host, "launch_cost", lambda samples: [])
+    eager = [name for name, row in host.PROVIDERS.items() if not row.compiled]
     arguments = ["host", "--tiny", "--samples", "2", "--results", str(tmp_path)]
-    assert command.main(arguments) == 0
+    assert command.main([*arguments, "--providers", *eager]) == 0
     (path,) = tmp_path.iterdir()
     rows = records.read(path)
-    assert {row["case"] for row in rows} == {"linears", "encoder", "overhead of a call", "import"}
+    assert {row["case"] for row in rows} == {*host.SUBJECTS, "overhead of a call", "import"}
     assert all(row["median_us"] > 0 and row["status"] == "timed" for row in rows)
-    assert len(rows) == 2 * 2 * 2 * 3 + 3 + 1
-    assert "goal 50 ms" in capsys.readouterr().out
+    assert len(rows) == len(host.SUBJECTS) * 2 * 2 * len(eager) + 3 + 1
+    ours = [row for row in rows if row["provider"] == "library" and row["case"] in host.SUBJECTS]
+    assert all(row["over_ours"] == 1 for row in ours)
+    said = capsys.readouterr().out
+    assert "goal 50 ms" in said and "this / ours" in said
+
+
+def test_what_each_provider_of_the_host_suite_trains():
+    subject = host.SUBJECTS["tiny layers"](True)
+    trained = {}
+    for name in host.PROVIDERS:
+        model = host.attach(name, subject, 0.0)
+        parameters = [n for n, p in model.named_parameters() if p.requires_grad]
+        trained[name] = len(parameters), sum("lora_" in n for n in parameters)
+        assert hasattr(model, "_orig_mod") == host.PROVIDERS[name].compiled
+    assert trained == {
+        "floor": (0, 0), "full": (12, 0), "peft": (12, 12), "peft-compile": (12, 12),
+        "library": (12, 12), "library-compile": (12, 12),
+    }  # fmt: skip
+
+
+def test_compiled_providers_are_timed_and_checked():
+    providers = ("peft", "library", "peft-compile", "library-compile")
+    rows = host.measure("tiny layers", "fp32", 0.0, 3, tiny=True, providers=providers)
+    assert [row["status"] for row in rows] == ["timed"] * 4
+    assert all(row["median_us"] > 0 and row["over_ours"] > 0 for row in rows)
+
+
+def test_ratios_are_those_of_a_round():
+    assert timing.paired_ratio([2.0, 40.0, 9.0], [1.0, 10.0, 3.0]) == 3.0  # of medians: 4.5 / 3
+    assert timing.paired_ratio([1.0], None) is None
 
 
 def test_host_suite_refuses_a_wrong_layer(monkeypatch):
@@ -155,7 +185,8 @@ def test_host_suite_refuses_a_wrong_layer(monkeypatch):
         return model
 
     monkeypatch.setattr(host, "attach", spoilt)
-    rows = host.measure("linears", "bf16-autocast", 0.0, 1, tiny=True)
+    providers = ("floor", "peft", "library")
+    rows = host.measure("linears", "bf16-autocast", 0.0, 1, tiny=True, providers=providers)
     assert [row["status"] for row in rows] == ["timed", "timed", "wrong"]
     assert "median_us" not in rows[-1]
 
@@ -182,6 +213,20 @@ def test_packs_suite_refuses_a_wrong_pack(monkeypatch):
     monkeypatch.setattr(packs, "alone", spoilt)
     (row,) = packs.measure(packs.TOY, 4, 1)
     assert row["status"] == "wrong" and "median_us" not in row
+
+
+def test_methods_step_in_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["end_to_end", "--tiny", "--in-turns", "--models", "roberta-base-2-blocks"]
+    arguments += ["--methods", "frozen", "full", "peft", "lora", "lora-graph", "--steps", "2"]
+    assert command.main([*arguments, "--precisions", "fp32", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    rows = {row["method"]: row for row in records.read(path)}
+    assert rows.pop("lora-graph")["status"] == "unavailable"
+    assert len(rows) == 4 and rows["lora"]["over_lora"] == 1
+    assert all(row["status"] == "timed" and row["over_lora"] > 0 for row in rows.values())
+    assert rows["lora"]["trainable"] == rows["peft"]["trainable"] < rows["full"]["trainable"]
+    assert "this / ours" in capsys.readouterr().out
 
 
 # 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: worked out by hand.

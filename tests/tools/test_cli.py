@@ -161,6 +161,12 @@ def test_doctor_asks_the_launch_cache_which_triton_it_knows(known, monkeypatch):
     assert doctor.gather().launches_known is known
 
 
+def test_doctor_of_a_triton_that_lacks_what_the_launch_cache_imports(monkeypatch):
+    launch = pytest.importorskip("lora_kernels.kernels.launch")
+    monkeypatch.delattr(launch, "KNOWN")
+    assert doctor.gather().launches_known is False
+
+
 def test_the_peft_that_transformers_asks_for_is_found(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers.integrations.peft")
     assert doctor.gather().peft_asked == transformers.MIN_PEFT_VERSION

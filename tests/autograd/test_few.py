@@ -1,0 +1,129 @@
+"""Few tokens on a CPU: torch's own gradients, the same layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import FusedLoRALinear, explain, lora_linear
+from lora_kernels.algebra.masks import FEW
+from lora_kernels.algebra.operands import Operands, Settings, Weights
+from lora_kernels.algebra.packs import Pack
+from lora_kernels.autograd import few
+from lora_kernels.autograd.functional import lora_linears
+
+
+def tensors(*shape: int, bias: bool = True, dtype: torch.dtype = torch.float64):
+    """x [..., K], and weight (strided), bias, lora_A and lora_B of a layer with N = 12, R = 3."""
+    K = shape[-1]
+    draw = torch.Generator().manual_seed(1)
+    sizes = (shape, (K, 12), (3, K), (12, 3), (12,))
+    x, weight, lora_A, lora_B, b = (torch.randn(s, generator=draw, dtype=dtype) for s in sizes)
+    for trained in (x, lora_A, lora_B):
+        trained.requires_grad_()
+    return x, weight.T, lora_A, lora_B, b if bias else None
+
+
+def takes(
+    x: torch.Tensor, *, autocast: bool = False, adapters: torch.dtype | None = None, **changes
+):
+    weights = Weights(
+        torch.empty(12, x.shape[-1], dtype=x.dtype), None,
+        *(torch.empty(s, dtype=adapters or x.dtype) for s in ((3, x.shape[-1]), (12, 3))),
+    )  # fmt: skip
+    return few.takes(x, Operands.of([weights]), Settings(**changes), autocast)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 8), (2, 3, 8), (8,)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layer_is_that_of_the_library(shape, bias):
+    x, weight, lora_A, lora_B, b = tensors(*shape, bias=bias)
+    found = []
+    for strategy in ("auto", "library"):
+        y = lora_linear(x, weight, lora_A, lora_B, bias=b, scale=1.5, strategy=strategy)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        found.append((y, *torch.autograd.grad(y, (x, lora_A, lora_B), dy)))
+    nodes = [type(each[0].grad_fn).__name__ for each in found]
+    assert "LoRALinears" not in nodes[0]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_on_the_low_rank_branch_and_the_same_in_backward():
+    K = 64
+    x = torch.rand(40, K).add_(1).requires_grad_()
+    eye, weight = torch.eye(K), torch.zeros(K, K)
+    torch.manual_seed(5)
+    y = lora_linear(x, weight, eye, eye, scale=2.0, dropout=0.25)
+    kept = y != 0
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(y, torch.where(kept, x * 2 / 0.75, 0))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, kept * (2 / 0.75))
+    torch.manual_seed(5)
+    assert torch.equal(lora_linear(x, weight, eye, eye, scale=2.0, dropout=0.25), y)
+
+
+def test_what_is_taken():
+    assert takes(torch.empty(FEW // 8, 8)) and not takes(torch.empty(FEW // 8 + 1, 8))
+    x = torch.empty(4, 8)
+    assert not takes(x, strategy="library") and not takes(x, columns=((0, 12),))
+    assert not takes(x.half()) and not takes(x.to("meta"))
+    for rows, taken in ((FEW // 8, True), (FEW // 8 + 1, False)):  # each adapter has few
+        pack = Pack((0, rows, rows + 2), (3, 3), (1.0, 1.0), (0.0, 0.0))
+        assert takes(torch.empty(rows + 2, 8), pack=pack) is taken
+    half = x.bfloat16()
+    assert takes(half) and not takes(half, adapters=torch.float32)
+    assert takes(half, adapters=torch.float32, autocast=True)
+
+
+def test_autocast_gives_what_peft_would():
+    torch.manual_seed(0)
+    layer = FusedLoRALinear(8, 12, rank=3, alpha=6, dtype=torch.float32)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        F = nn.functional.linear
+        like = F(x, layer.weight, layer.bias) + layer.scale * F(F(x, layer.lora_A), layer.lora_B)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, like, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)], ids=str)
+def test_a_second_derivative_is_refused(shape):
+    x, weight, lora_A, lora_B, _ = tensors(*shape)
+    y = lora_linear(x, weight, lora_A, lora_B)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
+
+
+def test_explain_says_so():
+    layer = FusedLoRALinear(8, 12, rank=3)
+    assert "torch's own gradients" in str(explain(layer, tokens=4))
+    assert "torch's own gradients" not in str(explain(layer, tokens=FEW))
+
+
+def test_one_row_of_query_key_and_value_rounds_no_more_than_eager_code():
+    K = 768
+    errors: dict[str, list[torch.Tensor]] = {"ours": [], "eager": []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, dy = torch.randn(1, K), torch.randn(1, K)
+        layers = tuple(
+            Weights(torch.randn(K, K), None, torch.randn(8, K), torch.randn(K, 8)) for _ in range(3)
+        )
+        dx = {}
+        for name, dtype in (("ours", None), ("eager", None), ("exact", torch.float64)):
+            leaf = x.clone().to(dtype or x.dtype).requires_grad_()
+            if name == "ours":
+                ys = lora_linears(leaf, layers, Settings(strategy="library"))
+            else:
+                each = [[t if t is None else t.to(leaf) for t in w] for w in layers]
+                ys = [leaf @ w.T + leaf @ a.T @ b.T for w, _, a, b in each]
+            (dx[name],) = torch.autograd.grad(ys, leaf, [dy.to(leaf)] * 3)
+        for name, found in errors.items():
+            found.append(dx[name].double() - dx["exact"])
+    ours, eager = (torch.cat(found).square().mean().sqrt() for found in errors.values())
+    assert ours <= 1.1 * eager
