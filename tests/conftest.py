@@ -27,6 +27,12 @@ def nan_filled_allocations():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def many_tokens(monkeypatch):
+    """No call has few tokens (`autograd/few.py`): a CPU runs layers as a GPU does."""
+    monkeypatch.setattr("lora_kernels.algebra.masks.FEW", -1)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     torch.manual_seed(0)

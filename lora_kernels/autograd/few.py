@@ -54,7 +54,7 @@ def few_linears(
         scale, dropped = _dropped(rows, G, seed, scale, settings.dropout)
     ys = []
     for own, weight, bias, lora_A, lora_B in zip(dropped, *operands):  # noqa: B905 (as many of each)
-        y = F.linear(rows, weight, bias).add(F.linear(F.linear(own, lora_A), lora_B), alpha=scale)
+        y = _added(F.linear(rows, weight, bias), own, lora_A, lora_B, scale)
         ys.append(_result(y, x))
     return tuple(ys)
 
@@ -79,8 +79,7 @@ def few_packed(
         for c, (scale, dropped) in enumerate(own):
             lora_A, lora_B = operands.lora_A[g * C + c], operands.lora_B[g * C + c]
             if lora_A is not None:
-                h = F.linear(dropped[g], lora_A)
-                blocks[c] = blocks[c].add(F.linear(h, lora_B), alpha=scale)
+                blocks[c] = _added(blocks[c], dropped[g], lora_A, lora_B, scale)
         ys.append(_result(torch.cat(blocks), x))
     return tuple(ys)
 
@@ -91,6 +90,17 @@ def _dropped(
     """The scale with dropout's factor, and the rows as each layer keeps them, without it."""
     kept = masks.draw_few(seed, (layers, *rows.shape), dropout, rows.dtype)
     return scale / (1 - dropout), tuple([rows * each for each in kept.unbind()])
+
+
+def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """y + scale * x lora_A^T lora_B^T.
+
+    Casts are made here: those that autocast keeps are stale where `layer.to(dtype)` exchanges the
+    numbers of a parameter.
+    """
+    if lora_A.dtype is not x.dtype:
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return y.add(F.linear(F.linear(x, lora_A), lora_B), alpha=scale)
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def _fused_gemm(
         tl.store(
             h_ptr + (at * M + rows)[:, None] * R + ranks[None, :],
             u,
-            mask=row_inside & (ranks < R)[None, :] & (block_n == 0),
+            mask=tl.where(block_n == 0, row_inside & (ranks < R)[None, :], False),
         )
         # The low-rank product: u [BLOCK_M, BLOCK_R] times v^T [BLOCK_R, BLOCK_N].
         v_tile_ptrs = v_ptr + columns[None, :] * stride_vn + ranks[:, None] * stride_vr

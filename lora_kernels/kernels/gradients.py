@@ -145,8 +145,7 @@ def _column_gradients(
             alike = of_x == (i < INPUTS)
             columns_before += tl.where(alike & (i < segment), Ps[i], 0)
             columns_total += tl.where(alike, Ps[i], 0)
-        if PACKED:  # asked again, so that they take no register during the loop
-            adapter = tl.load(pack_ptrs[0] + split * 4, volatile=True)
+        if PACKED:  # asked again, so that it takes no register during the loop
             own_rank = multiple(tl.load(pack_ptrs[1] + adapter, volatile=True), R_BY)
         # Within a segment dlora_A lies as [R, K], dlora_B as [N, R].
         stride_gp, stride_gr = tl.where(of_x, 1, own_rank), tl.where(of_x, P, 1)
@@ -164,7 +163,7 @@ def _sum(ptr, first, last, stride, index, inside, BLOCK: tl.constexpr, AHEAD: tl
     # AHEAD loads wait for the memory together; they are added one after another.
     for i in range(first, last, AHEAD):
         for j in tl.static_range(AHEAD):
-            here = inside & (i + j < last)
+            here = tl.where(i + j < last, inside, False)
             acc += tl.load(ptr + (i + j) * stride + index, mask=here, other=0.0)
     return acc
 

@@ -203,7 +203,7 @@ def test_kernel_suite(gpu, tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["roberta-base", "gpt2"])
-def test_a_whole_step_can_be_captured(gpu, name, precision):
+def test_a_whole_step_can_be_captured(gpu, many_tokens, name, precision):
     method, before = METHODS["lora-graph"], Graph.captured
     subject = (MODELS[name], method, PRECISIONS[precision], Recipe())
     row = end_to_end.measure(*subject, CUDA, steps=3, tiny=True)

@@ -72,7 +72,7 @@ def flat(types: Any, values: Any, memory: ptx.Memory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def on(monkeypatch):
+def on(monkeypatch, many_tokens):
     """Called with an architecture and a strategy: layers on the CPU run on such a card.
 
     With its shipped tiles, but for those given by the name of their kernel.

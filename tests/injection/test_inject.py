@@ -312,6 +312,7 @@ def test_dropout_is_drawn_in_training_alone_and_follows_the_seed():
     assert not torch.equal(draw(1), draw(2)) and not torch.equal(draw(1), quiet)
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_deberta_computes_its_content_projections_as_one_until_it_is_merged():
     """Each layer: query, key and value of the hidden states, then query and key of positions."""
     model = injected("deberta-v3", targets=("query_proj", "key_proj", "value_proj"))

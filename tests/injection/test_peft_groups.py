@@ -13,7 +13,10 @@ from lora_kernels.injection.peft import fused_peft_layers
 from tests.support import zoo
 from tests.support.zoo import peft_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("many_tokens"),
+]
 
 QKV = ["query", "key", "value"]
 

@@ -161,6 +161,7 @@ def test_merging_copying_and_disabling(kind, name):
     assert not fused_layers(model)
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_siblings_of_dora_run_as_one_problem():
     model = zoo.build("roberta")
     add_lora(model, LoRAConfig(targets=("query", "key", "value"), dora=True))

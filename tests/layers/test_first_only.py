@@ -14,6 +14,8 @@ from lora_kernels.injection.siblings import group_siblings
 from tests.support.oracle import DEVICE
 from tests.support.small_layers import nodes_of
 
+pytestmark = pytest.mark.usefixtures("many_tokens")
+
 
 @pytest.fixture
 def x():

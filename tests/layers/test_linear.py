@@ -106,6 +106,7 @@ def test_the_scale_is_alpha_over_rank_or_its_root():
 # ---------------------------------------------------------------- values
 
 
+@pytest.mark.usefixtures("many_tokens")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,6 +73,7 @@ def test_replicas_compute_with_their_own_tensors(build, autocast, replicate):
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_offloaded_siblings_are_computed_one_by_one():
     """Each layer's tensors are there while it is called, its siblings' are not."""
     model = fused()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,13 +66,25 @@ def test_an_epoch_s_row_has_scores_of_train_time_and_rate(arguments):
 
 
 def test_scoring_and_saving_are_no_training(arguments, monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            self.now += 1e-3
+            return self.now
+
     class Slow(TrainerCallback):
         def on_prediction_step(self, args, state, control, **kwargs):
-            time.sleep(0.4)
+            clock.now += 400
 
+    clock = Clock()
+    monkeypatch.setattr("models.training.meter.time", clock)
     plain, slow = train(arguments("plain")), train(arguments("slow"), callbacks=(Slow(),))
-    assert slow["seconds_of"]["scoring"] > 0.8
-    assert slow["seconds_of"]["training"] < plain["seconds_of"]["training"] + 0.4
+    scoring, training = (
+        [run["seconds_of"][phase] for run in (plain, slow)] for phase in ("scoring", "training")
+    )
+    assert scoring[0] < 1 and scoring[1] > 800 and 0 < training[0] < 1
+    assert training[1] == pytest.approx(training[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets peaks")
