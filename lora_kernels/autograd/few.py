@@ -27,8 +27,13 @@ def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> 
     """
     pack = settings.pack
     elements = x.numel() if pack is None else max(pack.counts) * x.shape[-1]
+    few = elements <= masks.FEW
+    if torch.compiler.is_compiling():  # asked so, a dynamic shape gets no guard: it has many tokens
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        few = statically_known_true(few)
     if (
-        elements > masks.FEW
+        not few
         or settings.strategy != "auto"
         or settings.columns is not None
         or x.device.type != "cpu"
@@ -47,11 +52,17 @@ def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> 
 def few_linears(
     x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """y [..., N] of each layer that reads x [..., K]; `seed` is None without dropout."""
+    """y [..., N] of each layer that reads x [..., K].
+
+    `seed` is None without dropout, and in code that torch.compile traces: the masks are torch's own
+    there, since a generator cannot be traced.
+    """
     rows, G = as_rows(x), len(operands.weight)
     scale, dropped = settings.scale, (rows,) * G
     if seed is not None:
         scale, dropped = _dropped(rows, G, seed, scale, settings.dropout)
+    elif settings.dropout:
+        dropped = tuple([F.dropout(rows, settings.dropout) for _ in dropped])
     ys = []
     for own, weight, bias, lora_A, lora_B in zip(dropped, *operands):  # noqa: B905 (as many of each)
         y = _added(F.linear(rows, weight, bias), own, lora_A, lora_B, scale)
@@ -100,12 +111,15 @@ def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -
     """
     if lora_A.dtype is not x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    return y.add(F.linear(F.linear(x, lora_A), lora_B), alpha=scale)
+    added = F.linear(F.linear(x, lora_A), lora_B)
+    if torch.compiler.is_compiling():  # Inductor of torch 2.13 drops the alpha of such a sum
+        return y + scale * added
+    return y.add(added, alpha=scale)
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:
     """y [M, N] in the shape of x [..., K]."""
-    if y.requires_grad:
+    if y.requires_grad and not torch.compiler.is_compiling():
         y.register_hook(_once)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])
 

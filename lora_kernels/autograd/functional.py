@@ -92,6 +92,8 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         refuse_transforms()
+    elif takes(x, operands, settings, dtype is not None):
+        return few_linears(x, operands, settings, None)
     seed = masks.draw_seed(x.device) if settings.dropout else None
     if compiling:
         y = operators.call(as_rows(x), operands, settings, seed)

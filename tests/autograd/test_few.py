@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_kernels import FusedLoRALinear, explain, lora_linear
 from lora_kernels.algebra.masks import FEW
@@ -127,3 +130,51 @@ def test_one_row_of_query_key_and_value_rounds_no_more_than_eager_code():
             found.append(dx[name].double() - dx["exact"])
     ours, eager = (torch.cat(found).square().mean().sqrt() for found in errors.values())
     assert ours <= 1.1 * eager
+
+
+def compiled(module: nn.Module, backend: str) -> tuple[nn.Module, list[str]]:
+    """The module under torch.compile, and the names of what its first graph calls."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    fast, called = torch.compile(module, backend=counter), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = fast(x)
+        nodes = counter.graphs[0].graph.nodes
+        called[:] = [str(node.target) for node in nodes if node.op == "call_function"]
+        return y
+
+    return run, called
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile_sees_the_formula(backend, dropout):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    layer = FusedLoRALinear(16, 12, rank=3, alpha=12, dropout=dropout)
+    nn.init.normal_(layer.lora_B)
+    fast, called = compiled(layer, backend)
+    x = torch.randn(5, 16, requires_grad=True)
+    leaves = x, layer.lora_A, layer.lora_B
+    y = fast(x)
+    assert called and not [name for name in called if "lora_kernels" in name]
+    found = y, *torch.autograd.grad(y.square().sum(), leaves)
+    if dropout:  # by masks of torch's own, which differ from call to call
+        assert not torch.equal(fast(x), y) and all(t.abs().sum() > 0 for t in found)
+        layer.eval()
+        y = fast(x)
+        found = y, *torch.autograd.grad(y.square().sum(), leaves)
+    y = layer(x)
+    for a, b in zip(found, (y, *torch.autograd.grad(y.square().sum(), leaves)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_dynamic_shape_has_many_tokens():
+    """A guard on their number would be a second graph, or an error under torch.export."""
+    layer = FusedLoRALinear(16, 12, rank=3)
+    fast, called = compiled(layer, "aot_eager")
+    x = torch.randn(5, 16)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.testing.assert_close(fast(x), layer(x))
+    assert [name for name in called if "lora_kernels" in name]
