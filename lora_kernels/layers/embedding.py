@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..algebra.operands import Parts
-from ..autograd.autocast import without_autocast
 from .linear import FusedLoRALinear
 from .sharded import as_asked
 from .start import START
@@ -82,11 +81,10 @@ class FusedLoRAEmbedding(FusedLoRALinear):
             return F.embedding(ids, weight, self.padding_idx)
         flat = ids.reshape(-1)
         wide = torch.promote_types(weight.dtype, self.lora_A.dtype)
-        with without_autocast(weight.device):
-            y = F.embedding(flat, weight, self.padding_idx).to(wide)  # memory of its own
-            lora_A, by_count = self.lora_A.t(), self.scale_grad_by_freq
-            h = F.embedding(flat, lora_A, self.padding_idx, scale_grad_by_freq=by_count)
-            y.addmm_(h.to(wide), self.lora_B.t().to(wide), alpha=self.scale)
+        y = F.embedding(flat, weight, self.padding_idx).to(wide)  # memory of its own
+        lora_A, by_count = self.lora_A.t(), self.scale_grad_by_freq
+        h = F.embedding(flat, lora_A, self.padding_idx, scale_grad_by_freq=by_count)
+        y.addmm_(h.to(wide), self.lora_B.t().to(wide), alpha=self.scale)  # autocast leaves it alone
         return y.to(weight.dtype).view(*ids.shape, self.out_features)
 
     def own(self) -> Parts | None:  # type: ignore[override]

@@ -227,9 +227,11 @@ def test_copies_have_parameters_of_their_own(duplicate):
     assert torch.equal(twin(token_ids(0)), y)
 
 
-def test_compiled_and_checkpointed_it_is_the_same():
+def test_compiled_and_checkpointed_and_under_autocast_it_is_the_same():
     layer = adapted()
     expected = layer(token_ids(0))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(layer(token_ids(0)), expected)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(token_ids(0)), expected)
     (gradient,) = torch.autograd.grad(expected.square().sum(), layer.lora_A)
