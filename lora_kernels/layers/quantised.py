@@ -17,6 +17,7 @@ from ..autograd.addition import add_lora_to
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from .base import features_of
+from .embedding import FusedLoRAEmbedding
 from .group import problem_of
 from .linear import FusedLoRALinear
 from .start import START
@@ -37,12 +38,18 @@ def quantiser(layer: nn.Module) -> str | None:
 def chosen(layer: Any, tokens: int, dtype: torch.dtype | None = None) -> tuple[Problem, Choice]:
     """What a layer that runs fused asks of `choose` for so many tokens, and gets."""
     base = getattr(layer, "base_layer", None)  # of PEFT's layers, and of quantised ones
-    if base is None or (whose := quantiser(base)) is None:
+    if isinstance(layer, FusedLoRAEmbedding):
+        base, dtype = layer, dtype or layer.weight.dtype
+        reason = "an embedding: two lookups, and one product added to the rows; no dropout"
+    elif base is None or (whose := quantiser(base)) is None:
         problem = problem_of(layer, tokens, dtype)
         return problem, choose(problem, layer.strategy)
-    (K, N), dtype = features_of(base), dtype or torch.get_default_dtype()
+    else:
+        dtype = dtype or torch.get_default_dtype()
+        reason = f"its frozen product is {whose}; LoRA is added to it"
+    K, N = features_of(base)
     problem = Problem.on(base.weight.device, tokens, N, K, layer.rank, dtype, dropout=False)
-    return problem, Choice("library", None, f"its frozen product is {whose}; LoRA is added to it")
+    return problem, Choice("library", None, reason)
 
 
 class QuantisedLoRALinear(FusedLoRALinear):
