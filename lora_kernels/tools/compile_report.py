@@ -47,7 +47,7 @@ SPECIMENS: tuple[Specimen, ...] = (
     (LAYERS["roberta-base.qkv"], 4096, 64, False, False, 4),
     (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, True, 4),
     (LAYERS["llama-8b.k_proj"]._replace(nf4=True), 512, 16, True, False, 1),
-    (Layer("ragged", 832, (771,), ("ragged",), nf4=True), 1000, 64, True, False, 1),
+    (Layer("ragged", 896, (771,), ("ragged",), nf4=True), 1000, 64, True, False, 1),
 )
 
 

@@ -30,7 +30,9 @@ def judge_nf4(case: Case, dtype: torch.dtype, tiles: Tiles, nested: bool = False
 
     def layer(x: Tensor, _: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         read, weight = partial(read_nf4, state), packed.view(case.N, case.K // 2)
-        y = nf4_linear(x, weight, read, bias, lora_A, lora_B, settings, (STRATEGIES["split"], tiles))
+        y = nf4_linear(
+            x, weight, read, bias, lora_A, lora_B, settings, (STRATEGIES["split"], tiles)
+        )
         masks.append(mask_of(y))
         return y
 
