@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..algebra.operands import Parts, Settings
-from ..autograd.addition import add_lora_to
 from ..autograd.functional import lora_layer
 from ..layers.dora import Dora, dora_layer
-from ..layers.quantised import chosen
+from ..layers.quantised import chosen, quantised_layer
 from ..layers.sharded import is_part
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
@@ -151,7 +150,7 @@ class _Fused:
         parts = _parts(self, plain, in_training=False)
         if plain.quantised:
             _, _, lora_A, lora_B = plain.weights
-            return add_lora_to(self.base_layer(x), x, lora_A, lora_B, parts.settings)  # type: ignore[attr-defined]
+            return quantised_layer(self.base_layer, x, lora_A, lora_B, parts.settings)  # type: ignore[attr-defined]
         if plain.stacked:
             if self.group is not None:
                 self.group.apart = True
