@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .peft_mixed import MixedHead, MixedLayer, UntrainableError
+from .peft_mixed import MixedHead, MixedLayer, UntrainableError, eager
 from .peft_state import class_of, never_fused
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
@@ -31,9 +31,17 @@ class MixedModel:
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         hooks = super()._enable_peft_forward_hooks  # type: ignore[misc]
-        names = kwargs.get("adapter_names")
-        if names is None:
+        if kwargs.get("adapter_names") is None:
             return hooks(*args, **kwargs)  # type: ignore[no-any-return]
+        context: AbstractContextManager[None] = eager(self._given)(hooks, args, kwargs)
+        return context
+
+    def _given(self, hooks: Any, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        names = kwargs["adapter_names"]
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"adapter_names must be a list with a name for each example: got {names!r}"
+            )
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a mixed batch cannot be captured: a CUDA graph would keep its names"
@@ -42,12 +50,13 @@ class MixedModel:
             return _closed(hooks(*args, **kwargs))
         if kwargs.get("alora_offsets") is not None:
             raise ValueError("a mixed batch cannot train with alora_offsets")
-        return _training_call(self, names)
+        _check(self, names)
+        return _training_call(self, _Call(tuple(names)))
 
 
 @contextmanager
 def _closed(hooks: AbstractContextManager[None]) -> Iterator[None]:
-    """PEFT's hooks for a call; PEFT leaves them on after an error, and later calls get the names."""
+    """PEFT's hooks for a call, off after it: PEFT itself leaves them on after an error."""
     hooks.__enter__()
     try:
         yield
@@ -56,16 +65,13 @@ def _closed(hooks: AbstractContextManager[None]) -> Iterator[None]:
 
 
 @contextmanager
-def _training_call(model: Any, names: Any) -> Iterator[None]:
-    """The names of a mixed batch that trains, for the layers of a LoraModel."""
-    _check(model, names)
-    call = _Call(tuple(names))
-    kept = []
-    for module in model.modules():
-        if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
-            kept.append((module, checkpoint))
-            module._gradient_checkpointing_func = call.checkpoint(module, checkpoint)
+def _training_call(model: Any, call: _Call) -> Iterator[None]:
+    """The names of a mixed batch that trains, for the layers and checkpoints of a LoraModel."""
+    kept = [(m, vars(m).get("_gradient_checkpointing_func")) for m in model.modules()]
+    kept = [(module, checkpoint) for module, checkpoint in kept if checkpoint is not None]
     try:
+        for module, checkpoint in kept:
+            module._gradient_checkpointing_func = call.checkpoint(module, checkpoint)
         with call.names_given(model):
             yield
     except UntrainableError as refused:
@@ -101,7 +107,7 @@ class _Call:
                 handle.remove()
 
     def _give(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if self._grad and not self._depth and _in_a_checkpoint():
+        if self._grad and not self._depth and eager(_in_a_checkpoint)():
             raise RuntimeError(
                 "a checkpoint, or torch.no_grad, around a part of the model: what it recomputes "
                 "would not know the names of a mixed batch. Use gradient_checkpointing_enable()"
@@ -143,9 +149,7 @@ def _named_classes() -> tuple[type, ...]:
 
 
 def _check(model: Any, names: Any) -> None:
-    """Raise for names that the model cannot train together: ValueError, or TypeError."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter_names must be a list with a name for each example: got {names!r}")
+    """Raise ValueError for names that the model cannot train together."""
     wanted = set(names) - {BASE}
     if unknown := sorted(wanted - model.peft_config.keys()):
         raise ValueError(f"no adapter {unknown[0]!r}: there are {sorted(model.peft_config)}")
@@ -157,7 +161,7 @@ def _check(model: Any, names: Any) -> None:
             )
     modules = dict(model.model.named_modules())
     for path, module in modules.items():
-        if (reason := _untrainable(module, wanted)) is not None:
+        if (reason := _untrainable(path, module, wanted)) is not None:
             raise ValueError(_refusal(path, reason))
     if torch.is_grad_enabled():
         _check_gradients(modules, wanted)
@@ -170,14 +174,17 @@ def _refusal(path: str, reason: str) -> str:
     )
 
 
-def _untrainable(module: nn.Module, wanted: set[str]) -> str | None:
+def _untrainable(path: str, module: nn.Module, wanted: set[str]) -> str | None:
     """Why these adapters cannot train this module together, in words."""
-    if not isinstance(module, _named_classes()):
+    layer, wrapper = _named_classes()
+    if not isinstance(module, (layer, wrapper)):
         mixes = module.training and module._buffers.get("running_mean") is not None
         return "it normalizes over the rows of all adapters" if mixes else None
-    own = _adapters_in(module) & wanted
-    if not own or isinstance(module, MixedHead):
+    own = wanted & {*getattr(module, "lora_A", ()), *getattr(module, "lora_embedding_A", ())}
+    if isinstance(module, MixedHead) or (isinstance(module, layer) and not own):
         return None
+    if "experts" in path.split("."):
+        return "experts get tokens in an order of their own, not examples"
     if isinstance(module, MixedLayer):
         dora = sorted(name for name in own if module.use_dora.get(name))
         return f"adapter {dora[0]!r} is DoRA" if dora else None
@@ -210,14 +217,6 @@ def _check_gradients(modules: Mapping[str, Any], wanted: set[str]) -> None:
             f"frozen in a mixed batch that trains: {', '.join(heads)}. {remedy} trains them",
             stacklevel=7,
         )
-
-
-def _adapters_in(module: Any) -> set[str]:
-    """The adapters that a module of PEFT's has something of."""
-    names: set[str] = set(getattr(module, "_adapters", ()))  # of what is trained in full
-    for own in ("lora_A", "lora_embedding_A"):
-        names |= set(getattr(module, own, ()))
-    return names
 
 
 def _trains(layer: Any, name: str) -> bool:

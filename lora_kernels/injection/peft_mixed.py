@@ -7,6 +7,7 @@ train so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -47,6 +48,14 @@ def rows_of(adapter_names: tuple[str, ...]) -> Rows:
     return Rows(names, counts, order, tuple(sorted(range(len(order)), key=order.__getitem__)))
 
 
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; in code that is compiled it breaks the graph, which must not keep the names."""
+    if not torch.compiler.is_compiling():
+        return function
+    outside: Callable[..., Any] = torch.compiler.disable(function)
+    return outside
+
+
 class UntrainableError(ValueError):
     """A layer cannot train the mixed batch that it was given, for a reason in words."""
 
@@ -76,7 +85,7 @@ class MixedLayer:
         else:
             names = tuple(kwargs["adapter_names"])
             self._check_forward_args(x, adapter_names=names)  # type: ignore[attr-defined]
-            found = self._packed(x, names)
+            found = eager(self._packed)(x, names)
             if isinstance(found, Tensor):
                 return found
             reason = found
@@ -89,9 +98,6 @@ class MixedLayer:
 
     def _packed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | str | None:
         """y; a reason why it cannot run fused; None where no row has LoRA in this layer."""
-        if torch.compiler.is_compiling():  # whose rows these are is not for a graph to keep
-            run: Any = torch.compiler.disable(self._packed)
-            return run(x, names)  # type: ignore[no-any-return]
         asked = rows_of(names), x.shape[1:-1].numel()
         parts = mixed_parts(self, *asked)
         if not isinstance(parts, Parts):
@@ -165,6 +171,9 @@ class MixedHead:
         names = kwargs.pop("adapter_names", None)
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return eager(self._mixed)(tuple(names), args, kwargs)
+
+    def _mixed(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Any) -> Tensor:
         self._check_forward_args(*args, adapter_names=names)  # type: ignore[attr-defined]
         x, *others = args or (None,)
         every = (*others, *kwargs.values())
@@ -173,7 +182,7 @@ class MixedHead:
                 f"a {type(self.original_module).__name__} of modules_to_save gets other than one "
                 "tensor, by position: a mixed batch cannot tell whose rows the others have"
             )
-        rows = rows_of(tuple(names))
+        rows = rows_of(names)
         if rows.order is not None and rows.back is not None:
             x = x.index_select(0, table(rows.order, torch.int64, x.device))
         pieces = []
