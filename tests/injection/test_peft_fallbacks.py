@@ -128,12 +128,12 @@ def test_a_layer_that_was_reported_as_fused_says_once_that_it_is_not(fused_calls
     assert told(model) == [] and len(explain(model).unfused) == 4 and not explain(model).rows
     assert "unfused 4 layers\n     4  2 adapters are active" in str(explain(model))
     model.set_adapter("default")
-    names = ["default", "plain2", "__base__"]
+    names = ["default", "biased", "__base__"]
     (text,) = told(model, adapter_names=names)
-    assert text.endswith("The reason: a mixed batch (adapter_names)")
+    assert text.endswith("The reason: adapter 'biased' has a bias of its own (lora_bias)")
     assert told(model, adapter_names=names) == []
     assert {row.reason for row in explain(model).unfused} == {
-        "in its last call: a mixed batch (adapter_names)"
+        "in its last call: adapter 'biased' has a bias of its own (lora_bias)"
     }
     assert told(model) == [] and explain(model).unfused == () and len(explain(model).rows) == 4
 
@@ -148,16 +148,6 @@ def test_what_was_reported_as_unfused_and_what_is_off_say_nothing():
     with model.disable_adapter():
         assert told(model) == [] and len(explain(model).unfused) == 4
     assert explain(model).unfused == ()
-
-
-def test_a_mixed_batch_runs_pefts_forward(fused_calls):
-    model, eager = with_adapters(), with_adapters()
-    fuse_peft(model)
-    names = ["default", "plain2", "__base__"]
-    with torch.no_grad():
-        found = model(**zoo.batch(), adapter_names=names).logits
-        expected = eager(**zoo.batch(), adapter_names=names).logits
-    assert torch.equal(found, expected) and not fused_calls
 
 
 def test_layers_that_are_no_linear_are_reported_and_left_alone():
