@@ -224,6 +224,21 @@ def test_packs_suite_refuses_a_wrong_provider(monkeypatch, spoilt):
     assert row["status"] == "wrong" and row["provider"] == spoilt and "median_us" not in row
 
 
+def test_all_of_the_packs_suite_share_one_base(monkeypatch):
+    models = []
+    real = {name: getattr(packs, name) for name in ("add_loras", "attach_peft")}
+    monkeypatch.setattr(
+        packs, "add_loras", lambda m, c: (models.append(m), real["add_loras"](m, c))
+    )
+    monkeypatch.setattr(
+        packs, "attach_peft", lambda m, *a: (models.append(m), real["attach_peft"](m, *a))[1]
+    )
+    monkeypatch.setattr(packs.torch, "compile", lambda model, **_: model)
+    packs.measure(packs.TOY, 1, 1)
+    assert len(models) == 1 + packs.TOY.adapters
+    assert len({m.get_parameter("roberta.embeddings.word_embeddings.weight") for m in models}) == 1
+
+
 def test_methods_step_in_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = ["end_to_end", "--tiny", "--in-turns", "--models", "roberta-base-2-blocks"]

@@ -31,6 +31,7 @@ def recipe(bert, data, tmp_path, monkeypatch) -> Recipe:
          "alpha": {"4": {"alpha": 4.0}, "8": {"alpha": 8.0}}},
         seeds=1,
         metric="accuracy",
+        split="test",
         heat=("rank", "alpha"),
     )  # fmt: skip
     monkeypatch.setitem(recipes.RECIPES, "toy", row)
@@ -67,8 +68,8 @@ def test_both_ways_run_in_turns_and_are_told_of(run, tmp_path, capsys, monkeypat
             result = json.loads(
                 (tmp_path / "runs" / way.replace(" ", "-") / row["cell"] / RESULT).read_text()
             )
-            assert row["scores"][way] == result["metrics"]["validation"]["accuracy"]
-            assert row["losses"][way] == result["metrics"]["validation"]["loss"]
+            assert row["scores"][way] == result["metrics"]["test"]["accuracy"]
+            assert row["losses"][way] == result["metrics"]["test"]["loss"]
             assert row["training seconds"][way] == result["seconds_of"]["training"]
             assert any("in one pass" in note for note in result["notes"]) == (way == "packed")
         assert row["difference"] < 1e-6
@@ -87,7 +88,7 @@ def test_the_difference_is_the_largest_of_all_steps(run, recipe, tmp_path):
     assert run() == 0
     cell = next(recipe.cells())
     places = {way: tmp_path / "runs" / way.replace(" ", "-") / cell.name for way in WAYS}
-    steps = places["one by one"] / STEPS
+    steps = places["packed"] / STEPS
     losses = [row["loss"] for row in read_csv(steps)]
     changed = [loss * (1 + 1e-3 * (n == 2) - 1e-2 * (n == 4)) for n, loss in enumerate(losses)]
     lines = [f"{n},1,{loss}" for n, loss in enumerate(changed, start=1)]
