@@ -185,10 +185,14 @@ def picture(found: Mapping[str, Any]) -> Figure:
 
 
 def seconds(found: Mapping[str, Any], way: str) -> dict[str, float]:
-    """What all cells took one way: CPU time and time of everything, and time of training."""
+    """What all cells took one way, in seconds."""
     training = sum(cell["training seconds"][way] for cell in found["cells"])
     spent = found["spent"][way]
-    return {"CPU": spent["CPU seconds"], "all": spent["seconds"], "training": training}
+    return {
+        "all, CPU time": spent["CPU seconds"],
+        "all, by the clock": spent["seconds"],
+        "training, by the clock": training,
+    }
 
 
 def told(found: Mapping[str, Any]) -> list[str]:
@@ -200,7 +204,7 @@ def told(found: Mapping[str, Any]) -> list[str]:
     one, other = (seconds(found, way) for way in WAYS)
     for name in one:
         ratio = one[name] / other[name]
-        lines.append(f"seconds, {name}: {one[name]:.1f} {WAYS[0]}, {other[name]:.1f} {WAYS[1]} "
+        lines.append(f"seconds of {name}: {one[name]:.1f} {WAYS[0]}, {other[name]:.1f} {WAYS[1]} "
                      f"({ratio:.2f})")  # fmt: skip
     return lines
 

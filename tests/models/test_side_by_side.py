@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +14,13 @@ from models import recipes, side_by_side
 from models.recipes.recipe import Recipe
 from models.record.run_directory import RESULT, STEPS
 from models.side_by_side import WAYS
-from models.sweeping.together import Turns
+from models.sweeping.together import PAYS, Turns
 from models.training.pack import Pack
 from tests.support.tiny_run import read_csv
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "models/results/packed"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_both_ways_run_in_turns_and_are_told_of(run, tmp_path, capsys, monkeypat
         assert found["spent"][way]["seconds"] > training
         assert found["spent"][way]["CPU seconds"] > 0
     printed = capsys.readouterr().out
-    assert "toy/2-8/seed-0: one by one" in printed and "seconds, training" in printed
+    assert "toy/2-8/seed-0: one by one" in printed and "seconds of training" in printed
     assert (tmp_path / "out/toy.png").read_bytes()[:4] == b"\x89PNG"
 
     assert run() == 2 and "has runs already" in capsys.readouterr().err
@@ -130,4 +134,60 @@ def test_the_picture_has_a_map_for_each_way_and_the_time_of_both():
     assert [text.get_text() for text in one.texts] == ["0.500"] * 6
     assert [text.get_text() for text in other.texts] == ["0.750"] * 6
     assert [text.get_text() for text in bars.texts] == ["20", "40", "12", "15", "30", "6"]
-    assert [label.get_text() for label in bars.get_yticklabels()] == ["CPU", "all", "training"]
+    names = [label.get_text() for label in bars.get_yticklabels()]
+    assert names == ["all, CPU time", "all, by the clock", "training, by the clock"]
+
+
+# --- what README and docs/packs.md print ----------------------------------------------------------
+
+
+def table(document: str, first_cells: str) -> list[list[str]]:
+    """The rows of the table whose header begins so."""
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cells}"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+
+
+def printed(rows: list[list[str]]) -> str:
+    return "should say:\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_readme_has_the_grid_s_scores():
+    cells = results("sms-grid-small")["cells"]
+    assert len(cells) == 16
+    wanted: dict[str, list[str]] = {}
+    for cell in cells:
+        one, packed = (f"{cell['scores'][way]:.3f}" for way in WAYS)
+        wanted.setdefault(cell["rank"], [cell["rank"]]).append(f"{one}, {packed}")
+    rows = list(wanted.values())
+    assert table("README.md", "rank") == rows, printed(rows)
+    difference = f"{max(cell['difference'] for cell in cells):.1e}"
+    assert f"of all {sum(cell['steps'] for cell in cells)} steps is {difference}" in README
+    assert "models/results/packed/sms-grid-small.png" in README
+    assert (RESULTS / "sms-grid-small.png").is_file()
+
+
+def test_readme_has_the_grid_s_times():
+    one, packed = (side_by_side.seconds(results("sms-grid-small"), way) for way in WAYS)
+    rows = [[name, f"{one[name]:.0f}", f"{packed[name]:.0f}", f"{one[name] / packed[name]:.2f}"]
+            for name in one]  # fmt: skip
+    assert table("README.md", "seconds of the 16 cells") == rows, printed(rows)
+
+
+def test_packs_md_has_what_auto_chose():
+    rows = []
+    for batch in (1, 4, 16):
+        found = results(f"tiny-batch-{batch}")
+        assert found["flags"]["batch_size"] == batch
+        one, packed = (side_by_side.seconds(found, way) for way in WAYS)
+        chose = "packed" if found["gain"] >= PAYS else "one by one"
+        ratios = [one[name] / packed[name] for name in one]
+        rows.append([str(batch), f"{found['gain']:.2f}", chose, *(f"{r:.2f}" for r in ratios)])
+        # Never slower where it chose to pack.
+        assert chose == "one by one" or min(ratios) >= 1
+    assert table("docs/packs.md", "batch") == rows, printed(rows)
