@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ from .recipes import recipe_of
 from .recipes.recipe import Cell, Recipe
 from .record.run_directory import RESULT, STEPS, read_json
 from .reporting.figures import draw_map, png
-from .sweep import chosen
+from .sweep import PRELOAD, chosen
 from .sweeping.cells import State, arguments_of, run_cell
 from .sweeping.together import Turns
 
@@ -92,6 +93,8 @@ def measure(
     """
     import torch
 
+    for name in PRELOAD:  # or the first cell would import them in its time
+        importlib.import_module(name)
     torch.set_num_threads(1)
     spent = {what: {"CPU seconds": 0.0, "seconds": 0.0} for what in (*WAYS, "gain")}
 
