@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
         _check_together(options)
-        cells = [cell for recipe in recipes for cell in _chosen(recipe, options)]
+        cells = [cell for recipe in recipes for cell in chosen(recipe, options.only, options.seeds)]
         if options.list and not recipes:
             return _list_recipes()
         return _run(cells, options)
@@ -107,10 +107,10 @@ def _recipes(names: Sequence[str], small: bool) -> list[Recipe]:
     return [recipe_of(name.removesuffix(SMALL) + end if small else name) for name in names]
 
 
-def _chosen(recipe: Recipe, options: argparse.Namespace) -> list[Cell]:
+def chosen(recipe: Recipe, only: Sequence[str], seeds: int | None = None) -> list[Cell]:
     """The cells with the labels of `--only`. Raises ValueError for a label that no axis has."""
     wanted: dict[str, list[str]] = {}
-    for text in options.only:
+    for text in only:
         axis, _, label = text.partition("=")
         if axis not in recipe.axes or label not in recipe.axes[axis]:
             known = "; ".join(f"{axis}={', '.join(row)}" for axis, row in recipe.axes.items())
@@ -118,7 +118,7 @@ def _chosen(recipe: Recipe, options: argparse.Namespace) -> list[Cell]:
         wanted.setdefault(axis, []).append(label)
     return [
         cell
-        for cell in recipe.cells(options.seeds)
+        for cell in recipe.cells(seeds)
         if all(cell.labels[axis] in labels for axis, labels in wanted.items())
     ]
 

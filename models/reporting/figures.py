@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib import colormaps
@@ -118,18 +118,31 @@ def _maps(recipe: Recipe, frame: pd.DataFrame, rows: str, columns: str) -> Figur
             ]
             for row in names[0]
         ]
-        axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        axes.set_xticks(range(len(names[1])), names[1])
-        axes.set_yticks(range(len(names[0])), names[0])
+        draw_map(axes, table, (rows, columns), names, (low, high))
         title = ", ".join(f"{a}: {v}" for a, v in zip(others, labels, strict=True))
-        axes.set(xlabel=columns, ylabel=rows, title=title)
-        for y, values in enumerate(table):
-            for x, value in enumerate(values):
-                missing = not math.isfinite(value)
-                bright = not missing and high > low and (value - low) / (high - low) > 0.6
-                axes.text(x, y, "missing" if missing else f"{value:.3f}", ha="center", va="center",
-                          fontsize=8, color="black" if missing or bright else "white")  # fmt: skip
+        axes.set(title=title)
     return figure
+
+
+def draw_map(
+    axes: Axes,
+    table: Sequence[Sequence[float]],
+    titles: tuple[str, str],
+    names: Sequence[Sequence[str]],
+    ends: tuple[float, float],
+) -> None:
+    """A map of numbers with its rows' and columns' titles and names; `ends` are those of colour."""
+    low, high = ends
+    axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    axes.set_xticks(range(len(names[1])), names[1])
+    axes.set_yticks(range(len(names[0])), names[0])
+    axes.set(xlabel=titles[1], ylabel=titles[0])
+    for y, values in enumerate(table):
+        for x, value in enumerate(values):
+            missing = not math.isfinite(value)
+            bright = not missing and high > low and (value - low) / (high - low) > 0.6
+            axes.text(x, y, "missing" if missing else f"{value:.3f}", ha="center", va="center",
+                      fontsize=8, color="black" if missing or bright else "white")  # fmt: skip
 
 
 def _parameters(recipe: Recipe, done: pd.DataFrame) -> Figure:
