@@ -24,6 +24,8 @@ from .recipes.recipe import SMALL, Cell, Recipe
 from .sweeping.cells import LOG, STOPPED, State, arguments_of, run_cell, state_of
 from .sweeping.together import Together, packs_of, run_together
 
+# What takes seconds to import is imported where it is used, so that `--help` answers at once.
+
 PRELOAD = ["models.run", "models.sweeping.estimate"]  # imported once, before any cell is forked
 Work = Mapping[Cell, Arguments]
 

@@ -18,6 +18,7 @@ from models import recipes, sweep
 from models.arguments import Arguments
 from models.recipes.recipe import Recipe
 from models.record.run_directory import CHECKPOINTS, RESULT
+from models.reporting.frame import frame_of
 from models.sweeping import estimate
 from models.sweeping.cells import ERROR, STOPPED, State, arguments_of, run_cell, state_of
 from tests.support.tiny_run import read_csv
@@ -243,6 +244,22 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_the_cell(run, recipe, 
     changed = arguments_of(cell, tmp_path / "runs", tmp_path / "data")
     state = state_of(changed)
     assert state.name == "failed" and "weight_decay 0.0 -> 0.5" in state.why
+
+
+def test_a_run_of_a_version_without_a_flag_is_still_done(run, recipe, tmp_path):
+    run("--only", "method=r=2")
+    cell = next(recipe.cells())
+    cell.flags["graphs"] = False
+    made = arguments_of(cell, tmp_path / "runs", tmp_path / "data")
+    for name, path in (("arguments.json", []), (RESULT, ["arguments"])):
+        file = made.directory() / name
+        content = json.loads(file.read_text())
+        flags = content[path[0]] if path else content
+        del flags["graphs"]
+        file.write_text(json.dumps(content))
+    assert state_of(made) == State("done")
+    (done, *_) = frame_of(dataclasses.replace(recipe, base=cell.flags), tmp_path / "runs")["state"]
+    assert done == "done"
 
 
 def test_a_cell_that_cannot_fit_fails_before_it_loads(recipe, tmp_path, monkeypatch):
