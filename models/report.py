@@ -86,7 +86,7 @@ def section_of(recipe: Recipe, runs: Path) -> Section:
     tables = [
         table(
             "Results",
-            f"{_score_in_words(recipe)} Missing cells are not counted in n.",
+            f"{_score_in_words(recipe, done)} Missing cells are not counted in n.",
             summary(recipe, frame),
         ),
         table("Beside the published numbers", _published_in_words(recipe), beside),
@@ -140,8 +140,9 @@ def _cell(value: Any, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def _score_in_words(recipe: Recipe) -> str:
-    metric = recipe.metric or "the task's first metric"
+def _score_in_words(recipe: Recipe, done: pd.DataFrame) -> str:
+    firsts = dict.fromkeys(result["primary_metric"] for result in done["result"])
+    metric = recipe.metric or " or ".join(firsts) or "the task's first metric"
     when = "in the best epoch" if recipe.pick == "best" else "after the last epoch"
     text = f"The score is {metric} on {recipe.split}, {when}, summed up by its {recipe.statistic}."
     return f"{text} CV is std over mean. Seconds and MiB are those of training."

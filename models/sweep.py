@@ -40,7 +40,7 @@ class Unit(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the cells, tell of each.
 
-    The exit status is 1 where a cell has failed, 2 for arguments that cannot work, 130 on Ctrl-C.
+    The exit status is 1 where a cell is not done, 2 for arguments that cannot work, 130 on Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m models.sweep",
@@ -105,8 +105,9 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _recipes(names: Sequence[str], small: bool) -> list[Recipe]:
     names = list(RECIPES) if list(names) == ["all"] else list(names)
-    end = SMALL if small else ""
-    return [recipe_of(name.removesuffix(SMALL) + end if small else name) for name in names]
+    if small:
+        return [recipe_of(name.removesuffix(SMALL)).small_form() for name in names]
+    return [recipe_of(name) for name in names]
 
 
 def _chosen(recipe: Recipe, options: argparse.Namespace) -> list[Cell]:

@@ -130,6 +130,7 @@ def run_cell(arguments: Arguments, threads: int | None = None, seat: Seat | None
                 write_json(directory / STOPPED, {"why": str(stopped)})
                 return State("stopped", str(stopped), time.perf_counter() - started)
             except Exception as error:  # noqa: BLE001 - a failed cell does not stop the others
+                traceback.print_exc()  # into the log
                 error_line = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 write_json(
                     directory / ERROR,

@@ -218,6 +218,12 @@ def test_the_variation_over_seeds_is_told_for_each_epoch(toy, runs):
     assert shown.rows[0][-1] == f"{row['epoch 2']:.2%}"
 
 
+def test_a_first_metric_is_named(toy, runs):
+    unnamed = Recipe(**{**vars(toy), "metric": None})
+    text = report.section_of(unnamed, runs).tables[0].text
+    assert text.startswith("The score is accuracy on validation, after the last epoch")
+
+
 def test_splits_have_scores_losses_and_minutes(toy, runs):
     table = splits(toy, frame_of(toy, runs))
     row = row_of(table, task="easy", method="lora")

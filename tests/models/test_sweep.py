@@ -69,6 +69,8 @@ def test_a_failed_cell_is_shown_and_stops_nothing(run, tmp_path):
     assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in printed
     wrong = tmp_path / "runs/toy/wrong/seed-0"
     assert "Traceback" in json.loads((wrong / ERROR).read_text())["traceback"]
+    log = next(line.strip() for line in lines if line.endswith("log.txt"))
+    assert "quary" in Path(log).read_text(), "the log that is named does not say what happened"
 
     done = tmp_path / "runs/toy/r=2/seed-0" / RESULT
     before = done.stat().st_mtime_ns
@@ -293,6 +295,7 @@ def test_lists(run, capfd):
     ("words", "told"),
     [
         (["stsbb"], "did you mean stsb"),
+        (["stsbb", "--small"], "unknown recipe 'stsbb'; did you mean stsb"),
         ([], "name a recipe"),
         (["glue", "--jobs", "0"], "--jobs 0 must be at least 1"),
         (["glue", "--together", "0"], "--together 0 must be at least 1, or auto"),
