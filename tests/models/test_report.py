@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from models import recipes, report, sweep
 from models.recipes.recipe import Cell, Claim, Published, Recipe
 from models.record.run_directory import write_csv, write_json
 from models.reporting.compare import claims, mcnemar, paired_t, t_power
+from models.reporting.figures import figures
 from models.reporting.frame import by_epoch, frame_of, published, splits, summary
 
 SCORES = {"lora": (0.80, 0.90, 0.85), "full": (0.60, 0.64, None)}
@@ -288,6 +290,21 @@ def test_predictions_of_other_rows_are_not_paired(toy, runs):
     table = claims(toy, frame_of(toy, runs))
     assert "McNemar, seed 0" not in table["test"].tolist()
     assert "McNemar, seed 1" in table["test"].tolist()
+
+
+def test_points_at_one_place_share_a_name_that_can_be_read(toy, tmp_path):
+    for cell in toy.cells():
+        write_run(cell, tmp_path, 0.9, lora_parameters_left=100_000 * (1 + cell.seed))
+    one = Recipe(**{**vars(toy), "axes": {"method": toy.axes["method"]}, "heat": None})
+    frame = frame_of(toy, tmp_path)
+    (figure,) = (found for name, _, found in figures(one, frame) if name == "parameters")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["lora\nfull"]
+    ticks = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
+    ticks = [box for box in ticks if axes.bbox.x0 <= box.x0 + box.width / 2 <= axes.bbox.x1]
+    assert len(ticks) > 1
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(ticks)), "ticks overlap"
 
 
 # --- the page -------------------------------------------------------------------------------------
