@@ -24,6 +24,8 @@ from .recipes.recipe import SMALL, Cell, Recipe
 from .sweeping.cells import LOG, STOPPED, State, arguments_of, run_cell, state_of
 from .sweeping.together import Together, packs_of, run_together
 
+# What takes seconds to import is imported where it is used, so that `--help` answers at once.
+
 PRELOAD = ["models.run", "models.sweeping.estimate"]  # imported once, before any cell is forked
 Work = Mapping[Cell, Arguments]
 
@@ -38,7 +40,7 @@ class Unit(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the cells, tell of each.
 
-    The exit status is 1 where a cell has failed, 2 for arguments that cannot work, 130 on Ctrl-C.
+    The exit status is 1 where a cell is not done, 2 for arguments that cannot work, 130 on Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m models.sweep",
@@ -103,8 +105,9 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _recipes(names: Sequence[str], small: bool) -> list[Recipe]:
     names = list(RECIPES) if list(names) == ["all"] else list(names)
-    end = SMALL if small else ""
-    return [recipe_of(name.removesuffix(SMALL) + end if small else name) for name in names]
+    if small:
+        return [recipe_of(name.removesuffix(SMALL)).small_form() for name in names]
+    return [recipe_of(name) for name in names]
 
 
 def chosen(recipe: Recipe, only: Sequence[str], seeds: int | None = None) -> list[Cell]:
