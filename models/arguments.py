@@ -71,12 +71,12 @@ class Arguments:
         default=None,
         metadata={"help": "modules trained in full besides the head, such as an untrained pooler"},
     )
-    reduction: int = flag(16, "of an adapter: its width is the model's divided by this")
+    reduction: int = flag(16, "an adapter's width is the width of the model divided by this")
     start_rank: int | None = flag(
         None, "rank with which lora_adaptive starts in every layer (default: 1.5 times --rank)"
     )
-    adapt_from: float = flag(0.1, "share of the steps after which lora_adaptive takes ranks away")
-    adapt_until: float = flag(0.6, "share of the steps after which the ranks stay")
+    adapt_from: float = flag(0.1, "share of the steps before lora_adaptive takes ranks away")
+    adapt_until: float = flag(0.6, "share of the steps after which the ranks no longer move")
     adapt_every: int = flag(10, "steps from one choice of the ranks to the next")
     rslora: bool = flag(False, "scale by alpha / sqrt(rank)")
     strategy: str = flag("auto", "a row of lora_kernels.STRATEGIES")
@@ -91,7 +91,7 @@ class Arguments:
     eval_batch_size: int = flag(64, "evaluation rows in a batch")
     max_length: int = flag(128, "tokens; longer texts are cut")
     gradient_accumulation: int = flag(1, "batches whose gradients make one step")
-    max_steps: int | None = flag(None, "stop after this many steps, which take the epochs' place")
+    max_steps: int | None = flag(None, "stop after this many steps, whatever --epochs says")
     pad_to_max: bool = flag(False, "pad every batch to max_length: one shape, for compiled graphs")
     graphs: bool = flag(
         False,
@@ -121,11 +121,11 @@ class Arguments:
         None, "score at most this many rows of validation and of test"
     )
     save_steps: int = flag(
-        0, "steps from one checkpoint to the next within an epoch (0: only where an epoch ends)"
+        0, "steps between checkpoints within an epoch (0: only where an epoch ends)"
     )
     trackers: list[str] | None = field(
         default=None,
-        metadata={"help": "where training is logged besides: tensorboard, wandb, mlflow, ..."},
+        metadata={"help": "also log training to these: tensorboard, wandb, mlflow, ..."},
     )
     output_dir: str | None = flag(
         None,

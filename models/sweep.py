@@ -24,6 +24,8 @@ from .recipes.recipe import SMALL, Cell, Recipe
 from .sweeping.cells import LOG, STOPPED, State, arguments_of, run_cell, state_of
 from .sweeping.together import Together, packs_of, run_together
 
+# What takes seconds to import is imported where it is used, so that `--help` answers at once.
+
 PRELOAD = ["models.run", "models.sweeping.estimate"]  # imported once, before any cell is forked
 Work = Mapping[Cell, Arguments]
 
@@ -38,7 +40,7 @@ class Unit(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the cells, tell of each.
 
-    The exit status is 1 where a cell has failed, 2 for arguments that cannot work, 130 on Ctrl-C.
+    The exit status is 1 where a cell is not done, 2 for arguments that cannot work, 130 on Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m models.sweep",
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
         _check_together(options)
-        cells = [cell for recipe in recipes for cell in _chosen(recipe, options)]
+        cells = [cell for recipe in recipes for cell in chosen(recipe, options.only, options.seeds)]
         if options.list and not recipes:
             return _list_recipes()
         return _run(cells, options)
@@ -103,14 +105,15 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _recipes(names: Sequence[str], small: bool) -> list[Recipe]:
     names = list(RECIPES) if list(names) == ["all"] else list(names)
-    end = SMALL if small else ""
-    return [recipe_of(name.removesuffix(SMALL) + end if small else name) for name in names]
+    if small:
+        return [recipe_of(name.removesuffix(SMALL)).small_form() for name in names]
+    return [recipe_of(name) for name in names]
 
 
-def _chosen(recipe: Recipe, options: argparse.Namespace) -> list[Cell]:
+def chosen(recipe: Recipe, only: Sequence[str], seeds: int | None = None) -> list[Cell]:
     """The cells with the labels of `--only`. Raises ValueError for a label that no axis has."""
     wanted: dict[str, list[str]] = {}
-    for text in options.only:
+    for text in only:
         axis, _, label = text.partition("=")
         if axis not in recipe.axes or label not in recipe.axes[axis]:
             known = "; ".join(f"{axis}={', '.join(row)}" for axis, row in recipe.axes.items())
@@ -118,7 +121,7 @@ def _chosen(recipe: Recipe, options: argparse.Namespace) -> list[Cell]:
         wanted.setdefault(axis, []).append(label)
     return [
         cell
-        for cell in recipe.cells(options.seeds)
+        for cell in recipe.cells(seeds)
         if all(cell.labels[axis] in labels for axis, labels in wanted.items())
     ]
 

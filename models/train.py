@@ -46,6 +46,17 @@ def train(
     return run(arguments, callbacks, seat)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """`--help` with each default told once, and the opposite of a flag told as that."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):
+            return f"the opposite of --{action.dest.replace('_', '-')}"
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse(argv: list[str] | None = None) -> Arguments:
     """The flags of a command line, over those of its `--config` file.
 
@@ -58,6 +69,7 @@ def parse(argv: list[str] | None = None) -> Arguments:
         Arguments,  # type: ignore[arg-type]
         prog="python -m models.train",
         description=__doc__,
+        formatter_class=Help,
     )
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML with flags by name")
     if chosen.config is not None:

@@ -110,7 +110,7 @@ def test_every_command_exists(document):
             flags = {word for word in rest if word.startswith("--")}
             if module == "models.train":
                 assert flags <= flags_of_training(), flags - flags_of_training()
-            if module in ("models.sweep", "models.report"):
+            if module in ("models.sweep", "models.report", "models.side_by_side"):
                 known = set(
                     re.findall(r'"(--[a-z-]+)"', path.with_suffix(".py").read_text("utf-8"))
                 )

@@ -1,8 +1,8 @@
 """PEFT's adapter directory, read and written by PEFT's own rules.
 
 `adapter_config.json` is the `LoraConfig`. `adapter_model.safetensors` holds the tensors
-`base_model.model.<path>.lora_A.weight` and `lora_B`, and modules trained in full under their own
-path.
+`base_model.model.<path>.lora_A.weight` and `lora_B` (of embeddings `lora_embedding_A` and
+`lora_embedding_B`), and modules trained in full under their own path.
 
 A layer with LoRA on G ranges of its columns is stacked in our model, lora_A [G R, K] and lora_B
 [sum of N_g, R]. PEFT has no such layer, so the file holds it unfolded: as one LoRA of the whole
@@ -36,6 +36,7 @@ from ..injection.peft_names import (
 )
 from ..injection.targets import inside, is_layer
 from ..layers.base import features_of
+from ..layers.embedding import FusedLoRAEmbedding
 from ..layers.linear import FusedLoRALinear
 from .files import (
     Adapter,
@@ -54,6 +55,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+# How the keys of lora_A and lora_B begin and end: of a linear layer, and of an embedding.
+OF_LINEAR, OF_EMBEDDING = (".lora_", ".weight"), (".lora_embedding_", "")
 
 
 def read_peft(directory: Path, model: nn.Module) -> Adapter:
@@ -61,11 +64,12 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
     config = read_config(directory / CONFIG_NAME)
     weights = _weights_file(directory)
     own = model.state_dict()
+    known = {name: module for name, module in model.named_modules() if name and _has_place(module)}
     tensors: dict[str, Tensor] = {}
     for key, value in read_tensors(weights, model).items():
         name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
         if name not in own:  # PEFT writes so an embedding that has LoRA and was resized
-            name = name.replace(".base_layer.", ".")
+            name = _as_of_linear(name.replace(".base_layer.", "."), known)
         if name in tensors:
             raise ValueError(f"{weights} holds {name} twice")
         tensors[name] = value
@@ -76,7 +80,6 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
     rslora = config.get("use_rslora", False)
     metadata = _read_metadata(weights)
     columns = metadata[COLUMNS_KEY]
-    linear = {name: module for name, module in model.named_modules() if name and is_layer(module)}
     layers: dict[str, LayerValues] = {}
     for path, (lora_A, lora_B) in pairs.items():
         wanted = by_pattern(config.get("rank_pattern"), path, rank)
@@ -88,10 +91,10 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         own_alpha = by_pattern(config.get("alpha_pattern"), path, alpha)
         values = LayerValues(lora_A, lora_B, own_alpha, None, **vectors.get(path, {}))
         try:
-            layers[path] = _folded(values, linear.get(path), columns.get(path), rslora)
+            layers[path] = _folded(values, known.get(path), columns.get(path), rslora)
         except ValueError as error:
             raise ValueError(f"{directory}: {path}: {error}") from None
-    _check_targets(directory, config, layers.keys(), linear.keys())
+    _check_targets(directory, config, layers.keys(), known.keys())
     named = trained_by_peft(model, config.get("modules_to_save") or ())
     train = [path for path in named if any(True for _ in model.get_submodule(path).parameters())]
     train += [path for path in metadata[TRAIN_KEY] if path not in train]
@@ -106,6 +109,21 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         config.get("lora_dropout", 0.0),
         rslora,
     )
+
+
+def _has_place(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or an embedding, plain or with LoRA."""
+    return is_layer(module) or isinstance(module, nn.Embedding)
+
+
+def _as_of_linear(key: str, known: Mapping[str, nn.Module]) -> str:
+    """The key of an embedding's LoRA, as it were of a linear layer; other keys stay."""
+    path, found, leaf = key.rpartition(OF_EMBEDDING[0])
+    embedding = isinstance(known.get(path), (nn.Embedding, FusedLoRAEmbedding))
+    if not found or (path in known and not embedding):
+        return key
+    begin, end = OF_LINEAR
+    return f"{path}{begin}{leaf}{end}"
 
 
 def _check_vectors(
@@ -159,16 +177,16 @@ def _folded(
 
 
 def _check_targets(
-    directory: Path, config: Mapping[str, Any], layers: Set[str], linear: Set[str]
+    directory: Path, config: Mapping[str, Any], layers: Set[str], known: Set[str]
 ) -> None:
     """Raise ValueError unless the file's layers are those that its target_modules name."""
     targets = config.get("target_modules")
     if not targets or targets == "all-linear":
         return
-    expected = {name for name in linear if peft_matches(config, name)}
+    expected = {name for name in known if peft_matches(config, name)}
     for found, text in (
         (expected - layers, "has no values for target layers of the model"),
-        (layers & linear - expected, "has values for layers that target_modules does not name"),
+        (layers & known - expected, "has values for layers that target_modules does not name"),
     ):
         if found:
             names = ", ".join(sorted(found)[:4])
@@ -238,7 +256,8 @@ def peft_tensors(
         if layer.taken is not None:  # W - s B' A' + s B A is W + s [B, -B'] [A; A']
             lora_A = torch.cat([lora_A, state[f"{path}.start_A"]])
             lora_B = torch.cat([lora_B, -state[f"{path}.start_B"]], dim=1)
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = lora_A, lora_B
+        begin, end = OF_EMBEDDING if isinstance(layer, FusedLoRAEmbedding) else OF_LINEAR
+        tensors |= {f"{path}{begin}A{end}": lora_A, f"{path}{begin}B{end}": lora_B}
         if layer.has_magnitude:
             tensors[f"{path}.{MAGNITUDE}"] = state[f"{path}.lora_magnitude"]
         if layer.has_lora_bias:
@@ -293,7 +312,9 @@ def peft_config(
         "peft_type": "LORA",
         "base_model_name_or_path": name_or_path or None,
         "bias": "none",
-        "fan_in_fan_out": any(layer.conv1d for layer in layers.values()),
+        "fan_in_fan_out": any(
+            layer.conv1d and layer.base_class is not nn.Embedding for layer in layers.values()
+        ),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,

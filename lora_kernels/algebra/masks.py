@@ -33,14 +33,18 @@ def packed_width(columns: int) -> int:
     return (columns + 7) // 8
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A seed (int64 [1]) in device memory, from torch's default generator unless another is given.
+def draw_seed(
+    device: torch.device, generator: torch.Generator | None = None, count: int = 1
+) -> Tensor:
+    """Seeds (int64 [count]) in device memory, from torch's generator unless another is given.
 
     `torch.manual_seed` therefore reproduces a run, checkpointing recomputes the same masks, and
     every replay of a CUDA graph gets fresh ones.
     """
     least, most = -(1 << 63), (1 << 63) - 1
-    return torch.randint(least, most, (1,), dtype=torch.int64, device=device, generator=generator)
+    return torch.randint(
+        least, most, (count,), dtype=torch.int64, device=device, generator=generator
+    )
 
 
 def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:

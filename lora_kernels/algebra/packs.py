@@ -26,7 +26,9 @@ from . import masks
 class Pack(NamedTuple):
     """What differs among C adapters: `edges` are C + 1, the rest has C entries.
 
-    `streams` gives the seeds of their masks (`autograd.packs.Streams`).
+    `streams` gives the seeds of their masks (`autograd.packs.Streams`). Where the examples of an x
+    do not lie in blocks, `order` has the places, along the first dimension of x, of the examples of
+    the first adapter, then of the second, and so on.
     """
 
     edges: tuple[int, ...]
@@ -35,6 +37,7 @@ class Pack(NamedTuple):
     dropouts: tuple[float, ...]
     names: tuple[str, ...] = ()
     streams: Any = None
+    order: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..algebra import masks
-from ..algebra.operands import Operands, Settings, Wanted
+from ..algebra.operands import Operands, Settings, Wanted, rank_dtype
 from ..strategies.library import add_low_rank, library_backward
 from .autocast import without_autocast
 from .function import as_rows
@@ -26,8 +26,9 @@ def add_lora_to(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: 
     A y that is a view of another tensor, or one that no graph has made, is left as it is.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        dropped = F.dropout(x, settings.dropout)
-        return y + settings.scale * F.linear(F.linear(dropped, lora_A), lora_B).to(y.dtype)
+        wide = rank_dtype(y.dtype, lora_A.dtype)
+        h = F.linear(F.dropout(x, settings.dropout).to(wide), lora_A.to(wide))
+        return y + settings.scale * F.linear(h, lora_B.to(wide)).to(y.dtype)
     if y._is_view() or y.is_inference() or not y.is_contiguous() or (y.requires_grad and y.is_leaf):
         y = y.clone()
     seed = masks.draw_seed(x.device) if settings.dropout else None

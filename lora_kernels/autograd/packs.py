@@ -58,6 +58,14 @@ class Streams:
         del self.seeds[name], self.generators[name]
 
 
+class SharedStream:
+    """torch's own generator, for all adapters: what seeds the masks of PEFT's mixed batches."""
+
+    def draw(self, names: Iterable[str], rows: Iterable[int], device: torch.device) -> Tensor:
+        """Seeds int64 [C], in the order of the names."""
+        return masks.draw_seed(device, count=len(tuple(names)))
+
+
 def _mixed(seed: int) -> int:
     """A seed spread over 63 bits (SplitMix64), since those that people choose are small."""
     z = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -75,6 +83,8 @@ def packed_linears(
     """
     pack = settings.pack
     assert pack is not None
+    if pack.order is not None:
+        return _in_blocks(x, layers, settings, pack, pack.order)
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace cannot record a layer with several adapters")
     refuse_transforms("a layer with several adapters")
@@ -99,6 +109,20 @@ def packed_linears(
     call = Call(settings, seed, strategy, tiles, len(layers), len(pack.ranks))
     y: tuple[Tensor, ...] = apply(x, call, *operands.flatten())
     return y
+
+
+def _in_blocks(
+    x: Tensor, layers: tuple[PackWeights, ...], settings: Settings, pack: Pack,
+    order: tuple[int, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`packed_linears` of the examples of x brought together, and every y in the order of x."""
+    if x.dim() < 2 or x.shape[0] != len(order):
+        raise ValueError(f"x is {list(x.shape)}, but the adapters have {len(order)} examples")
+    places = table(order, torch.int64, x.device)
+    back = table(tuple(sorted(range(len(order)), key=order.__getitem__)), torch.int64, x.device)
+    settings = settings._replace(pack=pack._replace(order=None))
+    ys = packed_linears(x.index_select(0, places), layers, settings)
+    return tuple([y.index_select(0, back) for y in ys])
 
 
 def _lying_flat(tensors: Any) -> Any:

@@ -150,6 +150,11 @@ DEFAULT_TILES: dict[tuple[str, int, bool], Shipped] = {
     ("gfx942", 2, False): _AMD,
 }
 
+# low_rank_gemm of a weight in NF4, for y and for dx. Its steps wait for one another more often than
+# those of a plain weight, so several programs a multiprocessor matter: this tile leaves two to four
+# on every card, 128 x 128 leaves one.
+NF4_GEMM = Tile(128, 64, 32, 4, 3)
+
 # At higher ranks the rank-R tiles do not fit beside the accumulator.
 MAX_RANK = 128
 
@@ -185,13 +190,15 @@ def shipped(arch: str, itemsize: int, R: int, *, aligned: bool = True) -> Shippe
 
 def tiles_for(
     arch: str, itemsize: int, R: int, *, tf32: bool, aligned: bool = True,
-    outputs: Outputs | None = None,
+    outputs: Outputs | None = None, nf4: bool = False,
 ) -> Tiles:  # fmt: skip
     """One tile for each kernel of the row: the first, or that in which `outputs` fill a card best.
 
     M counts by its bucket, so that a batch of a new length compiles nothing new.
     """
     row = shipped(arch, itemsize, R, aligned=aligned)
+    if nf4 and arch != "cpu":
+        row = row._replace(low_rank_gemm=(NF4_GEMM,), dx=(NF4_GEMM,))
     M, N, K, processors = outputs or Outputs(0, (), 0, 0)
 
     def fit(tiles: tuple[Tile, ...], columns: tuple[int, ...], again: int = 0) -> Tile:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..layers.embedding import FusedLoRAEmbedding
+
 
 def bypasses(model: nn.Module, path: str) -> str | None:
     """The reason why LoRA at `path` would be without effect, if the block's code shows it."""
@@ -169,7 +171,10 @@ def _begin(model: Any, _: Any) -> None:
     layers = {
         path: module
         for path, module in model.named_modules()
-        if hasattr(module, "lora_A") and owners.get(id(getattr(module, "weight", None))) == 1
+        if hasattr(module, "lora_A")
+        # An output layer may read a tied weight; an embedding that it is tied to should be called.
+        if owners.get(id(getattr(module, "weight", None))) == 1
+        or isinstance(module, FusedLoRAEmbedding)
     }
     witness = _Witness(layers)
 
@@ -179,9 +184,9 @@ def _begin(model: Any, _: Any) -> None:
         if names := witness.bypassed:
             more = ", ..." if len(names) > 3 else ""
             warnings.warn(
-                f"LoRA has no effect on {len(names)} layers ({', '.join(names[:3])}{more}): their "
-                "block multiplies by the weight without calling the layer, so LoRA gets no "
-                "gradient, and a merge would change the output. Leave them out of the targets.",
+                f"LoRA has no effect on {len(names)} layers ({', '.join(names[:3])}{more}): the "
+                "model reads their weight without calling them, so LoRA gets no gradient, and a "
+                "merge would change the output. Leave them out of the targets.",
                 stacklevel=2,
             )
 

@@ -18,19 +18,21 @@ from ..algebra.columns import Ranges
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..layers.packed import PackedLoRALinear
-from ..layers.quantised import QuantisedLoRALinear, chosen, quantiser
+from ..layers.quantised import QuantisedLoRALinear, chosen
 from ..layers.start import takes_weight
 from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember
 from .peft_names import by_pattern
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
-from .targets import find_targets, find_train, near_misses
+from .targets import find_targets, find_train, kind_for, near_misses
 from .wrappers import bare, refuse_sharded, unwrapped
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     """Replace the target layers by `FusedLoRALinear`, in place, and freeze all the rest.
+
+    An `nn.Embedding` that is named as a target gets LoRA as in PEFT (`layers.embedding`).
 
     Afterwards exactly the LoRA parameters and the modules named in `config.train` have
     `requires_grad`. Names in `targets` and `train` are module names or path suffixes of whole
@@ -227,9 +229,8 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 def with_lora(
     layer: nn.Module, config: LoRAConfig, rank: int, alpha: float, columns: Ranges | None
 ) -> FusedLoRALinear:
-    """A LoRA layer on top of a linear one, whose weight it takes over and freezes."""
-    kind = FusedLoRALinear if quantiser(layer) is None else QuantisedLoRALinear
-    return kind.from_linear(
+    """A LoRA layer in the place of a plain one, whose weight it takes over and freezes."""
+    return kind_for(layer).from_linear(
         layer,
         rank=rank,
         alpha=alpha,

@@ -75,9 +75,9 @@ def add_loras(
     Raises:
         ValueError: no adapter, a name that cannot be part of a path, configs that differ in what
             they must share, a layer that adapters divide into different columns or that is
-            quantised, a start that needs the frozen weight, dora or lora_bias, a module of `train`
-            that shares a parameter, batch norms, too little memory, or what `add_lora` refuses. The
-            model is then unchanged.
+            quantised, an embedding, a start that needs the frozen weight, dora or lora_bias, a
+            module of `train` that shares a parameter, batch norms, too little memory, or what
+            `add_lora` refuses. The model is then unchanged.
 
     Example:
         >>> add_loras(model, {f"r{r}": LoRAConfig(rank=r, alpha=16) for r in (4, 8, 16)})
@@ -148,6 +148,8 @@ def inject_all(model: nn.Module, plans: Mapping[str, Planned], seeds: Mapping[st
     for path in paths:
         if whose := quantiser(model.get_submodule(path)):
             raise ValueError(f"{path!r} is {whose}: several adapters need a plain weight")
+        if isinstance(model.get_submodule(path), nn.Embedding):
+            raise ValueError(f"{path!r} is an embedding: several adapters need linear layers")
         columns = {name: p.columns.get(path) for name, p in plans.items() if path in p.ranks}
         if len(set(columns.values())) > 1:
             raise ValueError(f"adapters ask for different columns of {path!r}: {columns}")

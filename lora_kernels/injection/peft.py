@@ -2,14 +2,12 @@
 
 The PEFT model keeps its modules, parameters, names and files. A supported layer becomes a
 `FusedLinear`, a subclass of PEFT's class that adds a `forward`. Each call decides anew: what PEFT
-does beyond LoRA and DoRA (merged or disabled adapters, other variants, mixed batches) runs PEFT's
-own forward. A subclass can be copied and pickled like any module, and adds no reference from a
-layer to itself.
+does beyond LoRA and DoRA (merged or disabled adapters, other variants) runs PEFT's own forward. A
+subclass can be copied and pickled like any module, and adds no reference from a layer to itself.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -20,18 +18,18 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..algebra.operands import Parts, Settings
-from ..autograd.addition import add_lora_to
 from ..autograd.functional import lora_layer
 from ..layers.dora import Dora, dora_layer
-from ..layers.quantised import chosen
+from ..layers.quantised import chosen, quantised_layer
 from ..layers.sharded import is_part
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
 from ..strategies.table import check_strategy
 from .bypassed import bypasses, probed, unwatch, watch
+from .peft_calls import MixedModel
+from .peft_mixed import MixedHead, MixedLayer, mixed_parts
 from .peft_state import (
     KINDS,
-    OFF,
     Plain,
     active,
     class_of,
@@ -39,6 +37,7 @@ from .peft_state import (
     never_fused,
     part_reason,
     plain_lora,
+    tell,
 )
 from .report import TYPICAL_TOKENS, FusedRow, Report, SkippedRow, count_parameters
 from .siblings import group_siblings, unhook
@@ -55,6 +54,9 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
     draws. Layers that adapters add later need another call, which is harmless for the rest.
     `copy.deepcopy` and pickle work. With `group`, siblings that read the same input (query, key and
     value) run as one problem.
+
+    A mixed batch, `model(**batch, adapter_names=[...])` with a name for each example, runs fused
+    too. Unlike PEFT it also trains (`docs/packs.md`).
 
     Raises:
         ValueError: the strategy is unknown, or the model has no PEFT LoRA layer.
@@ -79,6 +81,10 @@ def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True)
             layer.strategy, layer.group, layer.fallen, layer.told = strategy, None, None, told
             reasons[name] = fallback_reason(layer)
     told |= {reason for reason in reasons.values() if reason is not None}
+    for module in peft_model.modules():
+        kind = class_of(module)
+        if kind.__name__ in _AROUND and kind.__module__.startswith("peft."):
+            _exchange(module, kind, _fused_class(kind.__name__))
     if group:
         group_siblings(peft_model, fused_peft_layer)
     watch(peft_model)
@@ -98,11 +104,12 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
     unhook(arguments.module("model", model))
     unwatch(model)
     for module in model.modules():
-        if (layer := fused_peft_layer(module)) is not None:
-            fused = class_of(layer)
-            _exchange(layer, fused, fused.__bases__[1])
-            for name in ("strategy", "group", "fallen", "told"):
-                vars(layer).pop(name, None)
+        if isinstance(module, (MixedLayer, MixedHead, MixedModel)):
+            fused = class_of(module)
+            _exchange(module, fused, fused.__bases__[1])
+            if issubclass(fused, _Fused):
+                for name in ("strategy", "group", "fallen", "told"):
+                    vars(module).pop(name, None)
     return model
 
 
@@ -131,7 +138,7 @@ def unfused_peft_layers(model: nn.Module) -> list[SkippedRow]:
     return found
 
 
-class _Fused:
+class _Fused(MixedLayer):
     """What `fuse_peft` adds to a layer of PEFT's: fused where its state allows, else as it was."""
 
     strategy: str
@@ -140,18 +147,19 @@ class _Fused:
     told: set[str]  # the reasons that were reported, for all layers of one `fuse_peft`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return self.called_with(x, args, kwargs)
         plain = plain_lora(self)
-        mixed = bool(args) or any(v is not None for v in kwargs.values())
-        if isinstance(plain, str) or mixed or is_part(plain.weights):
-            _tell(self, plain, mixed)
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(plain, str) or is_part(plain.weights):
+            tell(self, plain if isinstance(plain, str) else part_reason(plain.weights))
+            y: Tensor = super().forward(x)  # type: ignore[misc]
             return y
         if self.fallen is not None:
             self.fallen = None
         parts = _parts(self, plain, in_training=False)
         if plain.quantised:
             _, _, lora_A, lora_B = plain.weights
-            return add_lora_to(self.base_layer(x), x, lora_A, lora_B, parts.settings)  # type: ignore[attr-defined]
+            return quantised_layer(self.base_layer, x, lora_A, lora_B, parts.settings)  # type: ignore[attr-defined]
         if plain.stacked:
             if self.group is not None:
                 self.group.apart = True
@@ -167,8 +175,14 @@ class _Fused:
             return y
         return lora_layer(x, parts)
 
-    def parts(self) -> Parts | None:
-        """The tensors and settings of a call now; None where it runs alone, or not fused."""
+    def parts(self, *mixed: Any) -> Parts | None:
+        """The tensors and settings of a call now; None where it runs alone, or not fused.
+
+        `mixed` is whose rows a mixed batch has, as `mixed_parts` takes it.
+        """
+        if mixed:
+            packed = mixed_parts(self, *mixed)
+            return packed if isinstance(packed, Parts) else None
         parts = self._shared(in_training=False)
         return None if parts is None or is_part(parts.weights) else parts
 
@@ -188,44 +202,32 @@ class _Fused:
         adapters: Any = self.lora_A  # type: ignore[attr-defined]
         return sum(adapters[name].out_features for name in active(self))
 
-    def _get_name(self) -> str:
-        return type(self).__name__.replace("Fused", "")  # printed, it is PEFT's layer still
-
     def extra_repr(self) -> str:
         return f"fused, strategy={self.strategy!r}"
 
 
-def _tell(layer: Any, plain: Plain | str, mixed: bool) -> None:
-    """Note why a call runs PEFT's own forward, and warn of each reason that was not reported."""
-    if plain in OFF or torch.compiler.is_compiling():
-        return
-    if isinstance(plain, str):
-        reason = plain
-    else:
-        reason = "a mixed batch (adapter_names)" if mixed else part_reason(plain.weights)
-    layer.fallen = reason
-    told = vars(layer).setdefault("told", set())  # a pickle may come from before it
-    if reason not in told:
-        told.add(reason)
-        warnings.warn(
-            "LoRA layers that fuse_peft reported as fused run PEFT's own forward; explain(model) "
-            f"names them. The reason: {reason}",
-            stacklevel=4,
-        )
+# PEFT's classes that `fuse_peft` derives from: where they are, and what it adds to them.
+_LAYERS = {name: (f"peft.tuners.lora.{module}", _Fused) for name, module in KINDS.items()}
+_AROUND = {
+    "LoraModel": ("peft.tuners.lora.model", MixedModel),
+    "ModulesToSaveWrapper": ("peft.utils.other", MixedHead),
+}
+_DERIVED: dict[str, tuple[str, type]] = {**_LAYERS, **_AROUND}
 
 
 @cache
 def _fused_class(name: str) -> type:
-    """A subclass of PEFT's class of that name, which adds `_Fused`.
+    """A subclass of PEFT's class of that name, which still goes and prints by that name.
 
     It is made when it is asked for: importing this package imports no PEFT.
     """
-    kind = getattr(import_module(f"peft.tuners.lora.{KINDS[name]}"), name)
-    return type(f"Fused{name}", (_Fused, kind), {"__module__": __name__})
+    module, added = _DERIVED[name]
+    names = {"__module__": __name__, "__qualname__": f"Fused{name}"}  # where a pickle finds it
+    return type(name, (added, getattr(import_module(module), name)), names)
 
 
-def __getattr__(name: str) -> Any:  # where a pickle finds the class
-    if name.removeprefix("Fused") in KINDS and name.startswith("Fused"):
+def __getattr__(name: str) -> Any:
+    if name.removeprefix("Fused") in _DERIVED and name.startswith("Fused"):
         return _fused_class(name.removeprefix("Fused"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

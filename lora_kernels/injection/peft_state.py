@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ def fallback_reason(layer: Any) -> str | None:
     return plain if isinstance(plain, str) else None
 
 
-def plain_lora(layer: Any) -> Plain | str:
-    """What a layer that can run fused now consists of; else why it cannot, in words."""
+def state_reason(layer: Any) -> str | None:
+    """Why no adapter of a layer can run fused now, in words; None if one could."""
     if any(_GLOBAL_HOOKS):
         return "there are global module hooks, which expect calls of the modules inside it"
     if torch.jit.is_tracing():
@@ -63,10 +64,17 @@ def plain_lora(layer: Any) -> Plain | str:
         return "adapters are disabled"
     if layer.merged:
         return "merged: only the base layer runs"
+    return None
+
+
+def plain_lora(layer: Any) -> Plain | str:
+    """What a layer that can run fused now consists of; else why it cannot, in words."""
+    if (reason := state_reason(layer)) is not None:
+        return reason
     known = active(layer)
     if not known:
         return "no adapter is active"
-    plain = [_plain_adapter(layer, name) for name in known]
+    plain = [plain_adapter(layer, name) for name in known]
     return plain[0] if len(plain) == 1 else _stacked(known, plain)
 
 
@@ -101,8 +109,8 @@ def _stacked(names: list[str], plain: list[Plain | str]) -> Plain | str:
     return Plain(weights, _NO_DROPOUT, 1.0, stacked=True)
 
 
-def _plain_adapter(layer: Any, name: str) -> Plain | str:
-    """The same for its one active adapter."""
+def plain_adapter(layer: Any, name: str) -> Plain | str:
+    """The same for one of its adapters, as if it were the active one."""
     adapter = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     base, scale, (lora_A, lora_B, dropout) = layer.base_layer, layer.scaling[name], adapter
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A.bias is not None:
@@ -190,6 +198,21 @@ def part_reason(weights: Weights) -> str:
     if any(is_dtensor(tensor) for tensor in weights if tensor is not None):
         return "tensor parallelism: its parameters are DTensors"
     return "its parameters are flat parts (FSDP1, called outside of its unit's forward)"
+
+
+def tell(layer: Any, reason: str) -> None:
+    """Note why a call runs PEFT's own forward, and warn of each reason that was not reported."""
+    if reason in OFF or torch.compiler.is_compiling():
+        return
+    layer.fallen = reason
+    told = vars(layer).setdefault("told", set())  # a pickle may come from before it
+    if reason not in told:
+        told.add(reason)
+        warnings.warn(
+            "LoRA layers that fuse_peft reported as fused run PEFT's own forward; explain(model) "
+            f"names them. The reason: {reason}",
+            stacklevel=4,
+        )
 
 
 def class_of(layer: Any) -> type:

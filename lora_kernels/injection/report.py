@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers.embedding import FusedLoRAEmbedding
+
 TYPICAL_TOKENS = 2048  # the batch that a report names the strategy for: 16 sequences of 128
 
 
@@ -82,7 +84,8 @@ def count_parameters(
     Every parameter counts once, in the first group that has it. What trains outside the groups
     given shows as the trainable number of "embeddings" or "frozen", which is 0 after `add_lora`.
     """
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    kinds = (nn.Embedding, FusedLoRAEmbedding)
+    embeddings = [m for m in model.modules() if isinstance(m, kinds)]
     wanted: dict[str, Iterable[nn.Parameter]] = {
         **groups,
         "embeddings": [p for module in embeddings for p in module.parameters(recurse=False)],

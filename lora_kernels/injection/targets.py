@@ -16,8 +16,9 @@ from torch import nn
 from ..algebra.columns import Range, Ranges, equal_columns
 from ..layers.base import features_of, is_conv1d
 from ..layers.config import LoRAConfig
+from ..layers.embedding import FusedLoRAEmbedding
 from ..layers.linear import FusedLoRALinear
-from ..layers.quantised import quantiser
+from ..layers.quantised import QuantisedLoRALinear, quantiser
 from .bypassed import bypasses, probed
 from .families import FAMILIES, family_of, heads_of
 from .report import SkippedRow
@@ -171,7 +172,14 @@ def why_not(model: nn.Module, path: str) -> str | None:
         return f"it is wrapped alone ({name}): wrap it after add_lora"
     if "forward" in vars(module):
         return "its forward is patched, which replacing it would undo"
-    return None if quantiser(module) else FusedLoRALinear.supports(module)
+    return None if quantiser(module) else kind_for(module).supports(module)
+
+
+def kind_for(layer: nn.Module) -> type[FusedLoRALinear]:
+    """The class that replaces such a layer, if it `supports` it."""
+    if quantiser(layer) is not None:
+        return QuantisedLoRALinear
+    return FusedLoRAEmbedding if isinstance(layer, nn.Embedding) else FusedLoRALinear
 
 
 def is_layer(module: nn.Module) -> bool:

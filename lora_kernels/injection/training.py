@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import arguments
+from ..layers.embedding import FusedLoRAEmbedding
 from .inject import fused_layers, trained_paths
 from .methods import METHODS
 
@@ -71,13 +72,13 @@ def lora_plus(
     embedded = {**slow, "params": [], "lr": 1e-6}
     fast = {**slow, "params": [], "lr": learning_rate * ratio}
     vectors = {**fast, "params": [], "weight_decay": 0.0}
-    found = False
+    found, of_embeddings = False, _of_embeddings(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_B = "lora_B" in name.split(".")
         found |= is_B
-        if "lora_embedding_" in name:
+        if "lora_embedding_" in name or id(parameter) in of_embeddings:
             group = embedded
         elif is_B or parameter.dim() == 1:
             group = vectors if parameter.dim() == 1 else fast
@@ -89,20 +90,29 @@ def lora_plus(
     return [group for group in (slow, embedded, fast, vectors) if group["params"]]
 
 
+def _of_embeddings(model: nn.Module) -> set[int]:
+    """id of each parameter that LoRA of `add_lora` has on an embedding."""
+    layers = fused_layers(model).values()
+    embeddings = [layer for layer in layers if isinstance(layer, FusedLoRAEmbedding)]
+    return {id(getattr(layer, name)) for layer in embeddings for name in layer.adapter_names}
+
+
 def lora_fa(model: nn.Module) -> nn.Module:
     """Freeze lora_A, in place, so that lora_B alone trains (LoRA-FA); returns `model`.
 
     Backward then needs h [M, R] and not x [M, K], and saves no activation of a LoRA layer. For
-    models of `add_lora` and of PEFT. Raises ValueError for a model without LoRA. Source: Zhang et
-    al., 2023 (LoRA-FA).
+    models of `add_lora` and of PEFT. LoRA of embeddings trains as a whole, since its lora_A starts
+    at zero. Raises ValueError for a model without lora_A of a linear layer. Source: Zhang et al.,
+    2023 (LoRA-FA).
 
     >>> add_lora(model, config)
     >>> lora_fa(model)
     """
+    of_embeddings = _of_embeddings(arguments.module("model", model))
     found = [
         parameter
-        for name, parameter in arguments.module("model", model).named_parameters()
-        if "lora_A" in name.split(".")
+        for name, parameter in model.named_parameters()
+        if "lora_A" in name.split(".") and id(parameter) not in of_embeddings
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no lora_A: call add_lora first")

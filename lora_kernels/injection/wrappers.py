@@ -35,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def bare(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model without wrappers, around it and inside it; those inside are back afterwards.
 
-    A wrapper around one linear layer stays: LoRA cannot replace that layer behind its back.
+    A wrapper around one linear layer or embedding stays: LoRA cannot replace it behind its back.
     """
     model = unwrapped(model)
     taken = []
@@ -43,7 +43,7 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         for name, wrapper in list(parent._modules.items()):
             if wrapper is None or (inner := unwrapped(wrapper)) is wrapper:
                 continue
-            if isinstance(inner, nn.Linear) or is_conv1d(inner):
+            if isinstance(inner, (nn.Linear, nn.Embedding)) or is_conv1d(inner):
                 continue
             taken.append((parent, name, wrapper))
             parent._modules[name] = inner

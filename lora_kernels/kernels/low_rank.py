@@ -16,17 +16,24 @@ order; the first block of columns also stores the sum, which the backward reads.
 The accumulator starts as the low-rank product instead of zero. That costs one rank-R dot a tile,
 R / K of the GEMM, and no extra pass over out. With GEMM off, only the low-rank part is written, and
 a vendor's GEMM accumulates onto it.
+
+A weight in NF4 is read as it lies (`nf4.py`): each tile of it becomes numbers on the way to its
+product, once for every block of rows of out.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..algebra.nf4 import NF4
 from ..algebra.operands import rank_dtype
 from ..hardware.tiles import Tile, rank_block
 from .launch import launch
+from .nf4 import load_weight
 from .packs import Packed, Shared, Tables, gemm_tables
 from .plan import Out, Plan, planned
 from .tiles import (
@@ -63,6 +70,7 @@ def _low_rank_gemm(
     stride_xms, stride_xks, stride_wn, stride_wk, stride_vn, stride_vr, stride_mask, stride_oms,
     scale,
     PACKED: tl.constexpr, OWN_V: tl.constexpr, GEMM: tl.constexpr, PARTS: tl.constexpr,
+    NF4: tl.constexpr, ACROSS: tl.constexpr,
     INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, R_BY: tl.constexpr, V_BY: tl.constexpr, VN_BY: tl.constexpr,
     MASK_BY: tl.constexpr,
@@ -137,7 +145,7 @@ def _low_rank_gemm(
             K = Ks[term]
             stride_xk = stride_xks[term]
             x_tile_ptrs = x_ptrs[term] + rows[:, None] * stride_xms[term] + ks[None, :] * stride_xk
-            w_ptr = of_term(w_ptrs, segment, term, TERMS)
+            w_ptr = w_ptrs[0] if NF4 else of_term(w_ptrs, segment, term, TERMS)
             w_tile_ptrs = w_ptr + columns[None, :] * stride_wn + ks[:, None] * stride_wk
             before = acc
             if EXACT:
@@ -149,7 +157,10 @@ def _low_rank_gemm(
                     x_inside = x_inside & (start + ks < K)[None, :]
                     w_inside = w_inside & (start + ks < K)[:, None]
                 x = tl.load(x_tile_ptrs, mask=x_inside, other=0.0)
-                w = tl.load(w_tile_ptrs, mask=w_inside, other=0.0)
+                w = load_weight(
+                    w_tile_ptrs, w_inside, w_ptrs, columns, start + ks, N, K, block_n * BLOCK_N,
+                    start, NF4, ACROSS, BLOCK_N, BLOCK_K, dtype,
+                )  # fmt: skip
                 acc = dot(x, w, acc, PRECISION)
                 x_tile_ptrs += step * stride_xk
                 w_tile_ptrs += step * stride_wk
@@ -168,7 +179,8 @@ def _low_rank_gemm(
 
 
 def low_rank_gemm(
-    x: tuple[Tensor, ...], w: tuple[Tensor, ...], u: Tensor, v: tuple[Tensor, ...], *,
+    x: tuple[Tensor, ...], w: tuple[Tensor, ...] | tuple[NF4], u: Tensor,
+    v: tuple[Tensor, ...], *,
     scale: float, tile: Tile, precision: str, bias: tuple[Tensor, ...] | None = None,
     mask: Tensor | None = None, gemm: bool = True, transposed: bool = False,
     outs: tuple[Tensor, ...] | None = None, pack: Packed | None = None,
@@ -182,11 +194,14 @@ def low_rank_gemm(
     `outs`, if given, are written (their columns lie side by side); else outs are allocated.
     `gemm=False` leaves the products x w^T out. `transposed=True` takes w as [K, N] and v as [R, N]:
     to hand over two `.T` instead would cost the host as much as a launch. With a `pack` its scales
-    count instead of `scale`.
+    count instead of `scale`. A lone w may be NF4; it stands for [N, K] whether `transposed` or not.
     """
+    first, *_ = w
+    nf4 = isinstance(first, NF4)
+    read: Any = tuple(first) if nf4 else w
     tables, shared = gemm_tables(pack, tile, transposed)
-    given = (x, w, bias, u, v, mask, tables)
-    settings = (scale, tile, precision, gemm, transposed, shared)
+    given = (x, read, bias, u, v, mask, tables)
+    settings = (scale, tile, precision, gemm, transposed, shared, nf4)
     if outs is None:
         outs, whole = launch(_plan, given, None, *settings)
     else:
@@ -198,14 +213,17 @@ def _plan(
     x: tuple[Tensor, ...], w: tuple[Tensor, ...], bias: tuple[Tensor, ...] | None,
     u: Tensor, v: tuple[Tensor, ...], mask: Tensor | None, tables: Tables | None,
     outs: tuple[Tensor, ...] | None, scale: float, tile: Tile, precision: str, gemm: bool,
-    transposed: bool, shared: Shared | None,
+    transposed: bool, shared: Shared | None, nf4: bool,
 ) -> Plan:  # fmt: skip
     if transposed:
-        w, v = (tuple(t.T for t in each) for each in (w, v))
+        v = tuple(t.T for t in v)
+        w = w if nf4 else tuple(t.T for t in w)
+    sizes = tuple(t.shape[0] for t in w)
+    if nf4:  # w is (packed, absmax, code) of one layer, and a byte of packed holds two weights
+        sizes = (2 * w[0].shape[1] if transposed else w[0].shape[0],)
     M, R = u.shape[-2:]
     parts = u.shape[0] if u.dim() == 4 else 1
     whole = None if parts == 1 else Out((len(v), M, R), rank_dtype(x[0].dtype, v[0].dtype))
-    sizes = tuple(t.shape[0] for t in w)
     Ns = sizes if len(x) == 1 else sizes[:1]
     Ks = tuple(t.shape[1] for t in x)
     stride_mask = 0 if mask is None else mask.stride(1)
@@ -225,7 +243,8 @@ def _plan(
         tuple(t.stride()[0] for t in written),
         scale,
         PACKED=shared is not None, OWN_V=shared is not None and not transposed,
-        GEMM=gemm, PARTS=parts, INDEX=index_type((*x, *w, u, v[0], *written)),
+        GEMM=gemm, PARTS=parts, NF4=nf4, ACROSS=nf4 and transposed,
+        INDEX=index_type((*x, *w, u, v[0], *written)),
         HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
         EVEN_K=all(K % tile.k == 0 for K in Ks), PRECISION=precision,
         R_BY=rank_by, V_BY=v_by, VN_BY=vn_by, MASK_BY=divisor(stride_mask),

@@ -1,4 +1,4 @@
-"""The layers that LoRA can be put on: `nn.Linear`, and transformers' `Conv1D`."""
+"""The layers that LoRA can be put on: `nn.Linear`, transformers' `Conv1D`, and `nn.Embedding`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:
-    """(K, N) of a linear layer."""
+    """(K, N) of a linear layer; an embedding has K entries of N numbers."""
     if is_conv1d(layer):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return weight.shape[0], weight.shape[1]
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 

@@ -59,8 +59,11 @@ class LoRALayer(Protocol):
     def own(self) -> Parts | None:
         """Its tensors, and its settings as in training; None if it runs unfused."""
 
-    def parts(self) -> Parts | None:
-        """Its tensors and settings in a call now; None if it runs unfused (merged, say)."""
+    def parts(self, *asked: Any) -> Parts | None:
+        """Its tensors and settings in a call now; None if it runs unfused (merged, say).
+
+        `asked` is what the call asks besides, if anything: whose rows a mixed batch of PEFT's has.
+        """
 
 
 def layout_of(layer: LoRALayer) -> tuple[Any, ...] | None:
@@ -148,8 +151,11 @@ class Group:
         """The parent's forward begins (a pre-hook of it)."""
         self._waiting, self._fresh = None, True
 
-    def output(self, layer: LoRALayer, x: Tensor, own: Parts) -> Tensor | None:
-        """y of one member, whose parts for x are `own`; None if it must be computed alone."""
+    def output(self, layer: LoRALayer, x: Tensor, own: Parts, *asked: Any) -> Tensor | None:
+        """y of one member, whose parts for x are `own`; None if it must be computed alone.
+
+        `asked` is what the call asks of every member: its `parts` get it.
+        """
         compiling = torch.compiler.is_compiling()
         if not compiling and x.is_inference():
             return None  # an in-place change of x could not be seen
@@ -171,7 +177,7 @@ class Group:
         if self.first_only and not self._fresh:
             return None
         self._fresh = False
-        every = [own if member is layer else member.parts() for member in members]
+        every = [own if member is layer else member.parts(*asked) for member in members]
         if not _alike(every, x):
             if not self.apart and not compiling and _any_part(members):
                 self.apart = True

@@ -118,12 +118,17 @@ class FusedLoRALinear(nn.Module):
             self.has_magnitude = True
         return self
 
-    @staticmethod
-    def supports(layer: nn.Module) -> str | None:
+    @classmethod
+    def supports(cls, layer: nn.Module) -> str | None:
         """Why a layer cannot be replaced; None if it can."""
         if type(layer) is not nn.Linear and not is_conv1d(layer):
-            cls = type(layer)
-            return f"{cls.__module__}.{cls.__qualname__} is not a plain Linear or Conv1D"
+            other = type(layer)
+            return f"{other.__module__}.{other.__qualname__} is not a plain Linear or Conv1D"
+        return cls._why_not_alone(layer)
+
+    @staticmethod
+    def _why_not_alone(layer: nn.Module) -> str | None:
+        """Why a layer of a class that is known cannot be replaced; None if it can."""
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if refusal := why_not_plain(weight):
             return f"its weight is {refusal}"
@@ -149,7 +154,7 @@ class FusedLoRALinear(nn.Module):
         self.conv1d = is_conv1d(layer)
         self.base_class = type(layer)
         weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        bias: nn.Parameter | None = getattr(layer, "bias", None)
         self.in_features, self.out_features = features_of(layer)
         self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
         self.rslora, self.strategy = rslora, strategy

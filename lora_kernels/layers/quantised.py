@@ -3,20 +3,28 @@
 That library's layer computes x weight^T + bias, and the gradient of x through it, by its own
 kernels. The low-rank part with its dropout is added to that y in place. No dequantised weight is
 kept.
+
+On a GPU `strategy="split"` multiplies by bitsandbytes' NF4 in our own kernels instead
+(`autograd.nf4`). It has to be asked for: no GPU has measured it yet.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..algebra.nf4 import BLOCK, NF4
 from ..algebra.operands import Parts, Settings
 from ..autograd.addition import add_lora_to
-from ..strategies.choose import Choice, choose
+from ..autograd.autocast import autocast_dtype
+from ..autograd.nf4 import nf4_linear
+from ..strategies.choose import Choice, choose, decide_nf4
 from ..strategies.problem import Problem
 from .base import features_of
+from .embedding import FusedLoRAEmbedding
 from .group import problem_of
 from .linear import FusedLoRALinear
 from .start import START
@@ -34,15 +42,81 @@ def quantiser(layer: nn.Module) -> str | None:
     return None
 
 
+def why_not_nf4(layer: Any, dtype: torch.dtype | None) -> str | None:
+    """Why a quantised layer is not NF4 that `split` can read, for an x in `dtype` (None: any)."""
+    weight, computes = layer.weight, getattr(layer, "compute_dtype", None)
+    state: Any = getattr(weight, "quant_state", None)
+    if getattr(state, "quant_type", None) != "nf4":
+        return "it reads no quantised weight but bitsandbytes' NF4"
+    if state.blocksize != BLOCK:
+        return f"an absmax stands for {state.blocksize} weights, not for {BLOCK}"
+    N, K = layer.out_features, layer.in_features
+    whole = 2 * weight.numel() * weight.element_size() == N * K and tuple(state.shape) == (N, K)
+    if not whole or getattr(state, "packing_format_for_cpu", False):
+        return "the weight does not lie in memory as bitsandbytes packs it for a GPU, or not whole"
+    if dtype is not None and computes not in (None, dtype):
+        return f"x is {dtype}, and the layer computes in {computes}"
+    hooks = layer._forward_hooks, layer._forward_pre_hooks
+    if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)) or "forward" in vars(layer):
+        return "the quantised layer has hooks or a patched forward, which would not run"
+    return None
+
+
+def read_nf4(state: Any, packed: Tensor) -> NF4:
+    """The NF4 of a packed weight, from bitsandbytes' QuantState; its absmax is made float32."""
+    absmax = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    return NF4(packed, absmax.float().view(packed.shape[0], -1), state.code)
+
+
+def quantised_layer(
+    base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: Settings
+) -> Tensor:
+    """y [..., N] of a quantised layer with LoRA on it, in the dtype of x as the layer gives it."""
+    if settings.strategy == "split" and not torch.compiler.is_compiling():
+        dtype = x.dtype
+        if getattr(base, "compute_dtype", None) is not None:  # else it computes in that of x
+            dtype = autocast_dtype(x.device) or dtype
+        if why_not_nf4(base, dtype) is None:
+            K, N = features_of(base)
+            found = decide_nf4(x, N, lora_B.shape[1], dtype, settings)
+            if found[0].name == "split":
+                packed = base.weight.data.view(torch.uint8).view(N, K // 2)
+                read = partial(read_nf4, base.weight.quant_state)
+                y = nf4_linear(
+                    x.to(dtype), packed, read, base.bias, lora_A, lora_B, settings, found
+                )
+                return y.to(x.dtype)
+    return add_lora_to(base(x), x, lora_A, lora_B, settings)
+
+
 def chosen(layer: Any, tokens: int, dtype: torch.dtype | None = None) -> tuple[Problem, Choice]:
     """What a layer that runs fused asks of `choose` for so many tokens, and gets."""
+    if isinstance(layer, FusedLoRAEmbedding):
+        K, N = features_of(layer)
+        device, dtype = layer.weight.device, dtype or layer.weight.dtype
+        problem = Problem.on(device, tokens, N, K, layer.rank, dtype, dropout=False)
+        reason = "an embedding: two lookups, and one product added to the rows; no dropout"
+        return problem, Choice("library", None, reason)
     base = getattr(layer, "base_layer", None)  # of PEFT's layers, and of quantised ones
     if base is None or (whose := quantiser(base)) is None:
         problem = problem_of(layer, tokens, dtype)
         return problem, choose(problem, layer.strategy)
-    (K, N), dtype = features_of(base), dtype or torch.get_default_dtype()
-    problem = Problem.on(base.weight.device, tokens, N, K, layer.rank, dtype, dropout=False)
-    return problem, Choice("library", None, f"its frozen product is {whose}; LoRA is added to it")
+    refusal, strategy = why_not_nf4(base, dtype), layer.strategy
+    (K, N), computes = features_of(base), getattr(base, "compute_dtype", None)
+    problem = Problem.on(
+        base.weight.device, tokens, N, K, layer.rank,
+        dtype or computes or torch.get_default_dtype(), dropout=False, nf4=refusal is None,
+    )  # fmt: skip
+    if refusal is None:
+        return problem, choose(problem, strategy)
+    asked = strategy not in ("auto", "library")
+    asked_for = f"{strategy} was asked for, but: {refusal}; " if asked else ""
+    reason = f"{asked_for}its frozen product is {whose}; LoRA is added to it"
+    return problem, Choice("library", None, reason)
 
 
 class QuantisedLoRALinear(FusedLoRALinear):
@@ -84,11 +158,11 @@ class QuantisedLoRALinear(FusedLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        y: Tensor = self.base_layer(x)
         if self.disabled:
+            y: Tensor = self.base_layer(x)
             return y
         settings = Settings(self.scale, self.dropout if self.training else 0.0, self.strategy)
-        return add_lora_to(y, x, self.lora_A, self.lora_B, settings)
+        return quantised_layer(self.base_layer, x, self.lora_A, self.lora_B, settings)
 
     def own(self) -> Parts | None:  # type: ignore[override]
         """None: it runs beside its siblings, each product its library's."""

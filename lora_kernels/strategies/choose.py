@@ -54,6 +54,8 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
             where = ", with the tiles measured on this card" if tiles else ""
             return _choice(problem, strategy, "named by the caller" + where, tiles)
         prefix = f"{strategy} was asked for, but: {refusal}; "
+    if problem.nf4:  # no GPU has measured `split` on it
+        return Choice("library", None, prefix + "bitsandbytes' product of NF4, LoRA is added to it")
     if problem.arch == "cpu":
         few = problem.dtype in (torch.float32, torch.float64) and problem.M * problem.K <= masks.FEW
         few = few and strategy == "auto" and not problem.columns
@@ -95,7 +97,7 @@ def _shipped(problem: Problem) -> Tiles:
     outputs = Outputs(problem.M, _widths(problem), problem.K, _card(problem).processors)
     return tiles_for(
         problem.arch, problem.dtype.itemsize, problem.R,
-        tf32=problem.tf32, aligned=problem.aligned, outputs=outputs,
+        tf32=problem.tf32, aligned=problem.aligned, outputs=outputs, nf4=problem.nf4,
     )  # fmt: skip
 
 
@@ -166,4 +168,25 @@ def _decide(
         device, M, N, K, R, dtype, dropout=dropout, segments=segments, columns=columns
     )
     choice = choose(problem, strategy)
+    return STRATEGIES[choice.strategy], choice.tiles
+
+
+def decide_nf4(
+    x: Tensor, N: int, R: int, dtype: torch.dtype, settings: Settings
+) -> tuple[Strategy, Tiles | None]:
+    """The same for one layer of NF4, which casts x [..., K] to `dtype`.
+
+    `library` stands for bitsandbytes' product.
+    """
+    K, dropout, strategy = x.shape[-1], settings.dropout > 0, settings.strategy
+    M = x.numel() // K if K else 0
+    return _decide_nf4(x.device, bucket(M), N, K, R, dtype, dropout, strategy)
+
+
+@lru_cache(maxsize=8192)
+def _decide_nf4(
+    device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool,
+    strategy: str,
+) -> tuple[Strategy, Tiles | None]:  # fmt: skip
+    choice = choose(Problem.on(device, M, N, K, R, dtype, dropout=dropout, nf4=True), strategy)
     return STRATEGIES[choice.strategy], choice.tiles

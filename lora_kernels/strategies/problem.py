@@ -23,7 +23,7 @@ class Problem:
 
     `segments` counts the layers that share x, and N is the widest of them. With `columns` it counts
     the ranges of the columns of one layer instead, and N is the width of that layer. `arch` is
-    "cpu", "sm_86", "gfx942", ...
+    "cpu", "sm_86", "gfx942", ... `nf4` says that the frozen weight is bitsandbytes' NF4.
     """
 
     M: int
@@ -38,16 +38,17 @@ class Problem:
     gpu: str = ""  # the card's name, for its tuned table
     columns: bool = False
     processors: int = 0  # the card's multiprocessors; 0: those of the card that stands for `arch`
+    nf4: bool = False
 
     @classmethod
     def on(
         cls, device: torch.device, M: int, N: int, K: int, R: int, dtype: torch.dtype, *,
-        dropout: bool, segments: int = 1, columns: bool = False,
+        dropout: bool, segments: int = 1, columns: bool = False, nf4: bool = False,
     ) -> Problem:  # fmt: skip
         """The problem on a device of this machine, with torch's own setting for TF32."""
         tf32 = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
         arch, gpu, count = architecture(device), _gpu(device), processors(device)
-        return cls(M, N, K, R, dtype, arch, dropout, tf32, segments, gpu, columns, count)
+        return cls(M, N, K, R, dtype, arch, dropout, tf32, segments, gpu, columns, count, nf4)
 
     @property
     def aligned(self) -> bool:
@@ -61,14 +62,15 @@ class Problem:
         dropout = "-dropout" if self.dropout else ""
         rank = rank_block(self.R)
         count = f"{self.segments}{'-of' if self.columns else 'x'}"
-        return f"{count}-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}"
+        weight = "-nf4" if self.nf4 else ""
+        return f"{count}-M{bucket(self.M)}-N{self.N}-K{self.K}-R{rank}-{dtype}{dropout}{weight}"
 
     def __str__(self) -> str:
-        dropout = ", dropout" if self.dropout else ""
+        rest = f"{', dropout' if self.dropout else ''}{', NF4 weight' if self.nf4 else ''}"
         dtype = str(self.dtype).removeprefix("torch.")
         kind = "column ranges" if self.columns else "layers"
         several = f"{self.segments} {kind}, " if self.segments > 1 or self.columns else ""
-        return f"{several}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{dropout}"
+        return f"{several}M={self.M} N={self.N} K={self.K} R={self.R} {dtype} {self.arch}{rest}"
 
 
 def interpreting() -> bool:

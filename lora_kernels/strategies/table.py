@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..algebra.nf4 import BLOCK
 from ..algebra.operands import Backward, Forward
 from ..hardware.tiles import MAX_RANK
 from . import library, tiled
@@ -53,10 +54,24 @@ def triton_supports(problem: Problem) -> str | None:
     return None
 
 
+def _split_supports(problem: Problem) -> str | None:
+    if problem.nf4 and problem.arch.startswith("gfx"):
+        return "NF4 is read on NVIDIA cards alone"
+    if problem.nf4 and problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"NF4 is multiplied in float16 or bfloat16, not in {problem.dtype}"
+    if problem.nf4 and problem.K % BLOCK:
+        return f"a block of {BLOCK} weights of NF4 goes past the end of a row: K is {problem.K}"
+    return triton_supports(problem)
+
+
+def _hybrid_supports(problem: Problem) -> str | None:
+    return "it reads no NF4 weight" if problem.nf4 else triton_supports(problem)
+
+
 def _fused_supports(problem: Problem) -> str | None:
     if problem.columns:
         return "columns: every one of them, adapted or not, would pay for x lora_A^T"
-    return triton_supports(problem)
+    return _hybrid_supports(problem)
 
 
 _GRADIENTS = ("output_gradients", "parameter_gradients")
@@ -73,7 +88,7 @@ _ROWS = (
         name="split",
         forward=tiled.split_forward,
         backward=tiled.split_backward,
-        supports=triton_supports,
+        supports=_split_supports,
         summary="rank-R products once, then one GEMM seeded with them",
         kernels=lambda problem: ("project", "low_rank_gemm", "low_rank_gemm_dx", *_GRADIENTS),
     ),
@@ -92,7 +107,7 @@ _ROWS = (
         name="hybrid",
         forward=tiled.hybrid_forward,
         backward=tiled.hybrid_backward,
-        supports=triton_supports,
+        supports=_hybrid_supports,
         summary="the rank-R product first, then the vendor's GEMM accumulates onto it",
         kernels=lambda problem: ("project", "low_rank", *_GRADIENTS),
     ),

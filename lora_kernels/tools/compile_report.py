@@ -46,6 +46,8 @@ SPECIMENS: tuple[Specimen, ...] = (
     (LAYERS["roberta-base.qkv"], 4096, 8, True, False, 4),
     (LAYERS["roberta-base.qkv"], 4096, 64, False, False, 4),
     (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, True, 4),
+    (LAYERS["llama-8b.k_proj"]._replace(nf4=True), 512, 16, True, False, 1),
+    (Layer("ragged", 896, (771,), ("ragged",), nf4=True), 1000, 64, True, False, 1),
 )
 
 
@@ -85,8 +87,9 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     layer, M, R, dropout, pure, adapters = specimen
     K, G, tf32 = layer.K, len(layer.children), dtype is torch.float32
     problem = Problem(
-        M, max(layer.N), K, R, dtype, arch, dropout, tf32, segments=G, columns=layer.columns
-    )
+        M, max(layer.N), K, R, dtype, arch, dropout, tf32,
+        segments=G, columns=layer.columns, nf4=layer.nf4,
+    )  # fmt: skip
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
         return  # refused: `fused` for columns, all but `library` for sm_75
@@ -109,6 +112,9 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
 
 def _each_shipped(problem: Problem, tiles: Tiles) -> Iterator[Tiles]:
     """The tiles with, in turn, all that are shipped for its GEMMs: sizes of outputs decide."""
+    if problem.nf4:  # one tile for all
+        yield tiles
+        return
     row = shipped(problem.arch, problem.dtype.itemsize, problem.R, aligned=problem.aligned)
     dx = row.dx_of(problem.segments)
     for i in range(max(len(row.low_rank_gemm), len(dx), len(row.fused_gemm))):

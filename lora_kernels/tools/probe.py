@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra.columns import equal_columns, widths
+from ..algebra.nf4 import BLOCK, NF4
 from ..algebra.operands import Backward, Forward, Operands, Settings, Tensors, Wanted, Weights
 from ..algebra.packs import Pack
 from ..strategies.choose import Choice
@@ -20,7 +22,8 @@ from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES
 from .timing import STEPS, Step
 
-# Makes the tensor `name` ("x", "dy", "seed" or a field of `Weights`) from (name, *shape, dtype=).
+# Makes the tensor `name` ("x", "dy", "seed", a field of `Weights` or of `NF4`) from (name, *shape,
+# dtype=).
 Make = Callable[..., Tensor]
 
 
@@ -47,10 +50,8 @@ class Probe:
             layers, rows, width = 1, G * R, sum(widths(columns))
         made = []
         for _ in range(layers):
-            shape = (K, N) if conv1d else (N, K)
-            weight = make("weight", *shape, dtype=dtype)
             weights = Weights(
-                weight.T if conv1d else weight,
+                self._weight(conv1d),
                 make("bias", N, dtype=dtype) if bias else None,
                 make("lora_A", rows, K, dtype=adapter),
                 make("lora_B", width, R, dtype=adapter),
@@ -61,6 +62,17 @@ class Probe:
         self.seed = make("seed", adapters, dtype=torch.int64) if problem.dropout else None
         if adapters > 1:
             self._pack(adapters)
+
+    def _weight(self, conv1d: bool) -> Any:
+        """A weight [N, K] as the problem has it."""
+        make, N, K, dtype = self.make, self.problem.N, self.problem.K, self.problem.dtype
+        if self.problem.nf4:
+            return NF4(
+                make("packed", N, K // 2, dtype=torch.uint8),
+                make("absmax", N, K // BLOCK, dtype=torch.float32),
+                make("code", 16, dtype=torch.float32),
+            )
+        return make("weight", K, N, dtype=dtype).T if conv1d else make("weight", N, K, dtype=dtype)
 
     def _pack(self, adapters: int) -> None:
         """Give every layer as many adapters: slices of what the only one was."""

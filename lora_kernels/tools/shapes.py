@@ -29,7 +29,8 @@ class Layer(NamedTuple):
     """A frozen linear layer, y [M, N] from x [M, K], or siblings that read one x (an N for each).
 
     `children` are their names in the model, and `also` other layers of the same size. With
-    `columns` there is one weight, and `children` are ranges of a third of its columns.
+    `columns` there is one weight, and `children` are ranges of a third of its columns. With `nf4`
+    the weight is bitsandbytes' NF4.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     bias: bool = True
     also: str = ""
     columns: bool = False
+    nf4: bool = False
 
     def problem(
         self, device: torch.device, M: int, R: int, dtype: torch.dtype, *, dropout: bool

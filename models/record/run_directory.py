@@ -7,7 +7,6 @@ whole.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import re
 import shutil
@@ -109,10 +108,7 @@ def _find(
     _refuse_place(directory, overwrite)
     if overwrite or not _holds_run(directory):
         return None
-    before, finished = read_json(directory / ARGUMENTS), (directory / RESULT).is_file()
-    # A flag that came later had no other value then.
-    later = {field.name: field.default for field in dataclasses.fields(Arguments)}
-    before |= {name: later[name] for name in identity.keys() & later.keys() - before.keys()}
+    before, finished = noted_flags(directory), (directory / RESULT).is_file()
     noted = all(name in before for name in DIGESTS)
     if not finished:
         if not noted and any((directory / CHECKPOINTS).glob("checkpoint-*")):
@@ -143,6 +139,11 @@ def _find(
     if "metrics" not in result:
         raise ValueError(f"{directory / RESULT} is no result of a run: --overwrite it")
     return result
+
+
+def noted_flags(directory: Path) -> dict[str, Any]:
+    """What `arguments.json` holds; a flag that came after that version had its default then."""
+    return Arguments().identity() | read_json(directory / ARGUMENTS)
 
 
 @contextmanager

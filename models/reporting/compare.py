@@ -144,7 +144,7 @@ def _tests(recipe: Recipe, claim: Claim, part: pd.DataFrame, where: str) -> list
             "test": test_name,
             "difference": math.nan if test is None else test.difference,
             "p": math.nan if test is None else test.p,
-            "power 80 % from": math.nan if test is None else test.detectable,
+            "detectable": math.nan if test is None else test.detectable,
             "of": "" if test is None else test.of,
             "verdict": why if test is None else test.verdict,
         }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would choose a display
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..recipes.recipe import Labels, Recipe
 from ..record.show import plot_ranks
 from .frame import groups, matching
 
 MOST_LINES = 20  # of a panel: more cannot be told apart
+MOST_INSIDE = 6  # names of lines that leave room for the lines
 MOST_BARS = 40
 
 
@@ -99,7 +100,9 @@ def _curves(recipe: Recipe, done: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(lines) <= MOST_LINES:
-            axes.legend(fontsize=7)
+            beside = len(lines) > MOST_INSIDE
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {}
+            axes.legend(fontsize=7, **place)
     return figure
 
 
@@ -118,33 +121,53 @@ def _maps(recipe: Recipe, frame: pd.DataFrame, rows: str, columns: str) -> Figur
             ]
             for row in names[0]
         ]
-        axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        axes.set_xticks(range(len(names[1])), names[1])
-        axes.set_yticks(range(len(names[0])), names[0])
+        draw_map(axes, table, (rows, columns), names, (low, high))
         title = ", ".join(f"{a}: {v}" for a, v in zip(others, labels, strict=True))
-        axes.set(xlabel=columns, ylabel=rows, title=title)
-        for y, values in enumerate(table):
-            for x, value in enumerate(values):
-                missing = not math.isfinite(value)
-                bright = not missing and high > low and (value - low) / (high - low) > 0.6
-                axes.text(x, y, "missing" if missing else f"{value:.3f}", ha="center", va="center",
-                          fontsize=8, color="black" if missing or bright else "white")  # fmt: skip
+        axes.set(title=title)
     return figure
+
+
+def draw_map(
+    axes: Axes,
+    table: Sequence[Sequence[float]],
+    titles: tuple[str, str],
+    names: Sequence[Sequence[str]],
+    ends: tuple[float, float],
+) -> None:
+    """A map of numbers with its rows' and columns' titles and names; `ends` are those of colour."""
+    low, high = ends
+    axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    axes.set_xticks(range(len(names[1])), names[1])
+    axes.set_yticks(range(len(names[0])), names[0])
+    axes.set(xlabel=titles[1], ylabel=titles[0])
+    for y, values in enumerate(table):
+        for x, value in enumerate(values):
+            missing = not math.isfinite(value)
+            bright = not missing and high > low and (value - low) / (high - low) > 0.6
+            axes.text(x, y, "missing" if missing else f"{value:.3f}", ha="center", va="center",
+                      fontsize=8, color="black" if missing or bright else "white")  # fmt: skip
 
 
 def _parameters(recipe: Recipe, done: pd.DataFrame) -> Figure:
     panels = _panels(recipe, done)
     figure, all_axes = _grid(len(panels), 4.2, 3.2)
     for axes, (title, part) in zip(all_axes, panels, strict=True):
+        names: dict[tuple[float, float], list[str]] = {}  # of points at the same place
         for labels, group in groups(recipe, part):
             x, y = group["method's parameters"].mean(), group["score"].mean()
-            names = list(labels.values())[1:] if title else list(labels.values())
+            name = list(labels.values())[1:] if title else list(labels.values())
+            names.setdefault((x, y), []).append(", ".join(name))
             error = group["score"].std()
             axes.errorbar(x, y, None if math.isnan(error) else error, fmt="o", capsize=3)
-            axes.annotate(", ".join(names), (x, y), fontsize=7, xytext=(4, 4),
+        for place, found in names.items():
+            axes.annotate("\n".join(found), place, fontsize=7, xytext=(4, 4),
                           textcoords="offset points")  # fmt: skip
         if part["method's parameters"].min() > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="x", labelsize=8)
         axes.set(title=title, xlabel="parameters", ylabel=recipe.metric or "score")
         axes.margins(x=0.2, y=0.15)
         axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..arguments import Arguments
 from ..recipes.recipe import Cell, Labels, Published, Recipe
 from ..record.run_directory import PREDICTIONS, RESULT, read_json
 from ..sweeping.cells import ERROR
@@ -43,10 +44,11 @@ def _row(recipe: Recipe, cell: Cell, runs: Path) -> dict[str, Any]:
         why = read_json(directory / ERROR)["error"] if failed else ""
         return row | {"state": "failed" if failed else "missing", "why": why}
     result = read_json(directory / RESULT)
+    before = Arguments().identity() | result["arguments"]  # a flag that came later had its default
     changed = [
-        f"{name} {result['arguments'].get(name)!r}, not {value!r}"
+        f"{name} {before[name]!r}, not {value!r}"
         for name, value in cell.flags.items()
-        if name not in ("data", "model") and result["arguments"].get(name) != value
+        if name not in ("data", "model") and before[name] != value
     ]
     if changed:
         return row | {"state": "missing", "why": f"a run with {'; '.join(changed)} is there"}
@@ -220,6 +222,17 @@ def splits(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows)
     return table.drop(columns=[name for name in names if table[name].isna().all()])
+
+
+def by_epoch(recipe: Recipe, frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for each combination of labels with several seeds: CV of validation by epoch."""
+    rows = []
+    for labels, group in groups(recipe, frame):
+        curves = pd.DataFrame([curve for curve in group["curve"] if curve], dtype=float)
+        if len(curves) > 1:
+            of_epochs = {f"epoch {at + 1}": variation(curves[at]) for at in curves}
+            rows.append({**labels, **of_epochs})
+    return pd.DataFrame(rows)
 
 
 def groups(recipe: Recipe, frame: pd.DataFrame) -> list[tuple[Labels, pd.DataFrame]]:

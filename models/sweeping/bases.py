@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.durable import locked, replacing
-
 _BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
            "intermediate_size": 64}  # fmt: skip
 # Name -> transformers' model type and its numbers.
@@ -73,6 +71,8 @@ def tiny_model(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
+    from lora_kernels.durable import locked, replacing
+
     from ..model.loading import model_source
 
     directory = folder / name
@@ -114,6 +114,8 @@ def clean_sms(folder: Path, data_dir: Path | None) -> Path:
     `stratified_split`, which keeps repeats together. The messages are those of `data_dir`, or of
     the hub.
     """
+    from lora_kernels.durable import locked, replacing
+
     from ..data.splits import normalise, stratified_split
     from ..data.tasks import load, task_of
     from ..record.run_directory import write_csv

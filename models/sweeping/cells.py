@@ -14,8 +14,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_kernels.durable import locked
-
 from ..arguments import DIGESTS, Arguments
 from ..recipes.recipe import Cell
 from .bases import CLEAN, TINY, clean_sms, tiny_model
@@ -68,11 +66,11 @@ def arguments_of(cell: Cell, runs: Path, data_dir: Path | None) -> Arguments:
 
 def state_of(arguments: Arguments) -> State:
     """What the run directory says of a cell, without reading rows or model."""
-    from ..record.run_directory import ARGUMENTS, RESULT, read_json
+    from ..record.run_directory import RESULT, noted_flags, read_json
 
     directory = arguments.directory()
     if (directory / RESULT).is_file():
-        before = read_json(directory / ARGUMENTS)
+        before = noted_flags(directory)
         changed = [
             f"{name} {before.get(name)!r} -> {value!r}"
             for name, value in arguments.identity().items()
@@ -103,6 +101,8 @@ def run_cell(arguments: Arguments, threads: int | None = None, seat: Seat | None
     import torch
     import transformers
 
+    from lora_kernels.durable import locked
+
     from ..record.run_directory import write_json
     from ..train import train
     from ..training.pack import StoppedError
@@ -130,6 +130,7 @@ def run_cell(arguments: Arguments, threads: int | None = None, seat: Seat | None
                 write_json(directory / STOPPED, {"why": str(stopped)})
                 return State("stopped", str(stopped), time.perf_counter() - started)
             except Exception as error:  # noqa: BLE001 - a failed cell does not stop the others
+                traceback.print_exc()  # into the log
                 error_line = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 write_json(
                     directory / ERROR,

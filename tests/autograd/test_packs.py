@@ -286,3 +286,35 @@ def test_what_does_not_fit_is_named():
     mixed = PackWeights(weight, bias, (a.double(), lora_A[1]), lora_B)
     with pytest.raises(TypeError, match="one dtype"):
         packed_linears(given.x, (mixed,), settings)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_examples_that_lie_mixed_up_give_what_they_give_in_blocks(strategy, dropout):
+    case = Case((12, 6, 9), (3, 0, 5), N=(24, 24), dropout=dropout)
+    given = Given(case, torch.float32, torch.float32)
+    layers, order = given.layers(), (1, 4, 5, 7, 0, 3, 2, 6, 8)  # nine examples of three rows
+
+    def run(order: tuple[int, ...] | None) -> list[torch.Tensor]:
+        settings = given.settings(strategy)
+        settings = settings._replace(pack=settings.pack._replace(order=order))
+        x = given.x.detach().view(9, 3, -1)
+        x = x[torch.tensor(order).argsort()] if order else x
+        x = x.contiguous().requires_grad_()
+        ys = packed_linears(x, layers, settings)
+        dy = [each.view(9, 3, -1) for each in given.dy]
+        dy = [each[torch.tensor(order).argsort()] if order else each for each in dy]
+        leaves = [x, *given.leaves()[1:]]
+        found = [*ys, *torch.autograd.grad(ys, leaves, dy)]
+        return [t[torch.tensor(order)] if order and t.dim() == 3 else t for t in found]
+
+    for found, expected in zip(run(order), run(None), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_order_of_other_examples_is_refused():
+    given = Given(Case((4, 2), (3, 3)), torch.float32, torch.float32)
+    settings = given.settings("library")
+    settings = settings._replace(pack=settings.pack._replace(order=(0, 2, 1)))
+    with pytest.raises(ValueError, match=r"x is \[6, 40\], but the adapters have 3 examples"):
+        packed_linears(given.x, given.layers(), settings)

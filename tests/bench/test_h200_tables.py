@@ -10,8 +10,8 @@ from bench.records import RESULTS, read
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def table(first_cell: str) -> list[list[str]]:
-    lines = README.splitlines()
+def table(first_cell: str, text: str = README) -> list[list[str]]:
+    lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell}"))
     rows = []
     for line in lines[start + 2 :]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,23 +197,46 @@ def test_packs_suite(tmp_path, capsys):
     assert command.main(arguments) == 0
     (path,) = tmp_path.iterdir()
     rows = records.read(path)
-    assert path.name.endswith("-packs.json") and len(rows) == 3 * 3
+    assert path.name.endswith("-packs.json") and len(rows) == 3 * 4
     assert {row["batch"] for row in rows} == {1, 4, 16}
     assert all(row["median_us"] > 0 and row["status"] == "timed" for row in rows)
-    assert {row["provider"] for row in rows if "solo_ratio" in row} == {"packed"}
-    assert "PEFT / this" in capsys.readouterr().out
+    for ratio in ("solo_ratio", "peft_ratio", "compile_ratio"):
+        assert [row["provider"] for row in rows if ratio in row] == ["packed"] * 3
+    assert "peft-compile one by one" in capsys.readouterr().out
 
 
-def test_packs_suite_refuses_a_wrong_pack(monkeypatch):
+@pytest.mark.parametrize("spoilt", ["packed", "peft-compile one by one"])
+def test_packs_suite_refuses_a_wrong_provider(monkeypatch, spoilt):
     real = packs.alone
 
-    def spoilt(model, name):
-        # Another adapter's model stands for the first.
-        return real(model, "a1" if name == "a0" else name)
+    def compiled(model, **_):
+        if spoilt == "packed":
+            return model
+        return lambda input_ids: SimpleNamespace(logits=2 * model(input_ids=input_ids).logits)
 
-    monkeypatch.setattr(packs, "alone", spoilt)
+    def alone(model, name):
+        # Another adapter's model stands for the first.
+        return real(model, "a1" if (name, spoilt) == ("a0", "packed") else name)
+
+    monkeypatch.setattr(packs, "alone", alone)
+    monkeypatch.setattr(packs.torch, "compile", compiled)
     (row,) = packs.measure(packs.TOY, 4, 1)
-    assert row["status"] == "wrong" and "median_us" not in row
+    assert row["status"] == "wrong" and row["provider"] == spoilt and "median_us" not in row
+
+
+def test_all_of_the_packs_suite_share_one_base(monkeypatch):
+    models = []
+    real = {name: getattr(packs, name) for name in ("add_loras", "attach_peft")}
+    monkeypatch.setattr(
+        packs, "add_loras", lambda m, c: (models.append(m), real["add_loras"](m, c))
+    )
+    monkeypatch.setattr(
+        packs, "attach_peft", lambda m, *a: (models.append(m), real["attach_peft"](m, *a))[1]
+    )
+    monkeypatch.setattr(packs.torch, "compile", lambda model, **_: model)
+    packs.measure(packs.TOY, 1, 1)
+    assert len(models) == 1 + packs.TOY.adapters
+    assert len({m.get_parameter("roberta.embeddings.word_embeddings.weight") for m in models}) == 1
 
 
 def test_methods_step_in_turns(tmp_path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ from lora_kernels.strategies.table import STRATEGIES
 from lora_kernels.tools.absent_card import AbsentCard
 from tests.compiled import ptx
 from tests.support.groups import GroupCase, expected, mask_of, run, tensors
+from tests.support.nf4 import judge_nf4
 from tests.support.oracle import Case, judge_layer
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -234,6 +235,21 @@ def test_h_in_parts_of_K(on):
     assert torch.equal(h[0].double(), exact.to(HALF).double())
     low_rank = 0.0625 * (h[0].double() @ lora_B.double().T)
     assert torch.equal(y.double(), (x.double() @ weight.double().T + low_rank).to(HALF).double())
+
+
+NF4 = [
+    Case(130, 144, 192, 8, dropout=0.1, adapter=FULL),
+    Case(70, 45, 64, 40, bias=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", NF4, ids=str)
+def test_a_weight_in_nf4(on, case, dtype):
+    """With what bitsandbytes dequantises it to on a CPU."""
+    card = on(ARCH, "split", dtype, case.R)
+    judge_nf4(case, dtype, tiles_for(ARCH, 2, case.R, tf32=False, nf4=True), nested=dtype is BRAIN)
+    assert card.launched.count("_low_rank_gemm") == 2
 
 
 def test_the_library_draws_the_masks_of_the_other_strategies(on):

@@ -1,27 +1,22 @@
-"""fuse_peft on real PEFT models: values, gradients, every state that changes, the way back."""
+"""fuse_peft on real PEFT models: values, gradients, several adapters, copies, the way back."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import pickle
-import re
-import warnings
 import weakref
 from collections.abc import Callable
 
 import peft
-import peft.utils.hotswap
 import pytest
 import torch
-import transformers as tf
 from torch import nn
 
 from lora_kernels import explain, fuse_peft, load_adapter, unfuse_peft
-from lora_kernels.autograd.functional import lora_layer, lora_linears
 from lora_kernels.injection.peft import fused_peft_layers
+from tests.injection.test_peft_fallbacks import with_adapters
 from tests.support import zoo
-from tests.support.small_layers import Int8Tensor
 from tests.support.zoo import peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -35,25 +30,6 @@ def test_a_fused_layer_prints_as_peft_prints_it():
     assert "lora.Linear(" in repr(model) and "FusedLinear" not in repr(model)
     unfuse_peft(model)
     assert repr(model) == plain
-
-
-@pytest.fixture
-def fused_calls(monkeypatch) -> list[int]:
-    """Grows by one with each layer that runs fused, in a group or alone."""
-    calls: list[int] = []
-    alone, together = lora_layer, lora_linears
-
-    def counted_alone(*args, **kwargs):
-        calls.append(1)
-        return alone(*args, **kwargs)
-
-    def counted_together(x, layers, settings):
-        calls.extend(1 for _ in layers)
-        return together(x, layers, settings)
-
-    monkeypatch.setattr("lora_kernels.injection.peft.lora_layer", counted_alone)
-    monkeypatch.setattr("lora_kernels.layers.group.lora_linears", counted_together)
-    return calls
 
 
 DECODER = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -130,134 +106,6 @@ def test_unfuse_restores_peft_to_the_bit(fused_calls):
     assert [set(vars(module)) for module in model.modules()] == instance_state
 
 
-def disabled(model: nn.Module) -> None:
-    model.base_model.disable_adapter_layers()
-
-
-def two_active(model: nn.Module) -> None:
-    model.base_model.set_adapter(["default", "dora"])
-
-
-def hooked(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.Linear):
-            module.base_layer.register_forward_hook(lambda _, __, output: output * 2)
-
-
-def base_trains(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.Linear):
-            module.base_layer.weight.requires_grad_()
-
-
-def quantised(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.Linear):
-            module.base_layer.weight = Int8Tensor.of(module.base_layer.weight)
-
-
-def tensor_scaling(model: nn.Module) -> None:
-    peft.utils.hotswap.prepare_model_for_compiled_hotswap(model)
-
-
-STATES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "disabled": (disabled, "adapters are disabled"),
-    "merged": (lambda model: model.merge_adapter(), "merged: only the base layer runs"),
-    "two": (two_active, "2 adapters are active, not all plain LoRA without dropout: default, dora"),
-    "variant": (lambda model: model.set_adapter("alora"), "'alora' is a LoRA variant: ALora"),
-    "hooked": (hooked, "hooks or a patched forward"),
-    "base-trains": (base_trains, "the base weight trains too"),
-    "quantised": (quantised, "its weight is a tests.support.small_layers.Int8Tensor"),
-    "tensor-scaling": (tensor_scaling, "the scaling of adapter 'default' is a Tensor, no number"),
-}
-
-
-def with_adapters() -> nn.Module:
-    model = peft_model(task_type=None)
-    config = {"r": 2, "target_modules": ["query", "value"]}
-    model.add_adapter("plain2", peft.LoraConfig(**config, lora_alpha=9))
-    model.add_adapter("alora", peft.LoraConfig(**config, alora_invocation_tokens=[1]))
-    model.add_adapter("dora", peft.LoraConfig(**config, use_dora=True))
-    model.add_adapter("biased", peft.LoraConfig(**config, lora_bias=True))
-    zoo.randomise(model, "lora_B")
-    return model.eval()
-
-
-@pytest.mark.parametrize("change, reason", STATES.values(), ids=STATES)
-def test_what_is_no_plain_lora_runs_pefts_forward(change, reason, fused_calls):
-    """In whichever order: the state may change after fuse_peft or have changed before."""
-    late, early, eager = with_adapters(), with_adapters(), with_adapters()
-    assert len(fuse_peft(late).fused) == 4
-    for model in (late, early, eager):
-        change(model)
-    report = fuse_peft(early)
-    assert not report.fused and len(report.skipped) == 4
-    assert re.search(reason, report.skipped[0].reason)
-    expected = zoo.logits(eager)
-    assert torch.equal(zoo.logits(late), expected)
-    assert torch.equal(zoo.logits(early), expected)
-    assert not fused_calls
-
-
-def test_switching_back_runs_fused_again(fused_calls):
-    model, eager = with_adapters(), with_adapters()
-    fuse_peft(model)
-    with model.disable_adapter(), eager.disable_adapter():
-        assert torch.equal(zoo.logits(model), zoo.logits(eager))
-    model.merge_adapter()
-    zoo.logits(model)
-    model.unmerge_adapter()
-    assert not fused_calls
-    for adapter in ("plain2", "dora", "biased", "default"):
-        fresh = with_adapters()
-        for each in (model, fresh):
-            each.set_adapter(adapter)
-        torch.testing.assert_close(
-            zoo.logits(copy.deepcopy(model).double()), zoo.logits(fresh.double())
-        )
-    assert len(fused_calls) == 16
-
-
-def told(model: nn.Module, **options) -> list[str]:
-    """What a forward of the model warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model(**zoo.batch(), **options)
-    return [str(each.message) for each in caught if "PEFT's own forward" in str(each.message)]
-
-
-def test_a_layer_that_was_reported_as_fused_says_once_that_it_is_not(fused_calls):
-    model = with_adapters()
-    fuse_peft(model)
-    assert told(model) == [] and explain(model).unfused == ()
-    two_active(model)
-    (text,) = told(model)
-    assert text.endswith("plain LoRA without dropout: default, dora")
-    assert told(model) == [] and len(explain(model).unfused) == 4 and not explain(model).rows
-    assert "unfused 4 layers\n     4  2 adapters are active" in str(explain(model))
-    model.set_adapter("default")
-    names = ["default", "plain2", "__base__"]
-    (text,) = told(model, adapter_names=names)
-    assert text.endswith("The reason: a mixed batch (adapter_names)")
-    assert told(model, adapter_names=names) == []
-    assert {row.reason for row in explain(model).unfused} == {
-        "in its last call: a mixed batch (adapter_names)"
-    }
-    assert told(model) == [] and explain(model).unfused == () and len(explain(model).rows) == 4
-
-
-def test_what_was_reported_as_unfused_and_what_is_off_say_nothing():
-    model = with_adapters()
-    two_active(model)
-    assert not fuse_peft(model).fused
-    assert told(model) == []
-    model.set_adapter("default")
-    zoo.logits(model)
-    with model.disable_adapter():
-        assert told(model) == [] and len(explain(model).unfused) == 4
-    assert explain(model).unfused == ()
-
-
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_several_plain_adapters_run_as_one_of_their_ranks(late, fused_calls):
     model = with_adapters()
@@ -317,71 +165,6 @@ def test_a_fused_model_goes_with_its_last_name():
         assert [trace() for trace in traces] == [None] * 6
     finally:
         gc.enable()
-
-
-def test_a_mixed_batch_runs_pefts_forward(fused_calls):
-    model, eager = with_adapters(), with_adapters()
-    fuse_peft(model)
-    names = ["default", "plain2", "__base__"]
-    with torch.no_grad():
-        found = model(**zoo.batch(), adapter_names=names).logits
-        expected = eager(**zoo.batch(), adapter_names=names).logits
-    assert torch.equal(found, expected) and not fused_calls
-
-
-def test_layers_that_are_no_linear_are_reported_and_left_alone():
-    model = peft_model(target_modules=["query", "word_embeddings"])
-    report = fuse_peft(model)
-    assert len(report.fused) == 2
-    assert [row.name.split(".")[-1] for row in report.skipped] == ["word_embeddings"]
-    assert "Embedding is no plain LoRA of a linear layer" in report.skipped[0].reason
-
-
-def test_global_module_hooks_see_every_call_that_peft_makes(fused_calls):
-    def calls_of(model: nn.Module) -> list[str]:
-        seen: list[str] = []
-        handle = nn.modules.module.register_module_forward_hook(
-            lambda module, *_: seen.append(type(module).__name__.removeprefix("Fused"))
-        )
-        try:
-            zoo.logits(model)
-            reasons.extend(row.reason for row in fuse_peft(model).skipped if model is fused)
-        finally:
-            handle.remove()
-        return seen
-
-    reasons: list[str] = []
-    fused, eager = peft_model(), peft_model()
-    fuse_peft(fused)
-    assert calls_of(fused) == calls_of(eager) and not fused_calls
-    assert len(reasons) == 4 and "there are global module hooks" in reasons[0]
-    zoo.logits(fused)
-    assert len(fused_calls) == 4, "and without them it runs fused again"
-
-
-def test_target_parameters_are_reported_and_run_as_they_did():
-    torch.manual_seed(0)
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    base = tf.MixtralForCausalLM(tf.MixtralConfig(**{**zoo.LLAMA, **sizes})).eval()
-    parameters = ["mlp.experts.gate_up_proj", "k_proj.weight"]
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
-    model = peft.get_peft_model(base, config)
-    zoo.randomise(model, "lora_B")
-    expected = zoo.logits(model)
-    report = fuse_peft(model)
-    assert [row.name.split(".")[-1] for row in report.fused] == ["q_proj"]
-    assert sorted(row.name.split(".")[-1] for row in report.skipped) == ["experts", "k_proj"]
-    assert all("on a parameter (target_parameters)" in row.reason for row in report.skipped)
-    torch.testing.assert_close(zoo.logits(model), expected)
-
-
-def test_a_traced_model_is_pefts(fused_calls):
-    model = peft_model()
-    fuse_peft(model)
-    ids = zoo.batch()["input_ids"]
-    traced = torch.jit.trace(model.base_model.model, ids, strict=False, check_trace=False)
-    assert not fused_calls
-    torch.testing.assert_close(traced(ids)["logits"], zoo.logits(model))
 
 
 def test_refusals_name_what_is_wrong():

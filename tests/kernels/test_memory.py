@@ -26,8 +26,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lora_kernels import kernels
+from lora_kernels.algebra.nf4 import BLOCK, NF4
 from lora_kernels.algebra.operands import Parts, Settings, Weights
 from lora_kernels.autograd.functional import lora_layer
+from lora_kernels.autograd.nf4 import nf4_linear
 from lora_kernels.hardware.tiles import tiles_for
 from lora_kernels.strategies.table import STRATEGIES
 
@@ -282,6 +284,25 @@ def test_ranges_of_columns(watch, strategy, columns, N, dropout):
     settings = Settings(0.5, dropout, strategy, columns)
     y = lora_layer(x, Parts(Weights(weight, bias, lora_A, lora_B), settings))
     torch.autograd.grad(y, leaves, laid(torch.randn(M, N), "slice"))
+    assert watch.kernels == {"_project", "_low_rank_gemm"} | GRADIENTS
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(37, 45, 64), (150, 140, 192)], ids=str)
+@pytest.mark.parametrize("card", ["cpu", "sm_90"])
+def test_a_weight_in_nf4(watch, M, N, K, card):
+    weight = NF4(
+        torch.randint(0, 256, (N, K // 2), dtype=torch.uint8),
+        torch.rand(N, K // BLOCK),
+        torch.linspace(-1, 1, 16),
+    )
+    x, lora_A, lora_B = torch.randn(M, K).half(), torch.randn(3, K), torch.randn(N, 3)
+    leaves = [each.requires_grad_() for each in (x, lora_A, lora_B)]
+    chosen = STRATEGIES["split"], tiles_for(card, 2, 3, tf32=False, nf4=True)
+    settings = Settings(0.5, 0.25, "split")
+    y = nf4_linear(
+        x, weight.packed, lambda _: weight, torch.randn(N), lora_A, lora_B, settings, chosen
+    )
+    torch.autograd.grad(y, leaves, torch.randn(M, N).half())
     assert watch.kernels == {"_project", "_low_rank_gemm"} | GRADIENTS
 
 

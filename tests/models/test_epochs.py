@@ -288,14 +288,25 @@ def test_directories_are_named_by_what_differs(arguments):
     assert Arguments(task="sst2", trackers=["wandb"]).directory() == plain.directory()
 
 
-def test_help_imports_no_torch():
+@pytest.mark.parametrize(
+    ("command", "told"), [("train.parse", "--best-epoch"), ("sweep.main", "--stop-losers")]
+)
+def test_help_imports_no_torch(command, told):
     script = (
-        "import sys; from models.train import parse\n"
-        "try: parse(['--help'])\n"
+        "import sys; from models import train, sweep\n"
+        f"try: {command}(['--help'])\n"
         "except SystemExit: pass\n"
         "print(*sorted({'torch', 'datasets', 'matplotlib'} & sys.modules.keys()), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stderr.strip() == "" and "--best-epoch" in done.stdout
+    assert done.stderr.strip() == "" and told in done.stdout
+
+
+def test_help_tells_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in told and "(default: linear)" in told
+    assert "--no_resume, --no-resume the opposite of --resume" in told

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from models.sweeping.bases import CLEAN, TINY, clean_sms, config_of, tiny_model
 from models.sweeping.estimate import SIZES, estimate
 from tests.support.tiny_run import write_csv
 
+ROOT = Path(__file__).resolve().parents[2]
 FORMS = [form for recipe in RECIPES.values() for form in (recipe, recipe.small_form())]
 each_form = pytest.mark.parametrize("recipe", FORMS, ids=lambda form: form.name)
 
@@ -114,6 +118,20 @@ def test_an_unknown_recipe_is_refused_with_near_misses():
         recipe_of("sms_gird")
     with pytest.raises(ValueError, match="known: stsb,"):
         recipe_of("zzz")
+
+
+def test_the_results_that_are_kept_are_of_the_recipes_of_today():
+    results = ROOT / "models/results"
+    with (results / "cells.csv").open(newline="", encoding="utf-8") as file:
+        names = [row["cell"] for row in csv.DictReader(file)]
+    told = (results / "report.md").read_text(encoding="utf-8")
+    kept = {name.partition("/")[0] for name in names}
+    assert {1, 2, 3, 4, 5} <= {recipe_of(name).item for name in kept}
+    for recipe in map(recipe_of, kept):
+        cells = {cell.name for cell in recipe.cells()}
+        assert cells == {name for name in names if name.startswith(f"{recipe.name}/")}
+        assert f"`{recipe.name}`: {len(cells)} of {len(cells)} cells." in told
+        assert recipe.note in told
 
 
 # --- what the small forms need --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import shutil
@@ -21,7 +22,8 @@ from models import recipes, report, sweep
 from models.recipes.recipe import Cell, Claim, Published, Recipe
 from models.record.run_directory import write_csv, write_json
 from models.reporting.compare import claims, mcnemar, paired_t, t_power
-from models.reporting.frame import frame_of, published, splits, summary
+from models.reporting.figures import figures
+from models.reporting.frame import by_epoch, frame_of, published, splits, summary
 
 SCORES = {"lora": (0.80, 0.90, 0.85), "full": (0.60, 0.64, None)}
 LABELS = [0, 1, 1, 0, 1, 0, 1, 1, 0, 1]
@@ -206,6 +208,24 @@ def test_adaptive_ranks_count_by_what_is_left(toy, tmp_path):
     assert frame_of(toy, tmp_path).iloc[0]["method's parameters"] == 42
 
 
+def test_the_variation_over_seeds_is_told_for_each_epoch(toy, runs):
+    table = by_epoch(toy, frame_of(toy, runs))
+    assert table["method"].tolist() == ["lora", "full"] and set(table["task"]) == {"easy"}
+    row = row_of(table, method="lora")
+    firsts = [score - 0.1 * (seed + 1) for seed, score in enumerate(SCORES["lora"])]
+    for epoch, scores in ((1, firsts), (2, SCORES["lora"])):
+        expected = statistics.stdev(scores) / statistics.mean(scores)
+        assert row[f"epoch {epoch}"] == pytest.approx(expected)
+    (shown,) = (t for t in report.section_of(toy, runs).tables if t.title == "Variation by epoch")
+    assert shown.rows[0][-1] == f"{row['epoch 2']:.2%}"
+
+
+def test_a_first_metric_is_named(toy, runs):
+    unnamed = Recipe(**{**vars(toy), "metric": None})
+    text = report.section_of(unnamed, runs).tables[0].text
+    assert text.startswith("The score is accuracy on validation, after the last epoch")
+
+
 def test_splits_have_scores_losses_and_minutes(toy, runs):
     table = splits(toy, frame_of(toy, runs))
     row = row_of(table, task="easy", method="lora")
@@ -272,6 +292,21 @@ def test_predictions_of_other_rows_are_not_paired(toy, runs):
     assert "McNemar, seed 1" in table["test"].tolist()
 
 
+def test_points_at_one_place_share_a_name_that_can_be_read(toy, tmp_path):
+    for cell in toy.cells():
+        write_run(cell, tmp_path, 0.9, lora_parameters_left=100_000 * (1 + cell.seed))
+    one = Recipe(**{**vars(toy), "axes": {"method": toy.axes["method"]}, "heat": None})
+    frame = frame_of(toy, tmp_path)
+    (figure,) = (found for name, _, found in figures(one, frame) if name == "parameters")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["lora\nfull"]
+    ticks = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
+    ticks = [box for box in ticks if axes.bbox.x0 <= box.x0 + box.width / 2 <= axes.bbox.x1]
+    assert len(ticks) > 1
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(ticks)), "ticks overlap"
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -329,7 +364,7 @@ def test_markdown_and_page_have_the_same_cells(written, toy):
     text = (written / "report.md").read_text()
     page = (written / "report.html").read_text()
     section = report.section_of(toy, written)
-    assert len(section.tables) == 4
+    assert len(section.tables) == 5
     for table in section.tables:
         for row in table.rows:
             assert "| " + " | ".join(row) + " |" in text

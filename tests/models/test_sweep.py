@@ -18,6 +18,7 @@ from models import recipes, sweep
 from models.arguments import Arguments
 from models.recipes.recipe import Recipe
 from models.record.run_directory import CHECKPOINTS, RESULT
+from models.reporting.frame import frame_of
 from models.sweeping import estimate
 from models.sweeping.cells import ERROR, STOPPED, State, arguments_of, run_cell, state_of
 from tests.support.tiny_run import read_csv
@@ -68,6 +69,8 @@ def test_a_failed_cell_is_shown_and_stops_nothing(run, tmp_path):
     assert "[3/3] toy/r=4/seed-0: done" in printed and "2 done, 1 failed" in printed
     wrong = tmp_path / "runs/toy/wrong/seed-0"
     assert "Traceback" in json.loads((wrong / ERROR).read_text())["traceback"]
+    log = next(line.strip() for line in lines if line.endswith("log.txt"))
+    assert "quary" in Path(log).read_text(), "the log that is named does not say what happened"
 
     done = tmp_path / "runs/toy/r=2/seed-0" / RESULT
     before = done.stat().st_mtime_ns
@@ -245,6 +248,22 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_the_cell(run, recipe, 
     assert state.name == "failed" and "weight_decay 0.0 -> 0.5" in state.why
 
 
+def test_a_run_of_a_version_without_a_flag_is_still_done(run, recipe, tmp_path):
+    run("--only", "method=r=2")
+    cell = next(recipe.cells())
+    cell.flags["graphs"] = False
+    made = arguments_of(cell, tmp_path / "runs", tmp_path / "data")
+    for name, path in (("arguments.json", []), (RESULT, ["arguments"])):
+        file = made.directory() / name
+        content = json.loads(file.read_text())
+        flags = content[path[0]] if path else content
+        del flags["graphs"]
+        file.write_text(json.dumps(content))
+    assert state_of(made) == State("done")
+    (done, *_) = frame_of(dataclasses.replace(recipe, base=cell.flags), tmp_path / "runs")["state"]
+    assert done == "done"
+
+
 def test_a_cell_that_cannot_fit_fails_before_it_loads(recipe, tmp_path, monkeypatch):
     arguments = arguments_of(next(recipe.cells()), tmp_path / "runs", tmp_path / "data")
     monkeypatch.setattr(estimate, "memory_here", lambda: 1000)
@@ -276,6 +295,7 @@ def test_lists(run, capfd):
     ("words", "told"),
     [
         (["stsbb"], "did you mean stsb"),
+        (["stsbb", "--small"], "unknown recipe 'stsbb'; did you mean stsb"),
         ([], "name a recipe"),
         (["glue", "--jobs", "0"], "--jobs 0 must be at least 1"),
         (["glue", "--together", "0"], "--together 0 must be at least 1, or auto"),

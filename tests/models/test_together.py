@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import pickle
 import random
+import signal
+import subprocess
+import sys
 import types
 from functools import partial
 from pathlib import Path
@@ -19,7 +23,8 @@ from safetensors.torch import load_file
 pytest.importorskip("datasets", reason="the models read their data by it")
 from models.arguments import Arguments
 from models.recipes.recipe import Cell
-from models.record.run_directory import RESULT
+from models.record.checkpoints import last_checkpoint
+from models.record.run_directory import CHECKPOINTS, RESULT
 from models.sweeping.cells import STOPPED, State, state_of
 from models.sweeping.estimate import estimate
 from models.sweeping.together import Together, most_that_fit, packs_of, run_together
@@ -28,6 +33,7 @@ from models.training.pack import Pack, Seat, stack
 from models.training.strand import Strand
 from tests.support.tiny_run import read_csv
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 1e-6  # relative, of losses
 
 
@@ -144,6 +150,59 @@ def test_a_pack_that_is_killed_goes_on_to_the_same_numbers(arguments, pair, monk
         check_same(packed, solo)
 
 
+# A process that runs a pack, whose arguments it reads, and kills itself where it is told to: at a
+# joint step, or after the first cell has saved its second checkpoint and before the others.
+KILLED = """
+import os, pickle, signal, sys
+from models.sweeping.together import run_together
+from models.training.pack import Pack
+from models.training.trainer import ExactTrainer
+
+owner, name, count, runs = pickle.load(sys.stdin.buffer)
+owner = {"Pack": Pack, "ExactTrainer": ExactTrainer}[owner]
+method, calls = getattr(owner, name), []
+
+def until(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(self, *args, **kwargs)
+
+setattr(owner, name, until)
+run_together(runs, print)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [(("Pack", "forward", 6), [4, 4, 4]), (("ExactTrainer", "_save_checkpoint", 5), [4, 2, 2])],
+    ids=["at a step", "between two checkpoints"],
+)
+def test_a_process_that_is_killed_leaves_no_trace(arguments, where, steps):
+    changes = {"save_steps": 2, "epochs": 3, "dropout": 0.1, "pad_to_max": True}
+    changes |= {"model_dropout": 0.0, "max_train_samples": 40}
+    runs, whole = (
+        [arguments(f"{place}-{seed}", seed=seed, **changes) for seed in range(3)]
+        for place in ("killed", "whole")
+    )
+    together(whole)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED], input=pickle.dumps((*where, runs)), cwd=ROOT,
+        capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    saved = [last_checkpoint(run.directory() / CHECKPOINTS)[0] for run in runs]
+    assert [path.name for path in saved] == [f"checkpoint-{step}" for step in steps]
+    together(runs)
+    for run, other in zip(runs, whole, strict=True):
+        found, wanted = losses(run.directory()), losses(other.directory())
+        assert len(found) == 15
+        # Cells that are at unlike steps end at unlike times, and the last steps are of fewer rows.
+        exact = len(set(steps)) == 1
+        assert found == (wanted if exact else pytest.approx(wanted, rel=CLOSE))
+        check_same(run, other)
+
+
 @pytest.mark.filterwarnings("ignore:.*not finite")
 def test_a_run_that_diverges_or_fails_leaves_the_others_alone(arguments, pair):
     good = [pair("a", epochs=3), pair("b", seed=1, epochs=3)]
@@ -198,6 +257,22 @@ def test_a_pack_is_kept_only_if_it_is_faster(pair, monkeypatch, capsys):
         check_same(packed, solo)
         result = json.loads((packed.directory() / RESULT).read_text())
         assert not any("in one pass" in note for note in result["notes"])
+
+
+def test_a_pause_of_the_machine_does_not_choose(arguments, monkeypatch):
+    """A pack that is twice as fast is taken for that, whichever measurement is disturbed."""
+    times = iter([2.0, 1.0, 90.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 70.0, 2.0, 1.0])
+    ways = []
+    monkeypatch.setattr(
+        "models.training.pack._seconds",
+        lambda work: (ways.append(work.func.__name__), next(times))[1],
+    )
+    gains, speed = [], Pack.speed
+    monkeypatch.setattr(Pack, "speed", lambda self: gains.append(speed(self)) or 1.0)
+    for name in ("first", "second"):
+        together([arguments(f"{name}-{seed}", seed=seed) for seed in range(2)], measure=True)
+    assert gains == [2.0, 2.0]
+    assert ways == ["_solo", "_packed"] * 6
 
 
 def test_measuring_changes_no_number(pair, monkeypatch):

@@ -57,6 +57,30 @@ def test_a_strategy_named_by_the_caller_is_taken(name):
     assert (choice.tiles is None) == (name == "library")
 
 
+NF4 = {
+    "auto": ("library", "bitsandbytes' product of NF4, LoRA is added to it", {}),
+    "split": ("split", "named by the caller", {}),
+    "fused": ("library", "fused was asked for, but: it reads no NF4 weight; bitsandbytes'", {}),
+    "hybrid": ("library", "hybrid was asked for, but: it reads no NF4 weight; bitsandbytes'", {}),
+    "split of a ragged row": ("library", "past the end of a row: K is 96", {"K": 96}),
+    "split in float32": ("library", "not in torch.float32", {"dtype": torch.float32}),
+    "split on AMD": ("library", "NF4 is read on NVIDIA cards alone", {"arch": "gfx942"}),
+    "split at a high rank": ("library", "rank 129 is over 128", {"R": 129}),
+}
+
+
+@pytest.mark.parametrize("case", NF4)
+def test_a_weight_in_nf4(case):
+    strategy, reason, changes = NF4[case]
+    choice = choose(changed(nf4=True, **changes), case.split(" ", maxsplit=1)[0])
+    assert choice.strategy == strategy and reason in choice.reason
+    if choice.tiles:
+        gemms = choice.tiles.low_rank_gemm, choice.tiles.low_rank_gemm_dx
+        assert gemms == (tiles.NF4_GEMM,) * 2
+        assert choice.tiles.project == choose(HALF, "split").tiles.project
+    assert changed(nf4=True).key == f"{HALF.key}-nf4" and "NF4" in str(changed(nf4=True))
+
+
 def test_each_row_wins_somewhere_and_says_by_how_much():
     """The shapes that the design gives to each; `library` is the answer where Triton cannot."""
     for K, R, dropout in product((256, 768, 4096, 14336), (4, 16, 64), (False, True)):
