@@ -261,8 +261,9 @@ def _wrong(
 ) -> dict[str, str]:
     """Which of our models compute something wrong, and what.
 
-    Their RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision, compiled
-    where ours is, and more by what an RMS of n numbers varies by itself, three times 1 / sqrt(n).
+    Their RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision, which
+    is compiled where they are, and more by what an RMS of n numbers varies by itself, three times
+    1 / sqrt(n).
     """
     ours = [name for name in models if PROVIDERS[name].trains == "ours"]
     judges = [name for name in models if PROVIDERS[name].trains == "peft"]

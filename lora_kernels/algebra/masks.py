@@ -15,12 +15,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 RESOLUTION = 1 << 16
-# The elements of x [M, K] up to which a CPU draws a mask by torch's Bernoulli numbers, and `auto`
-# leaves a layer's gradients to torch (`autograd/few.py`): the host's calls are most of the time.
-FEW = 1 << 16
 
 
 def threshold(dropout: float) -> int:
@@ -49,8 +45,6 @@ def draw_seed(
 
 def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> Tensor:
     """The packed masks [groups, rows, packed_width(columns)] of uint8 that `seed` stands for."""
-    if seed.device.type == "cpu" and rows * columns <= FEW:
-        return pack(draw_few(seed, (groups, rows, columns), dropout, torch.bool))
     shape = groups, rows, packed_width(columns)
     count, kept = math.prod(shape), RESOLUTION - threshold(dropout)
     # An element is kept if its random 16-bit number is below `kept`. The numbers of 64 elements are
@@ -73,13 +67,6 @@ def draw(seed: Tensor, groups: int, rows: int, columns: int, dropout: float) -> 
     return below.view(torch.uint8)[:count].view(shape)
 
 
-def draw_few(seed: Tensor, shape: tuple[int, ...], dropout: float, dtype: torch.dtype) -> Tensor:
-    """The same masks of few elements on a CPU, not packed: 1 keeps, 0 drops."""
-    generator = torch.Generator().manual_seed(int(seed))
-    kept = 1 - threshold(dropout) / RESOLUTION
-    return torch.empty(shape, dtype=dtype).bernoulli_(kept, generator=generator)
-
-
 def _random(seed: Tensor, *shape: int) -> Tensor:
     """int64 of random bits, from a generator of the seed's device that starts at the seed.
 
@@ -91,12 +78,6 @@ def _random(seed: Tensor, *shape: int) -> Tensor:
         return words
     generator = torch.Generator(seed.device).manual_seed(int(seed))
     return words.random_(-(1 << 63), None, generator=generator)
-
-
-def pack(kept: Tensor) -> Tensor:
-    """The packed mask of a bool one [..., rows, columns]."""
-    eighths = F.pad(kept.view(torch.uint8), (0, -kept.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (eighths << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, columns: int) -> Tensor:

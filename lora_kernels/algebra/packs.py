@@ -54,6 +54,13 @@ class Pack(NamedTuple):
         """How many rows each adapter has."""
         return [last - first for first, last in pairwise(self.edges)]
 
+    def of(self, adapters: Sequence[int]) -> Pack:
+        """The pack of some of the adapters, whose blocks have been brought together."""
+        edges = tuple(accumulate((self.counts[c] for c in adapters), initial=0))
+        fields: Any = (self.ranks, self.scales, self.dropouts, self.names)
+        ranks, scales, dropouts, names = (tuple(f[c] for c in adapters) for f in fields)
+        return Pack(edges, ranks, scales, dropouts, names, self.streams)
+
     def rows(self) -> Iterator[tuple[int, slice]]:
         """The adapters that have rows, and these rows."""
         for c, (first, last) in enumerate(pairwise(self.edges)):

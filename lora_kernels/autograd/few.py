@@ -2,18 +2,20 @@
 
 There the host's calls are most of the time. torch's own nodes of the graph are C++, while a
 Function of ours calls Python twice and its masks take ten more operators. What a Function saves is
-memory, and with few tokens there is none to save: x has at most `masks.FEW` elements.
+memory, and with few tokens there is none to save: x has at most `problem.FEW` elements.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..algebra import masks
 from ..algebra.operands import Operands, Settings
-from ..algebra.packs import first_of
+from ..algebra.packs import Pack, first_of
+from ..strategies import problem
 from .function import as_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -26,8 +28,7 @@ def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> 
     casts them, as it casts eager code's.
     """
     pack = settings.pack
-    elements = x.numel() if pack is None else max(pack.counts) * x.shape[-1]
-    few = elements <= masks.FEW
+    few = x.numel() <= problem.FEW if pack is None else not few_and_many(pack, x.shape[-1])[1]
     if torch.compiler.is_compiling():  # asked so, a dynamic shape gets no guard: it has many tokens
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -49,58 +50,52 @@ def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> 
     )  # fmt: skip
 
 
-def few_linears(
-    x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
-) -> tuple[Tensor, ...]:
-    """y [..., N] of each layer that reads x [..., K].
+def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
+    """The adapters of few tokens, or without LoRA in this layer, and those of many tokens."""
+    parts: tuple[list[int], list[int]] = [], []
+    for c, (count, rank) in enumerate(zip(pack.counts, pack.ranks, strict=True)):
+        parts[rank > 0 and count * K > problem.FEW].append(c)
+    return parts
 
-    `seed` is None without dropout, and in code that torch.compile traces: the masks are torch's own
-    there, since a generator cannot be traced.
-    """
-    rows, G = as_rows(x), len(operands.weight)
-    scale, dropped = settings.scale, (rows,) * G
-    if seed is not None:
-        scale, dropped = _dropped(rows, G, seed, scale, settings.dropout)
-    elif settings.dropout:
-        dropped = tuple([F.dropout(rows, settings.dropout) for _ in dropped])
+
+def few_linears(x: Tensor, operands: Operands, settings: Settings) -> tuple[Tensor, ...]:
+    """y [..., N] of each layer that reads x [..., K]."""
+    rows, scale, dropout = as_rows(x), settings.scale, settings.dropout
     ys = []
-    for own, weight, bias, lora_A, lora_B in zip(dropped, *operands):  # noqa: B905 (as many of each)
+    for weight, bias, lora_A, lora_B in zip(*operands):  # noqa: B905 (as many of each)
+        own = F.dropout(rows, dropout) if dropout else rows
         y = _added(F.linear(rows, weight, bias), own, lora_A, lora_B, scale)
         ys.append(_result(y, x))
     return tuple(ys)
 
 
 def few_packed(
-    x: Tensor, operands: Operands, settings: Settings, seed: Tensor | None
+    x: Tensor, operands: Operands, settings: Settings, generators: Sequence[torch.Generator | None]
 ) -> tuple[Tensor, ...]:
-    """The same of a pack: one frozen product for all rows, and each adapter's on its own."""
-    pack, rows, G = settings.pack, as_rows(x), len(operands.weight)
+    """The same of a pack: one frozen product for all rows, and each adapter's on its own.
+
+    An adapter's masks come from its generator: those of `few_linears` if that were torch's own.
+    """
+    pack, rows = settings.pack, as_rows(x)
     assert pack is not None
-    C = len(pack.ranks)
-    own = []  # of each adapter the scale, and x for each layer
-    for c, block in enumerate(rows.split(pack.counts)):
-        scale, dropout = pack.scales[c], pack.dropouts[c]
-        if seed is None or not dropout:
-            own.append((scale, (block,) * G))
-        else:
-            own.append(_dropped(block, G, seed[c : c + 1], scale, dropout))
-    ys = []
+    C, own, ys = len(pack.ranks), rows.split(pack.counts), []
     for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
         blocks = list(F.linear(rows, weight, bias).split(pack.counts))
-        for c, (scale, dropped) in enumerate(own):
+        for c, block in enumerate(own):
             lora_A, lora_B = operands.lora_A[g * C + c], operands.lora_B[g * C + c]
-            if lora_A is not None:
-                blocks[c] = _added(blocks[c], dropped[g], lora_A, lora_B, scale)
+            if lora_A is None:
+                continue
+            if pack.dropouts[c] and len(block):
+                block = _dropped(block, pack.dropouts[c], generators[c])
+            blocks[c] = _added(blocks[c], block, lora_A, lora_B, pack.scales[c])
         ys.append(_result(torch.cat(blocks), x))
     return tuple(ys)
 
 
-def _dropped(
-    rows: Tensor, layers: int, seed: Tensor, scale: float, dropout: float
-) -> tuple[float, tuple[Tensor, ...]]:
-    """The scale with dropout's factor, and the rows as each layer keeps them, without it."""
-    kept = masks.draw_few(seed, (layers, *rows.shape), dropout, rows.dtype)
-    return scale / (1 - dropout), tuple([rows * each for each in kept.unbind()])
+def _dropped(x: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
+    """F.dropout, operator by operator, by another generator than torch's own."""
+    kept = torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
+    return x * kept.div_(1 - dropout)
 
 
 def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:

@@ -92,14 +92,12 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         refuse_transforms()
-    elif takes(x, operands, settings, dtype is not None):
-        return few_linears(x, operands, settings, None)
+    if (compiling or TRANSFORMS is not None) and takes(x, operands, settings, dtype is not None):
+        return few_linears(x, operands, settings)
     seed = masks.draw_seed(x.device) if settings.dropout else None
     if compiling:
         y = operators.call(as_rows(x), operands, settings, seed)
         return y if x.dim() == 2 else tuple([t.view(*x.shape[:-1], t.shape[1]) for t in y])
-    if TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
-        return few_linears(x, operands, settings, seed)
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers))
     return apply(x, call, *operands.flatten())

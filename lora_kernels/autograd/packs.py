@@ -15,10 +15,10 @@ from ..algebra.packs import Pack, first_of, table
 from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from .autocast import autocast_dtype
-from .few import few_packed, takes
-from .function import TRANSFORMS, Call, apply, refuse_transforms
+from .few import few_and_many, few_packed, takes
+from .function import TRANSFORMS, Call, apply, as_rows, refuse_transforms
 
-_KEPT = 4096  # seeds of that many calls are kept for a checkpoint that recomputes them
+_KEPT = 1024  # what that many calls began with is kept for a checkpoint that recomputes them
 
 
 class Streams:
@@ -37,21 +37,32 @@ class Streams:
     def __init__(self, seeds: Mapping[str, int]) -> None:
         self.seeds = dict(seeds)
         self.generators = {name: torch.Generator().manual_seed(s) for name, s in seeds.items()}
-        self._drawn: dict[int, dict[str, int]] = {}
+        self._begun: dict[int, dict[str, Tensor]] = {}  # a call's number: states of generators
+
+    def at_call(self, names: Iterable[str], rows: Iterable[int]) -> list[torch.Generator]:
+        """The generators of a call on a CPU, in the order of the names, where each has to begin."""
+        call = self._begun.setdefault(int(masks.draw_seed(torch.device("cpu"))), {})
+        found = []
+        for name, count in zip(names, rows, strict=True):
+            generator = self.generators[name]
+            if name in call:  # a checkpoint recomputes the call; the stream itself has gone on
+                generator = torch.Generator().set_state(call[name])
+            elif count:
+                call[name] = generator.get_state()
+            found.append(generator)
+        while len(self._begun) > _KEPT:
+            self._begun.pop(next(iter(self._begun)))
+        return found
 
     def draw(self, names: Iterable[str], rows: Iterable[int], device: torch.device) -> Tensor:
         """Seeds int64 [C], in the order of the names; an adapter without rows draws none."""
-        names, shared = tuple(names), masks.draw_seed(device)
         if device.type != "cpu":
             own = tuple(_mixed(self.seeds[name]) for name in names)
-            return shared ^ table(own, torch.int64, device)
-        call = self._drawn.setdefault(int(shared), {})
-        for name, count in zip(names, rows, strict=True):
-            if count and name not in call:
-                call[name] = int(masks.draw_seed(device, self.generators[name]))
-        while len(self._drawn) > _KEPT:
-            self._drawn.pop(next(iter(self._drawn)))
-        return torch.tensor([call.get(name, 0) for name in names], dtype=torch.int64)
+            return masks.draw_seed(device) ^ table(own, torch.int64, device)
+        rows = tuple(rows)
+        streams = zip(self.at_call(names, rows), rows, strict=True)
+        seeds = [int(masks.draw_seed(device, each)) if count else 0 for each, count in streams]
+        return torch.tensor(seeds, dtype=torch.int64)
 
     def drop(self, name: str) -> None:
         """Forget an adapter."""
@@ -60,6 +71,10 @@ class Streams:
 
 class SharedStream:
     """torch's own generator, for all adapters: what seeds the masks of PEFT's mixed batches."""
+
+    def at_call(self, names: Iterable[str], rows: Iterable[int]) -> list[None]:
+        """None for each adapter: torch's own generator."""
+        return [None for _ in names]
 
     def draw(self, names: Iterable[str], rows: Iterable[int], device: torch.device) -> Tensor:
         """Seeds int64 [C], in the order of the names."""
@@ -100,11 +115,16 @@ def packed_linears(
     adapters = (_lying_flat(sum(each, ())) for each in (lora_A, lora_B))
     operands = Operands(weight, _lying_flat(bias), *adapters)
     check_strategy(settings.strategy)
-    seed = None
-    if settings.dropout:
-        seed = pack.streams.draw(pack.names, pack.counts, x.device)
+    # What an adapter draws of its stream it draws as it does alone: nothing without LoRA here.
+    drawing = [count if R else 0 for count, R in zip(pack.counts, pack.ranks, strict=True)]
     if TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
-        return few_packed(x, operands, settings, seed)
+        streams = pack.streams.at_call(pack.names, drawing) if settings.dropout else ()
+        return few_packed(x, operands, settings, streams)
+    if settings.dropout and x.device.type == "cpu" and settings.strategy == "auto":
+        few, many = few_and_many(pack, x.shape[-1])
+        if many and any(drawing[c] for c in few):
+            return _apart(x, layers, settings, pack, (few, many))
+    seed = pack.streams.draw(pack.names, drawing, x.device) if settings.dropout else None
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers), len(pack.ranks))
     y: tuple[Tensor, ...] = apply(x, call, *operands.flatten())
@@ -123,6 +143,36 @@ def _in_blocks(
     settings = settings._replace(pack=pack._replace(order=None))
     ys = packed_linears(x.index_select(0, places), layers, settings)
     return tuple([y.index_select(0, back) for y in ys])
+
+
+def _apart(
+    x: Tensor, layers: tuple[PackWeights, ...], settings: Settings, pack: Pack,
+    parts: tuple[list[int], ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`packed_linears` of each part of the adapters by itself.
+
+    An adapter that alone would have few tokens (`autograd/few.py`) draws its masks in another way
+    than one with many.
+    """
+    blocks = as_rows(x).split(pack.counts)
+    found: list[list[Any]] = [[None] * len(blocks) for _ in layers]
+    for part in parts:
+        own = pack.of(part)
+        some = tuple([_of_adapters(each, part) for each in layers])
+        joined = torch.cat([blocks[c] for c in part])
+        own_settings = settings._replace(pack=own, dropout=max(own.dropouts))
+        for pieces, y in zip(found, packed_linears(joined, some, own_settings), strict=True):
+            for c, piece in zip(part, y.split(own.counts), strict=True):
+                pieces[c] = piece
+    return tuple([torch.cat(pieces).view(*x.shape[:-1], -1) for pieces in found])
+
+
+def _of_adapters(weights: PackWeights, adapters: list[int]) -> PackWeights:
+    """The layer with some of its adapters."""
+    lora_A, lora_B = (
+        tuple([each[c] for c in adapters]) for each in (weights.lora_A, weights.lora_B)
+    )
+    return weights._replace(lora_A=lora_A, lora_B=lora_B)
 
 
 def _lying_flat(tensors: Any) -> Any:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..algebra import masks
 from ..algebra.operands import Operands, Settings, rank_dtype
 from ..hardware.tiles import Outputs, Tile, Tiles, bucket, tiles_for
 from ..hardware.tuned import Tuned, load_table, table_path
+from . import problem as problems
 from .problem import Problem, tf32_allowed
 from .table import STRATEGIES, Strategy, check_strategy, triton_supports
 
@@ -57,8 +57,8 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
     if problem.nf4:  # no GPU has measured `split` on it
         return Choice("library", None, prefix + "bitsandbytes' product of NF4, LoRA is added to it")
     if problem.arch == "cpu":
-        few = problem.dtype in (torch.float32, torch.float64) and problem.M * problem.K <= masks.FEW
-        few = few and strategy == "auto" and not problem.columns
+        few = problem.M * problem.K <= problems.FEW and strategy == "auto" and not problem.columns
+        few = few and problem.dtype in (torch.float32, torch.float64)
         reason = "on a CPU the vendor's GEMM is fastest"
         return _choice(
             problem, "library", prefix + reason + (", with torch's own gradients" if few else "")

@@ -10,11 +10,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_kernels import FusedLoRALinear, explain, lora_linear
-from lora_kernels.algebra.masks import FEW
 from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.algebra.packs import Pack
 from lora_kernels.autograd import few
 from lora_kernels.autograd.functional import lora_linears
+from lora_kernels.strategies.problem import FEW
 
 
 def tensors(*shape: int, bias: bool = True, dtype: torch.dtype = torch.float64):

@@ -15,7 +15,7 @@ from lora_kernels.algebra.packs import Pack, places
 from lora_kernels.autograd.function import mask_of
 from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.autograd.packs import Streams, packed_linears
-from lora_kernels.strategies import STRATEGIES
+from lora_kernels.strategies import STRATEGIES, problem
 from tests.support.oracle import DEVICE, judge
 
 NAMES = [chr(ord("a") + c) for c in range(16)]
@@ -137,22 +137,59 @@ class Given:
         return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="few tokens are a matter of CPUs")
+@pytest.mark.parametrize("few", [1 << 16, 20 * 40], ids=["all-few", "some-few"])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.columns], ids=str)
-def test_few_tokens_by_torchs_own_gradients(case):
+def test_few_tokens_are_computed_and_dropped_as_by_each_adapter_alone(case, few, monkeypatch):
+    monkeypatch.setattr(problem, "FEW", few)
     given = Given(case, torch.float64, torch.float64)
-    found = []
-    for strategy in ("auto", "library"):
-        ys = packed_linears(given.x, given.layers(), given.settings(strategy))
-        found.append((*ys, *torch.autograd.grad(ys, given.leaves(), given.dy)))
-        assert (type(ys[0].grad_fn).__name__ == "CatBackward0") == (
-            strategy == "auto" and DEVICE.type == "cpu"
-        )
-    for few, usual in zip(*found, strict=True):  # adapters without rows have gradients as well
-        torch.testing.assert_close(few, usual, rtol=1e-12, atol=1e-12)
-    if DEVICE.type == "cpu":
+    ys = packed_linears(given.x, given.layers(), given.settings("auto"))
+    if few == 1 << 16:
+        assert type(ys[0].grad_fn).__name__ == "CatBackward0"
+    found = [*ys, *torch.autograd.grad(ys, given.leaves(), given.dy, materialize_grads=True)]
+    blocks = []
+    for c, (first, last) in enumerate(pairwise(given.edges)):
+        torch.manual_seed(c + 5)  # what `settings` seeds the streams with
+        x = given.x[first:last]
+        settings = Settings(given.scales[c], given.dropouts[c] if case.ranks[c] else 0.0)
+        weights = [
+            Weights(
+                weight, bias, *(own[c] or (x.new_zeros(1, case.K), x.new_zeros(len(weight), 1)))
+            )
+            for n, weight, bias, own in zip(
+                case.N, given.weight, given.bias, given.adapters, strict=True
+            )
+        ]
+        blocks.append(lora_linears(x, tuple(weights), settings))
+    alone = [torch.cat(each) for each in zip(*blocks, strict=True)]
+    wanted = torch.autograd.grad(alone, given.leaves(), given.dy, materialize_grads=True)
+    for a, b in zip(found, [*alone, *wanted], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    if few == 1 << 16:
         y = packed_linears(given.x, given.layers(), given.settings("auto"))[0]
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(y.square().sum(), given.x, create_graph=True)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's masks are not those of a lone layer")
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_an_adapter_draws_nothing_where_it_has_no_lora(many, request):
+    if many:
+        request.getfixturevalue("many_tokens")
+    rows = 3 if many else problem.FEW // 8 + 1  # of an adapter without LoRA any number is few
+    streams, weight = Streams({"a": 5, "b": 6}), torch.randn(12, 8)
+    lora_A, lora_B = torch.randn(2, 8, requires_grad=True), torch.randn(12, 2)
+    x = torch.randn(2 + rows, 8)
+    for count, B_of_b in ((rows, None), (2, lora_B)):
+        R = 0 if B_of_b is None else 2
+        pack = Pack((0, 2, 2 + count), (2, R), (1.0, 1.0), (0.5, 0.5), ("a", "b"), streams)
+        layer = PackWeights(
+            weight, None, (lora_A, None if B_of_b is None else lora_A), (lora_B, B_of_b)
+        )
+        (y,) = packed_linears(x[: 2 + count], (layer,), Settings(1.0, 0.5, pack=pack))
+    torch.manual_seed(6)
+    alone = lora_linears(x[2:4], (Weights(weight, None, lora_A, lora_B),), Settings(1.0, 0.5))
+    torch.testing.assert_close(y[2:], alone[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

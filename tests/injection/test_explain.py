@@ -18,11 +18,10 @@ from lora_kernels import (
     fuse_peft,
     unfuse_peft,
 )
-from lora_kernels.algebra.masks import FEW
 from lora_kernels.hardware.tiles import KERNELS
 from lora_kernels.injection.report import TYPICAL_TOKENS
 from lora_kernels.strategies.choose import choose
-from lora_kernels.strategies.problem import Problem
+from lora_kernels.strategies.problem import FEW, Problem
 from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

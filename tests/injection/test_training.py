@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lora_kernels import LoRAConfig, add_lora, disable_adapter, lora_fa, lora_plus
-from lora_kernels.algebra.masks import FEW
 from lora_kernels.injection.inject import fused_layers
+from lora_kernels.strategies.problem import FEW
 from tests.adapters.test_load_save import injected
 from tests.support import zoo
 from tests.support.zoo import peft_model

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from lora_kernels import STRATEGIES, FusedLoRALinear, lora_linear
-from lora_kernels.algebra.masks import FEW
 from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.hardware import tiles
 from lora_kernels.strategies.choose import _decide, choose, decide
-from lora_kernels.strategies.problem import Problem, has_triton
+from lora_kernels.strategies.problem import FEW, Problem, has_triton
 from tests.support.oracle import DEVICE
 
 HALF = Problem(2048, 768, 768, 8, torch.bfloat16, "sm_86")
