@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from lora_kernels import (
     unfuse_peft,
 )
 from tests.adapters.test_trainer import losses, trainer
-from tests.injection import test_sharded
-from tests.support import zoo
+from tests.injection import test_sharded, test_zero
+from tests.support import processes, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/interop.md"
@@ -113,7 +114,7 @@ def same_steps(changed: Callable[[nn.Module], nn.Module]) -> Callable[[Path], No
 
     def run(_: Path) -> None:
         plain, other = ours(), changed(ours())
-        found = [test_sharded.train(model, batches()) for model in (other, plain)]
+        found = [processes.train(model, batches()) for model in (other, plain)]
         assert found[0] == pytest.approx(found[1], rel=1e-5)
         assert len(set(found[1])) == 3
 
@@ -121,7 +122,7 @@ def same_steps(changed: Callable[[nn.Module], nn.Module]) -> Callable[[Path], No
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    return test_sharded.batches(slice(None))
+    return processes.batches(slice(None))
 
 
 def formula(model: nn.Module) -> nn.Module:
@@ -238,6 +239,39 @@ def sharded(*names: str) -> Callable[[Path], None]:
     return run
 
 
+def zero(*names: str) -> Callable[[Path], None]:
+    """Run by tests/injection/test_zero.py, which has a row of each name."""
+
+    def run(_: Path) -> None:
+        if find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed")
+        assert set(names) <= set(test_zero.ROWS)
+
+    return run
+
+
+def embeddings(folder: Path) -> None:
+    """A step of plain gradients by ours and by PEFT's, from one file, and back in a file."""
+    ours = zoo.build("gpt2-lm")
+    add_lora(ours, LoRAConfig(rank=3, alpha=5, targets=("c_attn", "wte")))
+    zoo.randomise(ours, "lora_")
+    save_adapter(ours, folder / "ours")
+    theirs = peft.PeftModel.from_pretrained(
+        zoo.build("gpt2-lm"), folder / "ours", is_trainable=True
+    ).eval()
+    for model in (ours, theirs):
+        model(**zoo.batch()).logits.square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.sub_(0.1 * parameter.grad)
+    torch.testing.assert_close(zoo.logits(ours), zoo.logits(theirs))
+    theirs.save_pretrained(folder / "theirs")
+    again = zoo.build("gpt2-lm")
+    load_adapter(again, folder / "theirs")
+    torch.testing.assert_close(zoo.logits(again), zoo.logits(theirs))
+
+
 def unfuse(_: Path) -> None:
     model = pefts()
     expected = zoo.logits(model)
@@ -278,6 +312,8 @@ ROWS = (
         unfused(lambda: zoo.peft_model(target_modules=["word_embeddings"]))),
     Row("PEFT: back again", "`unfuse_peft(model)`", "logits, to the bit", unfuse),
     Row("PEFT's files", "`save_adapter`, `load_adapter`", "logits, both ways", files),
+    Row("LoRA on embeddings", "`add_lora`, `targets=(\"wte\", ...)`",
+        "logits and a step, with PEFT's; files both ways", embeddings),
     Row("transformers' Trainer", "`add_lora`", "losses, with the plain formula", trainer_with_ours),
     Row("transformers' Trainer and PEFT", "`callbacks=[FusedLoRACallback()]`",
         "losses, with PEFT's", trainer_with_peft),
@@ -296,6 +332,13 @@ ROWS = (
         sharded("fsdp1-peft-late", "fsdp2-peft-late")),
     Row("FSDP, a layer a unit", "layers run one by one, with a warning", ONE,
         sharded("fsdp1-each", "fsdp2-each")),
+    Row("DeepSpeed's ZeRO-1 and ZeRO-2",
+        "`add_lora`, then `deepspeed.initialize`; `fuse_peft` before or after it", ONE,
+        zero("zero1", "zero2", "zero2-peft", "zero2-peft-late")),
+    Row("DeepSpeed's ZeRO-3", "layers of `add_lora` run one by one, with a warning", ONE,
+        zero("zero3")),
+    Row("DeepSpeed's ZeRO-3 and PEFT", "layers run PEFT's own forward, with the reason", ONE,
+        zero("zero3-peft", "zero3-peft-late")),
     Row("checkpoints of torch.distributed", "`get_state_dict`, `checkpoint.save`",
         "losses after loading, with those of the run itself", sharded(*test_sharded.RESUMED)),
 )  # fmt: skip

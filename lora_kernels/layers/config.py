@@ -26,9 +26,9 @@ class LoRAConfig:
 
     The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`). `targets` names the
     layers: path suffixes of whole components ("query", "attention.self.query"), regular expressions
-    ("re:..."), or "all-linear"; None takes the model family's default. `train` names what is
-    trained besides LoRA, such as a task head. `group` lets siblings that read the same input run as
-    one problem.
+    ("re:..."), or "all-linear"; None takes the model family's default. An embedding that is named
+    gets LoRA too (see `layers.embedding`). `train` names what is trained besides LoRA, such as a
+    task head. `group` lets siblings that read the same input run as one problem.
 
     As in PEFT: `exclude` takes layers out of the targets, by names like theirs. `layers` keeps
     those whose path has one of these indices as its first. `rank_pattern` and `alpha_pattern` map

@@ -20,6 +20,7 @@ from lora_kernels import LoRAConfig, add_lora, save_adapter
 from lora_kernels.injection.families import family_of, heads_of
 from lora_kernels.injection.report import FusedRow, SkippedRow
 from lora_kernels.injection.targets import find_train
+from lora_kernels.layers.embedding import FusedLoRAEmbedding
 
 from ..arguments import Arguments
 from ..data.tasks import task_of
@@ -76,17 +77,26 @@ def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def redraw(model: nn.Module, seed: int) -> None:
-    """Draw every lora_A anew in module order, Kaiming-uniform as PEFT does; zero every lora_B."""
+    """Draw LoRA anew in module order, as PEFT does.
+
+    lora_A is Kaiming-uniform and lora_B zero; of embeddings lora_A is zero and lora_B normal.
+    """
+    embeddings = [m for m in model.modules() if isinstance(m, FusedLoRAEmbedding)]
+    embedded = {id(p) for layer in embeddings for p in layer.parameters()}
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            drawn = torch.empty(parameter.shape)  # on the CPU: the same numbers on any device
+        is_A, is_B = (f"lora_{m}" in name or f"lora_embedding_{m}" in name for m in "AB")
+        if not (is_A or is_B):
+            continue
+        of_embedding = "lora_embedding_" in name or id(parameter) in embedded
+        drawn = torch.zeros(parameter.shape)  # on the CPU: the same numbers on any device
+        if is_A and not of_embedding:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            with torch.no_grad():
-                parameter.copy_(drawn)
-        elif "lora_B" in name:
-            nn.init.zeros_(parameter)
+        elif is_B and of_embedding:
+            nn.init.normal_(drawn)
+        with torch.no_grad():
+            parameter.copy_(drawn)
     torch.set_rng_state(generator_state)
 
 

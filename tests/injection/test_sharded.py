@@ -1,17 +1,14 @@
 """Two processes that train one model, by torch's engines: the losses of one process, layers fused.
 
-Every row of `ROWS` is run once by two processes with gloo, on a CPU. Each process has half of each
-batch, and a model of its own copy on the whole batch is the yardstick.
+Every row of `ROWS` is run once by two processes with gloo, on a CPU (`support.processes`).
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +18,9 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from safetensors.torch import load_file
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lora_kernels.injection.peft
-import lora_kernels.layers.group
-import lora_kernels.layers.linear
 from lora_kernels import (
     FusedLoRALinear,
     LoRAConfig,
@@ -37,17 +31,23 @@ from lora_kernels import (
     unfuse_peft,
 )
 from tests.support import zoo
-
-PROCESSES, STEPS = 2, 3
-ATTENTION = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
-ENCODER = [*ATTENTION, "output.dense"]
-
-
-def ours(**changes: Any) -> nn.Module:
-    model = zoo.build("roberta")
-    add_lora(model, LoRAConfig(rank=2, targets=tuple(ENCODER), train="classifier", **changes))
-    zoo.randomise(model, "lora_B")
-    return model
+from tests.support.processes import (
+    ALONE,
+    APART,
+    PROCESSES,
+    STEPS,
+    TOGETHER,
+    Calls,
+    batches,
+    fused,
+    optimizer_of,
+    ours,
+    own_batches,
+    pefts,
+    results_of,
+    run_all,
+    train,
+)
 
 
 def one_base_weight_trains() -> nn.Module:
@@ -60,16 +60,6 @@ def gpt2() -> nn.Module:
     model = zoo.build("gpt2")
     add_lora(model, LoRAConfig(rank=2, targets=("c_attn.q", "c_attn.v", "c_proj"), train="score"))
     zoo.randomise(model, "lora_B")
-    return model
-
-
-def pefts(**changes: Any) -> nn.Module:
-    return zoo.peft_model(target_modules=["query", "key", "value", "dense"], **changes)
-
-
-def fused(**changes: Any) -> nn.Module:
-    model = pefts(**changes)
-    fuse_peft(model)
     return model
 
 
@@ -97,10 +87,6 @@ def fsdp1(model: nn.Module, is_unit: Callable[[nn.Module], bool] = is_block) -> 
     )
 
 
-def fsdp1_each(model: nn.Module) -> nn.Module:
-    return fsdp1(model, is_layer)
-
-
 def fsdp2(model: nn.Module, is_unit: Callable[[nn.Module], bool] = is_block) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -112,8 +98,7 @@ def fsdp2(model: nn.Module, is_unit: Callable[[nn.Module], bool] = is_block) -> 
     return model
 
 
-def fsdp2_each(model: nn.Module) -> nn.Module:
-    return fsdp2(model, is_layer)
+fsdp1_each, fsdp2_each = partial(fsdp1, is_unit=is_layer), partial(fsdp2, is_unit=is_layer)
 
 
 def late(engine: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -129,8 +114,7 @@ def late(engine: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.M
 
 # Checkpoints of torch.distributed are tried with these.
 RESUMED = ("ddp", "fsdp1", "fsdp1-peft", "fsdp2", "fsdp2-peft", "fsdp2-each")
-TOGETHER, ALONE, GPT2 = [3, 1, 1, 1] * 2, [1] * 12, [1] * 6
-APART = "run one by one: each is sharded by itself"
+GPT2 = [1] * 6
 
 
 class Row(NamedTuple):
@@ -152,6 +136,7 @@ ROWS = {
     "fsdp1-biases-train": Row(lambda: fused(bias="all"), fsdp1, TOGETHER),
     "fsdp1-dora": Row(lambda: fused(use_dora=True), fsdp1, TOGETHER),
     "fsdp1-columns": Row(gpt2, fsdp1, GPT2),
+    "fsdp1-embedding": Row(partial(ours, "word_embeddings"), fsdp1, [1, *TOGETHER]),
     "fsdp1-each": Row(ours, fsdp1_each, ALONE, APART),
     "fsdp1-each-peft": Row(fused, fsdp1_each, ALONE, APART),
     "fsdp2": Row(ours, fsdp2, TOGETHER),
@@ -159,69 +144,11 @@ ROWS = {
     "fsdp2-peft-late": Row(pefts, late(fsdp2), TOGETHER),
     "fsdp2-dora": Row(lambda: ours(dora=True), fsdp2, TOGETHER),
     "fsdp2-columns": Row(gpt2, fsdp2, GPT2),
+    "fsdp2-embedding": Row(partial(ours, "word_embeddings"), fsdp2, [1, *TOGETHER]),
     "fsdp2-each": Row(ours, fsdp2_each, ALONE, APART),
     "fsdp2-each-peft": Row(fused, fsdp2_each, ALONE, APART),
     "fsdp2-each-peft-late": Row(pefts, late(fsdp2_each), ALONE, APART),
 }
-
-
-class _Calls:
-    """How many layers each fused call computes, and how many frozen weights ask for a gradient."""
-
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.asking = 0
-        for module, name in (
-            (lora_kernels.injection.peft, "lora_layer"),
-            (lora_kernels.layers.linear, "lora_layer"),
-            (lora_kernels.layers.group, "lora_linears"),
-        ):
-            setattr(module, name, self._counted(getattr(module, name)))
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(x: Any, given: Any, *rest: Any) -> Any:
-            layers = given if rest else (given.weights,)
-            self.layers.append(len(layers))
-            self.asking += sum(weights.weight.requires_grad for weights in layers)
-            return call(x, given, *rest)
-
-        return counted
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-2)
-
-
-def train(
-    model: nn.Module,
-    batches: list[dict[str, torch.Tensor]],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[float]:
-    """The loss of each step."""
-    optimizer = optimizer or optimizer_of(model)
-    losses = []
-    for batch in batches:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()
-
-
-def batches(part: slice) -> list[dict[str, torch.Tensor]]:
-    found = []
-    for step in range(STEPS):
-        whole = zoo.batch(seed=step, rows=2 * PROCESSES) | {"labels": torch.tensor([0, 1, 2, 1])}
-        found.append({name: value[part] for name, value in whole.items()})
-    return found
-
-
-def own_batches() -> list[dict[str, torch.Tensor]]:
-    """The rows of this process."""
-    start = 2 * dist.get_rank()
-    return batches(slice(start, start + 2))
 
 
 def _check_resumed(row: Row, directory: Path, losses: torch.Tensor) -> None:
@@ -248,7 +175,7 @@ def _check_resumed(row: Row, directory: Path, losses: torch.Tensor) -> None:
     torch.testing.assert_close(found, losses[1:])
 
 
-def _run(name: str, row: Row, calls: _Calls, directory: Path) -> dict[str, Any]:
+def _run(name: str, row: Row, calls: Calls, directory: Path) -> dict[str, Any]:
     alone = row.build()
     expected = train(alone, batches(slice(None)))
     model = row.wrap(row.build())
@@ -283,17 +210,17 @@ def _run(name: str, row: Row, calls: _Calls, directory: Path) -> dict[str, Any]:
     return found
 
 
-def _under_tensor_parallelism(directory: str) -> dict[str, Any]:
+def _under_tensor_parallelism(directory: Path) -> dict[str, Any]:
     """What is refused, and what of a PEFT model runs unfused, where `tp_plan` split the model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module
 
     if dist.get_rank() == 0:
-        zoo.build("llama").save_pretrained(f"{directory}/llama")
+        zoo.build("llama").save_pretrained(directory / "llama")
     dist.barrier()
     os.environ.update(LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(PROCESSES))
     model = tf.LlamaForSequenceClassification.from_pretrained(
-        f"{directory}/llama", tp_plan="auto", num_labels=3
+        directory / "llama", tp_plan="auto", num_labels=3
     ).eval()
     found: dict[str, Any] = {}
     try:
@@ -320,39 +247,16 @@ def pefts_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _work(rank: int, directory: str) -> None:
-    """What each process does: all rows, and their results into a file of the first process."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    calls, results = _Calls(), {}
-    for name, row in ROWS.items():
-        place = Path(directory, name)
-        place.mkdir(exist_ok=True)
-        try:
-            results[name] = _run(name, row, calls, place)
-        except Exception:  # noqa: BLE001 (the test of that row shows it)
-            results[name] = {"error": traceback.format_exc()}
-    results["tensor parallelism"] = _under_tensor_parallelism(directory)
-    Path(directory, f"results-{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in the common way
+    """What each process does."""
+    calls = Calls()
+    runs = {name: partial(_run, name, row, calls) for name, row in ROWS.items()}
+    run_all(rank, directory, {**runs, "tensor parallelism": _under_tensor_parallelism})
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("no gloo")
     directory = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(_work, (str(directory),), nprocs=PROCESSES)
-    first, second = (
-        json.loads((directory / f"results-{rank}.json").read_text()) for rank in range(PROCESSES)
-    )
-    return directory, first | {name: each for name, each in second.items() if "error" in each}
+    return directory, results_of(_work, directory)
 
 
 @pytest.mark.slow
@@ -390,6 +294,7 @@ def test_two_processes_train_as_one(name, results):
 @pytest.mark.slow
 def test_tensor_parallelism_is_refused_by_name_or_runs_as_it_did(results):
     found = results[1]["tensor parallelism"]
+    assert "error" not in found, found["error"]
     assert "is split by tensor parallelism (tp_plan, DTensor weights)" in found["add_lora"]
     assert found["fused"] == 0 and found["same"]
     assert len(found["reasons"]) == 1 and "patched forward, which split it" in found["reasons"][0]

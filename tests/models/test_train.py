@@ -116,7 +116,10 @@ def test_lora_alone_learns_and_everything_else_stays(arguments, bert):
             )
 
 
-@pytest.mark.parametrize("targets", [["query", "value"], ["all-linear"]], ids=["qv", "all"])
+@pytest.mark.parametrize(
+    "targets", [["query", "value"], ["all-linear"], ["query", "word_embeddings"]],
+    ids=["qv", "all", "embedding"],
+)  # fmt: skip
 def test_curve_is_pefts_curve(arguments, targets):
     pytest.importorskip("peft")
     common = {"targets": targets, "epochs": 3}
