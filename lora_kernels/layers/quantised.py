@@ -126,7 +126,6 @@ class QuantisedLoRALinear(FusedLoRALinear):
     quantised anew, and would lose most of the update.
     """
 
-    __module__ = "lora_kernels"  # where pickles find it, wherever the file lies
     base_layer: Any
     weight = property(lambda self: self.base_layer.weight)  # type: ignore[assignment]
     bias = property(lambda self: self.base_layer.bias)  # type: ignore[assignment]

@@ -262,6 +262,10 @@ def test_copies_and_pickles_of_fused_peft_models(kind):
     assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
 
 
+def test_a_pickle_finds_the_class():
+    assert pickle.loads(pickle.dumps(QuantisedLoRALinear)) is QuantisedLoRALinear
+
+
 def test_a_trainer_trains_a_quantised_model_of_add_lora(tmp_path):
     """transformers asks for PEFT's adapters before it trains a quantised model."""
     quantization = pytest.importorskip("torchao.quantization")
