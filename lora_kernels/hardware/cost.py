@@ -43,6 +43,10 @@ TRITON_OVER_VENDOR_MMA, TRITON_OVER_VENDOR_EXACT = 0.94, 0.44
 TRITON_OVER_VENDOR = {"sm_90": 0.78, "sm_100": 0.56, "gfx942": 0.69}
 
 
+# What a thread does more for each weight of a tile in NF4: counted in the compiled loop for sm_86.
+NF4_INSTRUCTIONS = 7
+
+
 class Launch(NamedTuple):
     """One kernel: the bytes it moves, the FLOPs it computes, whether it is the vendor's.
 
@@ -259,3 +263,18 @@ def microseconds(
         computing = kernel.flops * kernel.slowdown(card) / (rate * attained * 1e6)
         total += max(moving, computing) + kernel.filling(card) + GAP_US
     return total
+
+
+def nf4_tokens(card: Card) -> tuple[int, int]:
+    """Below how many tokens NF4 in our GEMM is estimated to beat dequantising before the vendor's.
+
+    The first number holds if no instruction of dequantising hides behind matrix products, the
+    second if all do. All is counted in nanoseconds a weight. Dequantising before a GEMM reads half
+    a byte and writes two, once. In our GEMM every block of 128 tokens dequantises anew, 128 threads
+    a clock on each multiprocessor, and the products are slower by Triton's share of the vendor's.
+    """
+    before = 2.5 / (card.memory * MEMORY_SHARE)
+    triton = TRITON_OVER_VENDOR.get(card.arch, TRITON_OVER_VENDOR_MMA)
+    products = 2 / (card.half * VENDOR_SHARE * 1e3) * (1 / triton - 1)
+    dequantising = NF4_INSTRUCTIONS / (128 * 128 * card.processors * card.boost)
+    return int(before / (products + dequantising)), int(before / products)

@@ -150,10 +150,10 @@ DEFAULT_TILES: dict[tuple[str, int, bool], Shipped] = {
     ("gfx942", 2, False): _AMD,
 }
 
-# low_rank_gemm of a weight in NF4, for y and for dx. Its steps wait for one another more often than
-# those of a plain weight, so several programs a multiprocessor matter: this tile leaves two to four
-# on every card, 128 x 128 leaves one.
-NF4_GEMM = Tile(128, 64, 32, 4, 3)
+# low_rank_gemm of a weight in NF4, for y and for dx on every card; the key as in DEFAULT_TILES. Its
+# steps wait for one another more often than those of a plain weight, so several programs a
+# multiprocessor matter: these tiles leave three and more, 128 x 128 leaves one.
+NF4_GEMM = {False: Tile(128, 64, 32, 4, 3), True: Tile(64, 64, 32, 4, 3)}
 
 # At higher ranks the rank-R tiles do not fit beside the accumulator.
 MAX_RANK = 128
@@ -198,7 +198,8 @@ def tiles_for(
     """
     row = shipped(arch, itemsize, R, aligned=aligned)
     if nf4 and arch != "cpu":
-        row = row._replace(low_rank_gemm=(NF4_GEMM,), dx=(NF4_GEMM,))
+        tile = NF4_GEMM[not aligned or rank_block(R) > 32]
+        row = row._replace(low_rank_gemm=(tile,), dx=(tile,))
     M, N, K, processors = outputs or Outputs(0, (), 0, 0)
 
     def fit(tiles: tuple[Tile, ...], columns: tuple[int, ...], again: int = 0) -> Tile:

@@ -51,7 +51,7 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
         refusal = STRATEGIES[strategy].supports(problem)
         if refusal is None:
             tiles = row.tiles if row is not None and row.strategy == strategy else {}
-            where = ", with the tiles measured on this card" if tiles else ""
+            where = ", with the tiles measured on this card" if tiles else _estimate(problem)
             return _choice(problem, strategy, "named by the caller" + where, tiles)
         prefix = f"{strategy} was asked for, but: {refusal}; "
     if problem.nf4:  # no GPU has measured `split` on it
@@ -83,6 +83,18 @@ def _predicted(problem: Problem, prefix: str) -> tuple[str, str]:
     tie = ", a tie by the model" if times[other] < (1 + TIE) * times[name] else ""
     reason = f"cost model: {times[name]:.0f} us forward + backward, {other} {times[other]:.0f} us"
     return name, f"{prefix}{STRATEGIES[name].summary} ({reason}{tie})"
+
+
+def _estimate(problem: Problem) -> str:
+    """Where NF4 in our own GEMM should pay, in words; nothing for another problem."""
+    if not problem.nf4 or problem.arch == "cpu":
+        return ""
+    from ..hardware.cost import nf4_tokens
+
+    least, most = nf4_tokens(_card(problem))
+    return (
+        f"; an estimate, not a measurement: faster than bitsandbytes below {least} to {most} tokens"
+    )
 
 
 def _choice(

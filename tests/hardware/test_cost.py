@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import Problem
 
+DOCS = (Path(__file__).resolve().parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
 # 4096 x 768 by 768 x 768 at rank 16 in bf16 with dropout: the numbers of docs/kernels.md.
 SIZE = cost.Size(4096, 768, (768,), 16, True, 2)
 X = Y = 4096 * 768 * 2
@@ -75,3 +77,18 @@ def test_the_cost_model_prefers_what_the_design_expects():
     assert choose(big).strategy == "hybrid"
     assert choose(small).strategy == "split"  # fused is a few percent faster: a tie
     assert choose(dropped).strategy == "split"
+
+
+@pytest.mark.parametrize("card", ["RTX 3070", "RTX 3090", "RTX 4090", "RTX 5090", "A100", "H100"])
+def test_where_nf4_should_pay_is_what_the_document_says(card):
+    least, most = cost.nf4_tokens(CARDS[card])
+    assert least < most and f"| {card} | {least:,} | {most:,} |" in DOCS
+
+
+def test_nf4_pays_for_more_tokens_where_memory_is_slow_and_instructions_are_fast():
+    card = CARDS["RTX 3090"]
+    least, most = cost.nf4_tokens(card)
+    slow = cost.nf4_tokens(replace(card, memory=card.memory / 2))
+    assert slow == pytest.approx((2 * least, 2 * most), abs=1)
+    wide = cost.nf4_tokens(replace(card, processors=2 * card.processors))
+    assert least < wide[0] < most == wide[1]

@@ -30,7 +30,7 @@ from lora_kernels.algebra.nf4 import BLOCK, NF4
 from lora_kernels.algebra.operands import Parts, Settings, Weights
 from lora_kernels.autograd.functional import lora_layer
 from lora_kernels.autograd.nf4 import nf4_linear
-from lora_kernels.hardware.tiles import tiles_for
+from lora_kernels.hardware.tiles import Tile, tiles_for
 from lora_kernels.strategies.table import STRATEGIES
 
 pytestmark = pytest.mark.skipif(
@@ -288,7 +288,7 @@ def test_ranges_of_columns(watch, strategy, columns, N, dropout):
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(37, 45, 64), (150, 140, 192)], ids=str)
-@pytest.mark.parametrize("card", ["cpu", "sm_90"])
+@pytest.mark.parametrize("card", ["cpu", "sm_90", "wide"])
 def test_a_weight_in_nf4(watch, M, N, K, card):
     weight = NF4(
         torch.randint(0, 256, (N, K // 2), dtype=torch.uint8),
@@ -297,7 +297,10 @@ def test_a_weight_in_nf4(watch, M, N, K, card):
     )
     x, lora_A, lora_B = torch.randn(M, K).half(), torch.randn(3, K), torch.randn(N, 3)
     leaves = [each.requires_grad_() for each in (x, lora_A, lora_B)]
-    chosen = STRATEGIES["split"], tiles_for(card, 2, 3, tf32=False, nf4=True)
+    tiles = tiles_for(card, 2, 3, tf32=False, nf4=True)
+    if card == "wide":  # a tile of dx holds two blocks of a row
+        tiles = tiles._replace(low_rank_gemm_dx=Tile(32, 128, 32, 1, 1), precision="ieee")
+    chosen = STRATEGIES["split"], tiles
     settings = Settings(0.5, 0.25, "split")
     y = nf4_linear(
         x, weight.packed, lambda _: weight, torch.randn(N), lora_A, lora_B, settings, chosen
