@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from bench.packs import BATCHES, CASES, RATIOS
 from bench.records import RESULTS, read
 
@@ -39,15 +41,16 @@ def test_the_file_is_named():
 
 
 def test_packs():
-    rows: dict[tuple[str, int], list[str]] = {}
-    for row in read(RESULTS / FILE.replace("-host", "-packs")):
-        assert row["samples"] > 5, "too few to tell"
-        cells = rows.setdefault((row["case"], row["batch"]), [row["case"], str(row["batch"])])
-        if row["provider"] == "packed":
-            ratios = [f"{row[ratio]:.2f}" for ratio in RATIOS.values()]
-        cells.append(f"{row['median_us'] / 1e3:,.0f}")
-        if row["provider"] == tuple(RATIOS)[-1]:
-            cells += ratios
-    assert len(rows) == len(CASES) * len(BATCHES)
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows.values())
-    assert table("model", KERNELS) == list(rows.values()), f"docs/kernels.md should say:\n{lines}"
+    rows = {
+        (row["case"], row["batch"], row["provider"]): row
+        for row in read(RESULTS / FILE.replace("-host", "-packs"))
+    }
+    wanted = []
+    for case, batch in itertools.product((case.name for case in CASES), BATCHES):
+        found = [rows.get((case, batch, name)) for name in ("packed", *RATIOS)]
+        ratios = [found[0].get(ratio) for ratio in RATIOS.values()]
+        times = [f"{row['median_us'] / 1e3:,.0f}" if row else "not measured" for row in found]
+        cells = [f"{ratio:.2f}" if ratio else "not measured" for ratio in ratios]
+        wanted.append([case, str(batch), str(found[0]["samples"]), *times, *cells])
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in wanted)
+    assert table("model", KERNELS) == wanted, f"docs/kernels.md should say:\n{lines}"

@@ -175,7 +175,7 @@ run_together(runs, print)
 
 @pytest.mark.parametrize(
     ("where", "steps"),
-    [(("Pack", "forward", 6), [4, 4, 4]), (("ExactTrainer", "_save_checkpoint", 5), [4, 2, 2])],
+    [(("Pack", "forward", 4), [2, 2, 2]), (("ExactTrainer", "_save_checkpoint", 5), [4, 2, 2])],
     ids=["at a step", "between two checkpoints"],
 )
 def test_a_process_that_is_killed_leaves_no_trace(arguments, where, steps):
