@@ -25,8 +25,13 @@ from lora_kernels import (
     unfuse_peft,
 )
 from tests.adapters.test_trainer import losses, trainer
+<<<<<<< HEAD
 from tests.injection import test_sharded, test_zero
 from tests.support import processes, zoo
+=======
+from tests.injection import test_peft_mixed, test_sharded
+from tests.support import zoo
+>>>>>>> mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/interop.md"
@@ -139,6 +144,25 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def mixed_inference(_: Path) -> None:
+    model = test_peft_mixed.three()
+    eager = copy.deepcopy(model)
+    call = {**zoo.batch(), "adapter_names": ["b", "__base__", "a"]}
+    with torch.no_grad():
+        found = test_peft_mixed.fused(model)(**call).logits
+        torch.testing.assert_close(found, eager(**call).logits)
+    assert not explain(model).unfused
+
+
+def mixed_training(_: Path) -> None:
+    model = test_peft_mixed.training(test_peft_mixed.three())
+    expected = test_peft_mixed.alone(copy.deepcopy(model), ("b", "__base__", "a", "b"))
+    found = test_peft_mixed.step(test_peft_mixed.fused(model), ("b", "__base__", "a", "b"))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max())
 
 
 def trainer_with_peft(folder: Path) -> None:
@@ -301,8 +325,10 @@ ROWS = (
         fused(lambda: pefts(lora_bias=True), 6)),
     Row("PEFT: several active adapters, plain LoRA without dropout", "`fuse_peft(model)`", TO_PEFT,
         fused(several, 6)),
-    Row("PEFT: mixed batch", "`adapter_names=`", OWN,
-        unfused(lambda: pefts(task_type=None), adapter_names=["default", "__base__", "default"])),
+    Row("PEFT: mixed batch, inference", "`model(**batch, adapter_names=[...])`",
+        "logits, with PEFT's", mixed_inference),
+    Row("PEFT: mixed batch, training", "`model.set_requires_grad([...])`, then the same",
+        "logits and gradients, with PEFT's of one adapter after another", mixed_training),
     Row("PEFT: disabled", "`model.base_model.disable_adapter_layers()`", OWN,
         unfused(pefts, lambda model: model.base_model.disable_adapter_layers())),
     Row("PEFT: merged", "`model.merge_adapter()`", OWN,

@@ -131,10 +131,14 @@ class _Call:
 
 
 def _in_a_checkpoint() -> bool:
-    """Whether a layer runs in a checkpoint: one keeps what is saved, the other turns grad off."""
+    """Whether a layer runs in a checkpoint: one kind turns gradients off, one keeps what is saved.
+
+    The second is not seen on a torch that does not tell.
+    """
     if not torch.is_grad_enabled():
         return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(True)
     name = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
     return name.startswith("_checkpoint_hook")
 
