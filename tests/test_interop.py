@@ -25,13 +25,8 @@ from lora_kernels import (
     unfuse_peft,
 )
 from tests.adapters.test_trainer import losses, trainer
-<<<<<<< HEAD
-from tests.injection import test_sharded, test_zero
+from tests.injection import test_peft_mixed, test_sharded, test_zero
 from tests.support import processes, zoo
-=======
-from tests.injection import test_peft_mixed, test_sharded
-from tests.support import zoo
->>>>>>> mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/interop.md"

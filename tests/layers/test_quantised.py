@@ -258,7 +258,7 @@ def test_copies_and_pickles_of_fused_peft_models(kind):
     fuse_peft(model)
     expected = ran_without_grad(model)
     assert torch.equal(ran_without_grad(copy.deepcopy(model)), expected)
-    layer = next(m for m in model.modules() if type(m).__name__.startswith("Fused"))
+    layer = next(m for m in model.modules() if type(m).__qualname__.startswith("Fused"))
     assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
 
 
