@@ -96,7 +96,7 @@ def section_of(recipe: Recipe, runs: Path) -> Section:
               "all seeds, after each epoch.", by_epoch(recipe, frame), ".2%"),
         table("Does one beat the other?", "Two-sided tests at 5 %, not corrected for their number. "
               "McNemar's test takes the predictions after the last epoch. A difference as large as "
-              "in the column `detectable` is found in four of five cases (a power of 80 %).",
+              "the column detectable says is found in four of five cases (a power of 80 %).",
               tested),
     ]  # fmt: skip
     return Section(

@@ -42,7 +42,7 @@ def matrix(task: str, published: tuple[Published, ...] = (), **changes: Any) -> 
         seeds=5,
         published=published,
         heat=("matrix", "rank"),
-        note="Published without rank and head: the number beside it is our mean over both.",
+        note="The report names no rank and no head, so ours beside them are means over both.",
         small=MINILM,
         small_axes={
             "head": keep("trained"),
