@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("datasets", reason="the models read their data by it")
+from models.arguments import Arguments
 from models.methods import METHODS
 from models.record.run_directory import ARGUMENTS, RESULT, WRITTEN, find_run, opened
 from models.train import train
 
-IDENTITY = {"task": "sst2", "method": "lora", "rank": 4, "seed": 0}
+IDENTITY = Arguments(task="sst2", method="lora", rank=4, seed=0).identity()
 FILES = (
     *("result.json", "steps.csv", "history.csv", "predictions.csv", "plot.png", "arguments.json"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
