@@ -83,9 +83,27 @@ class Pack(NamedTuple):
         return tuple(zip(ends, ends[1:], before, self.ranks, strict=False))
 
 
-@lru_cache(maxsize=4096)
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+_IN_GRAPHS: set[Tensor] = set()
+
+
 def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` in device memory; made once, so that a step copies nothing to the device."""
+    """`values` in device memory; made once, so that a step copies nothing to the device.
+
+    A CUDA graph reads it at every replay, so one that was captured is never forgotten.
+    """
+    found = _table(values, dtype, device)
+    if device.type == "cuda" and is_capturing():
+        _IN_GRAPHS.add(found)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..algebra.packs import is_capturing
 from .peft_mixed import MixedHead, MixedLayer, UntrainableError, eager
 from .peft_state import class_of, never_fused
 
@@ -42,7 +43,7 @@ class MixedModel:
             raise TypeError(
                 f"adapter_names must be a list with a name for each example: got {names!r}"
             )
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
                 "a mixed batch cannot be captured: a CUDA graph would keep its names"
             )

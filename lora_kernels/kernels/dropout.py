@@ -93,7 +93,8 @@ def _plan_apply(t: Tensor, mask: Tensor, onto: Tensor | None) -> Plan:
     M, K = t.shape
     allocated = Out((M, K), t.dtype)
     out = allocated if onto is None else onto
-    block_m, block_k = 32, 128
+    # 32 rows spilled registers where 8 does not divide the bytes of a mask's row (sm_86, sm_89).
+    block_m, block_k = 16, 128
     return planned(
         _apply_mask, (triton.cdiv(M, block_m), triton.cdiv(K, block_k), 1),
         (allocated,) if onto is None else (),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.operands import PackWeights, Parts, Settings
-from ..algebra.packs import Pack
+from ..algebra.packs import Pack, is_capturing
 from ..autograd.packs import Streams, packed_linears
 from .base import plain_layer
 from .linear import FusedLoRALinear
@@ -51,6 +51,11 @@ class Adapters:
         finally:
             self._given = before
 
+    @property
+    def given(self) -> tuple[tuple[str, int], ...] | None:
+        """What `rows` gives now; a captured step (`training.GraphedStep`) is of that."""
+        return None if self._given is None else tuple(self._given.items())
+
     def call_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called (a pre-hook of it): its first tensor says how many examples."""
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
@@ -65,10 +70,10 @@ class Adapters:
 
     def see(self, x: Tensor) -> None:
         """Find the blocks of an x [examples, ..., K] that a layer is given."""
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self._given is not None and is_capturing():
             raise RuntimeError(
-                "a CUDA graph would replay the adapters' rows of the call that it captured: layers "
-                "with several adapters cannot be captured"
+                "a CUDA graph would replay the rows that adapter_rows gives now, whatever it gives "
+                "later: capture outside of adapter_rows, with equal blocks"
             )
         lone = x.dim() == 2 and self._batch is None and self._given is None
         if x.dim() < 2 or lone or self._batch not in (None, x.shape[0]):

@@ -11,7 +11,8 @@ one call replays them.
         optimizer.zero_grad()
 
 A graph is bound to what it was captured with, so there is one for each signature: shapes, dtypes,
-values that are no tensors, the mode of the model, autocast, and the memory of every parameter. The
+values that are no tensors, the mode of the model, autocast, the rows of `adapter_rows`, and the
+memory of every parameter. The
 first two calls with a signature are plain steps, which also compile what is still to compile. The
 third is captured, and from then on the graph is replayed. So nothing is computed twice. Each replay
 draws fresh random numbers, but not those that a plain step would draw: with dropout a run with
@@ -131,6 +132,8 @@ class GraphedStep:
         state: list[Any] = []
         for module in self.model.modules():
             state.append(module.training)
+            if (adapters := module.__dict__.get("adapters")) is not None:  # several in one layer
+                state.append(getattr(adapters, "given", None))
             for tensors in (module._parameters, module._buffers):
                 for t in tensors.values():
                     if t is not None:

@@ -46,7 +46,7 @@ def test_packs():
         for row in read(RESULTS / FILE.replace("-host", "-packs"))
     }
     wanted = []
-    for case, batch in itertools.product((case.name for case in CASES), BATCHES):
+    for case, batch in itertools.product((case.name for case in CASES["cpu"]), BATCHES):
         found = [rows.get((case, batch, name)) for name in ("packed", *RATIOS)]
         ratios = [found[0].get(ratio) for ratio in RATIOS.values()]
         times = [f"{row['median_us'] / 1e3:,.0f}" if row else "not measured" for row in found]

@@ -220,7 +220,7 @@ def test_packs_suite_refuses_a_wrong_provider(monkeypatch, spoilt):
 
     monkeypatch.setattr(packs, "alone", alone)
     monkeypatch.setattr(packs.torch, "compile", compiled)
-    (row,) = packs.measure(packs.TOY, 4, 1)
+    (row,) = packs.measure(packs.TOY, 4, 1, torch.device("cpu"))
     assert row["status"] == "wrong" and row["provider"] == spoilt and "median_us" not in row
 
 
@@ -234,7 +234,7 @@ def test_all_of_the_packs_suite_share_one_base(monkeypatch):
         packs, "attach_peft", lambda m, *a: (models.append(m), real["attach_peft"](m, *a))[1]
     )
     monkeypatch.setattr(packs.torch, "compile", lambda model, **_: model)
-    packs.measure(packs.TOY, 1, 1)
+    packs.measure(packs.TOY, 1, 1, torch.device("cpu"))
     assert len(models) == 1 + packs.TOY.adapters
     assert len({m.get_parameter("roberta.embeddings.word_embeddings.weight") for m in models}) == 1
 

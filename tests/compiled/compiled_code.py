@@ -238,6 +238,7 @@ def test_h_in_parts_of_K(on):
 
 
 NF4 = [
+    Case(64, 19, 64, 1, dropout=0.3),  # a sum over the rows of the weight in a single step
     Case(130, 144, 192, 8, dropout=0.1, adapter=FULL),
     Case(70, 45, 64, 40, bias=False),
 ]

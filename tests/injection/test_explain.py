@@ -23,6 +23,7 @@ from lora_kernels.injection.report import TYPICAL_TOKENS
 from lora_kernels.strategies.choose import choose
 from lora_kernels.strategies.problem import FEW, Problem
 from tests.support import zoo
+from tests.support.oracle import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -203,7 +204,7 @@ def test_a_model_with_several_adapters():
 
 
 def test_several_adapters_in_kernels_share_each_launch():
-    model = zoo.build("roberta").train()
+    model = zoo.build("roberta").to(DEVICE).train()
     configs = {name: LoRAConfig(rank=3, strategy="split", targets="query") for name in "ab"}
     add_loras(model, configs)
     text = str(explain(model))

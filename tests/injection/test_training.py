@@ -87,7 +87,8 @@ def test_lora_fa_trains_lora_B_alone_and_saves_no_x():
         assert trained and all("lora_B" in name for name in trained)
     layer = next(iter(fused_layers(lora_fa(injected(train=()))).values()))
     x = torch.randn(FEW // layer.in_features + 1, layer.in_features)
-    saved = layer(x).grad_fn.saved_tensors
+    y = layer(x)  # whose tensors are freed with it
+    saved = y.grad_fn.saved_tensors
     assert all(t is None or t.data_ptr() != x.data_ptr() for t in saved)
 
 

@@ -6,12 +6,21 @@ captured with, and writes into the memory that the capture left. Tests marked `g
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from lora_kernels import GraphedStep, LoRAConfig, add_lora, graph_trainer
+from lora_kernels import (
+    GraphedStep,
+    LoRAConfig,
+    adapter_rows,
+    add_lora,
+    add_loras,
+    graph_trainer,
+)
 from lora_kernels.training import graphed_step as graphs
 from tests.support import zoo
 from tests.support.oracle import DEVICE
@@ -80,12 +89,17 @@ def recorder(monkeypatch):
     return found
 
 
-def classifier(dropout=0.1, base_dropout=0.1):
+def base(dropout):
     torch.manual_seed(0)
     model = zoo.build("roberta")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = base_dropout
+            module.p = dropout
+    return model
+
+
+def classifier(dropout=0.1, base_dropout=0.1):
+    model = base(base_dropout)
     add_lora(model, LoRAConfig(rank=3, alpha=6, dropout=dropout, train=("classifier",)))
     return model.to(DEVICE).train()
 
@@ -137,6 +151,61 @@ def test_a_graph_replays_the_plain_run(every):
     for one, other in zip(found, weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert str(step).startswith("2 CUDA graphs"), str(step)
+
+
+def pack(dropout=0.0):
+    model = base(0.0)
+    configs = {name: LoRAConfig(rank=3, dropout=dropout, train="classifier") for name in "ab"}
+    add_loras(model, configs, seeds={"a": 1, "b": 2})
+    return model.to(DEVICE).train()
+
+
+def test_rows_that_adapter_rows_gives_are_of_a_signature(recorder):
+    """A graph of equal blocks is not replayed for others."""
+    model, plain = pack(), pack()
+    step, ids = GraphedStep(model), torch.randint(5, 50, (4, 8), device=DEVICE)
+    for rows in ({}, {}, {}, {"a": 1, "b": 3}, {}):
+        inside = adapter_rows(model, rows) if rows else nullcontext()
+        with inside, adapter_rows(plain, rows) if rows else nullcontext():
+            batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0], device=DEVICE)}
+            found, wanted = step(**batch), graphs.loss_and_backward(plain, **batch)
+        torch.testing.assert_close(found, wanted)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad)
+    assert recorder.captures == 1 and recorder.replays == 2
+
+
+def test_rows_that_adapter_rows_gives_are_not_captured(monkeypatch):
+    model, ids = pack(), torch.randint(5, 50, (4, 8), device=DEVICE)
+    monkeypatch.setattr("lora_kernels.layers.packed.is_capturing", lambda: True)
+    model(input_ids=ids)
+    with (
+        pytest.raises(RuntimeError, match="outside of adapter_rows, with equal blocks"),
+        adapter_rows(model, {"a": 1, "b": 3}),
+    ):
+        model(input_ids=ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not REAL, reason="needs a GPU")
+def test_a_graph_replays_a_pack():
+    found = {}
+    for name, step_of in (("plain", plainly), ("graph", GraphedStep)):
+        model = pack()
+        step = step_of(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for batch in batches(9, lengths=(8,)):
+            losses.append(step(**batch).clone())
+            optimizer.step()
+            optimizer.zero_grad()
+        found[name] = torch.stack([*losses, *(p.detach().norm() for p in model.parameters())])
+    assert str(step).startswith("1 CUDA graphs"), str(step)
+    torch.testing.assert_close(found["graph"], found["plain"], rtol=1e-5, atol=1e-6)
+    step, ids = GraphedStep(pack(dropout=0.5)), next(batches(1))
+    losses = [float(step(**ids)) for _ in range(6)]
+    assert len(set(losses[2:])) == 4, "each replay draws masks of its own"
 
 
 @pytest.mark.gpu
