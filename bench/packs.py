@@ -135,6 +135,7 @@ def measure(
             return [{**key, "provider": name, "status": "wrong", "reason": reason}]
     for model in everyone:
         model.train()
+    alike.clear()
     failed = _add_graphs(runs, key) if device.type == "cuda" else []
     taken = timing.take_turns(runs, device, samples)
     rows = []
@@ -183,7 +184,7 @@ def _sharing(base: nn.Module) -> nn.Module:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids).logits
-    return logits
+    return logits.detach()
 
 
 def _step(model: nn.Module, ids: Tensor) -> None:

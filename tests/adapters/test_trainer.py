@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import parse
 from torch import nn
 
 from lora_kernels import FusedLoRACallback, LoRAConfig, add_lora, load_adapter, merge
@@ -70,10 +71,11 @@ def test_a_checkpoint_is_an_adapter_that_peft_and_we_load(tmp_path):
     ours = base(tmp_path / "base")
     load_adapter(ours, folder)
     assert torch.equal(zoo.logits(ours), expected)
-    for theirs in (
-        peft.PeftModel.from_pretrained(base(tmp_path / "base"), folder).eval(),
-        transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3),
-    ):
+    found = [peft.PeftModel.from_pretrained(base(tmp_path / "base"), folder)]
+    if parse(transformers.__version__) >= parse("5.20"):  # 5.17 loses the head of PEFT's own files
+        kind = transformers.AutoModelForSequenceClassification
+        found.append(kind.from_pretrained(folder, num_labels=3))
+    for theirs in found:
         torch.testing.assert_close(zoo.logits(theirs.eval()), expected)
 
 

@@ -63,6 +63,7 @@ NF4 = {
     "fused": ("library", "fused was asked for, but: it reads no NF4 weight; bitsandbytes'", {}),
     "hybrid": ("library", "hybrid was asked for, but: it reads no NF4 weight; bitsandbytes'", {}),
     "split of a ragged row": ("library", "past the end of a row: K is 96", {"K": 96}),
+    "split of ragged columns": ("library", "blocks of 64 rows of NF4: N is 800", {"N": 800}),
     "split in float32": ("library", "not in torch.float32", {"dtype": torch.float32}),
     "split on AMD": ("library", "NF4 is read on NVIDIA cards alone", {"arch": "gfx942"}),
     "split at a high rank": ("library", "rank 129 is over 128", {"R": 129}),
