@@ -11,7 +11,8 @@ SUITES = {
     "kernels": "single layers against the frozen floor and the peers",
     "end_to_end": "whole fine-tuning steps, and one real run",
     "host": "what needs no GPU: CPU speed, Python overhead a call, import time",
-    "packs": "several adapters on one base, packed against one after another, on a CPU",
+    "packs": "several adapters on one base, packed against one after another",
+    "quantised": "single layers in bitsandbytes' NF4, with LoRA on them",
     "roofline": "predicted times for cards by their datasheets, checked where measured",
     "plots": "pictures of what the result files hold",
 }

@@ -35,6 +35,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "training_run": ("model", "task", "method"),
     "host": ("case", "provider", "precision", "dropout"),
     "packs": ("case", "provider", "batch", "adapters"),
+    "quantised": ("case", "provider", "M", "R", "dtype", "dropout"),
 }
 MACHINE = ("gpu", "device", "driver", "torch", "triton", "commit", "code", "date")
 # The columns that every row of a suite has, in the order of the file.
@@ -78,6 +79,25 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "training_run": ("suite", "model", "task", "method", "seconds", "metrics", *MACHINE),
     "host": ("suite", "case", "provider", "precision", "dropout", "status", "median_us", *MACHINE),
     "packs": ("suite", "case", "provider", "batch", "adapters", "status", "median_us", *MACHINE),
+    "quantised": (
+        "suite",
+        "case",
+        "provider",
+        "mode",
+        "M",
+        "N",
+        "K",
+        "R",
+        "dtype",
+        "dropout",
+        "status",
+        "median_us",
+        "p20_us",
+        "p80_us",
+        "floor_ratio",
+        "peak_bytes",
+        *MACHINE,
+    ),
 }
 
 

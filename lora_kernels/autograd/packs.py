@@ -32,16 +32,25 @@ class Streams:
     On a GPU the host cannot read that number without waiting: there an adapter's seed is the number
     XOR its own. Masks are then those of the same adapter alone in a pack, under the same
     `torch.manual_seed`.
+
+    RuntimeError where a checkpoint recomputes a call that is forgotten: 1,024 calls are kept.
     """
 
     def __init__(self, seeds: Mapping[str, int]) -> None:
         self.seeds = dict(seeds)
         self.generators = {name: torch.Generator().manual_seed(s) for name, s in seeds.items()}
         self._begun: dict[int, dict[str, Tensor]] = {}  # a call's number: states of generators
+        self._forgot = False
 
     def at_call(self, names: Iterable[str], rows: Iterable[int]) -> list[torch.Generator]:
         """The generators of a call on a CPU, in the order of the names, where each has to begin."""
-        call = self._begun.setdefault(int(masks.draw_seed(torch.device("cpu"))), {})
+        number = int(masks.draw_seed(torch.device("cpu")))
+        if self._forgot and number not in self._begun and in_backward():
+            raise RuntimeError(
+                f"a checkpoint recomputes a layer that was called more than {_KEPT} layer calls "
+                "ago: its masks are not known any more; call backward sooner, or checkpoint less"
+            )
+        call = self._begun.setdefault(number, {})
         found = []
         for name, count in zip(names, rows, strict=True):
             generator = self.generators[name]
@@ -51,6 +60,7 @@ class Streams:
                 call[name] = generator.get_state()
             found.append(generator)
         while len(self._begun) > _KEPT:
+            self._forgot = True
             self._begun.pop(next(iter(self._begun)))
         return found
 
@@ -67,6 +77,15 @@ class Streams:
     def drop(self, name: str) -> None:
         """Forget an adapter."""
         del self.seeds[name], self.generators[name]
+
+
+def in_backward() -> bool | None:
+    """Whether autograd is at work in this thread: then a forward is a recomputation.
+
+    None on a torch that does not tell.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return None if task is None else task() != -1
 
 
 class SharedStream:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..algebra.operands import PackWeights, Parts, Settings
 from ..algebra.packs import Pack, is_capturing
-from ..autograd.packs import Streams, packed_linears
+from ..autograd.packs import Streams, in_backward, packed_linears
 from .base import plain_layer
 from .linear import FusedLoRALinear
 
@@ -92,7 +92,7 @@ class Adapters:
     def _blocks(self, examples: int) -> dict[str, int]:
         """The examples of each adapter, in the order of the batch; all adapters are named."""
         given = self._given
-        recomputing = _in_backward()
+        recomputing = in_backward()
         if given is None and self._were_given and recomputing is not False:
             raise RuntimeError(
                 "a checkpoint recomputes a layer outside of adapter_rows, where the batch was said "
@@ -124,15 +124,6 @@ class Adapters:
     def _forget_batch(self) -> None:
         self.order = tuple(self.names)
         self.examples = self.edges = (0,) * (len(self.names) + 1)
-
-
-def _in_backward() -> bool | None:
-    """Whether autograd is at work in this thread: then a forward is a recomputation.
-
-    None on a torch that does not tell.
-    """
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return None if task is None else task() != -1
 
 
 class Own(NamedTuple):

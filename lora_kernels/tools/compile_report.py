@@ -38,6 +38,8 @@ SPECIMENS: tuple[Specimen, ...] = (
     (LAYERS["gpt2.c_fc"], 4096, 8, False, True, 1),
     (LAYERS["roberta-base.down"]._replace(bias=False), 4096, 64, True, False, 1),
     (Layer("ragged", 773, (771,), ("ragged",)), 1000, 3, True, False, 1),
+    # Rows of masks of 200 bytes, which 16 does not divide.
+    (Layer("gpt2-xl", 1600, (1600,), ("c_proj",)), 4096, 8, True, False, 1),
     (LAYERS["roberta-base.qkv"], 4096, 8, True, False, 1),
     (LAYERS["roberta-base.qkv"], 4096, 8, False, False, 1),
     (LAYERS["roberta-base.qkv"], 4096, 64, True, False, 1),
@@ -47,7 +49,7 @@ SPECIMENS: tuple[Specimen, ...] = (
     (LAYERS["roberta-base.qkv"], 4096, 64, False, False, 4),
     (LAYERS["gpt2.c_attn.qv"], 4096, 8, True, True, 4),
     (LAYERS["llama-8b.k_proj"]._replace(nf4=True), 512, 16, True, False, 1),
-    (Layer("ragged", 896, (771,), ("ragged",), nf4=True), 1000, 64, True, False, 1),
+    (Layer("ragged", 832, (832,), ("ragged",), nf4=True), 1000, 64, True, False, 1),
 )
 
 

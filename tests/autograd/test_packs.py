@@ -7,11 +7,13 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
 from lora_kernels.algebra import masks, reference
 from lora_kernels.algebra.operands import PackWeights, Settings, Weights
 from lora_kernels.algebra.packs import Pack, places
+from lora_kernels.autograd import packs
 from lora_kernels.autograd.function import mask_of
 from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.autograd.packs import Streams, packed_linears
@@ -327,6 +329,23 @@ def test_the_launches_do_not_depend_on_the_number_of_adapters(strategy, dropout,
     assert launches[0] == launches[1] == launches[2]
     fused = 5 if dropout else 4
     assert len(launches[0]) == (fused if strategy == "fused" else 7)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's seeds are not counted by the host")
+def test_a_checkpoint_of_a_call_that_is_forgotten_is_refused(monkeypatch):
+    monkeypatch.setattr(packs, "_KEPT", 4)
+    streams = Streams({"a": 1})
+
+    def drawn(x):
+        return x.sin() * int(streams.draw(("a",), (3,), torch.device("cpu")))
+
+    x = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    for count in (4, 5):
+        ys = [checkpoint(drawn, x, use_reentrant=False) for _ in range(count)]
+        if count == 4:
+            torch.stack(ys).sum().backward()
+    with pytest.raises(RuntimeError, match="more than 4 layer calls ago"):
+        torch.stack(ys).sum().backward()
 
 
 def test_adapters_may_lie_anywhere_in_memory():

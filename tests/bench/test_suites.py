@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, host, packs, plots, records, roofline, timing, training_run
+from bench import end_to_end, host, packs, plots, quantised, records, roofline, timing, training_run
 from bench.cases import LAYERS, Case
 from bench.costs import PROVIDERS, launches_of, minimum
 from bench.subjects import METHODS, MODELS, PRECISIONS
@@ -207,6 +207,27 @@ def test_packs_suite(tmp_path, capsys):
     for ratio in ("solo_ratio", "peft_ratio", "compile_ratio"):
         assert [row["provider"] for row in rows if ratio in row] == ["packed"] * 3
     assert "peft-compile one by one" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_suite(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    arguments = ["quantised", "--tiny", "--samples", "2", "--results", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = {row["provider"]: row for row in records.read(path)}
+    assert tuple(rows) == quantised.PROVIDERS
+    timed = {name: row for name, row in rows.items() if row["status"] == "timed"}
+    assert timed.keys() >= {"floor", "dense floor", "peft", "library"}
+    assert all(row["median_us"] > 0 and row["floor_ratio"] > 0 for row in timed.values())
+    assert 0 < timed["library"]["error"] < 0.01
+    if not torch.cuda.is_available():
+        assert rows["split"]["status"] == "unavailable" and rows["split"]["reason"]
+    monkeypatch.setattr(quantised, "ALPHA_PER_RANK", 3)  # another layer is asked for
+    assert command.main(arguments) == 1
+    rows = {row["provider"]: row for row in records.read(path)}
+    assert rows["peft"]["status"] == rows["library"]["status"] == "wrong"
+    assert "median_us" not in rows["peft"] or rows["peft"]["median_us"] is None
 
 
 @pytest.mark.parametrize("spoilt", ["packed", "peft-compile one by one"])
