@@ -261,9 +261,9 @@ def _wrong(
 ) -> dict[str, str]:
     """Which of our models compute something wrong, and what.
 
-    Their RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision, which
-    is compiled where they are, and more by what an RMS of n numbers varies by itself, three times
-    1 / sqrt(n).
+    Their RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision, and
+    more by what an RMS of n numbers varies by itself, three times 1 / sqrt(n). Where they are
+    compiled, the larger error of PEFT's two counts: what Inductor fuses it rounds less.
     """
     ours = [name for name in models if PROVIDERS[name].trains == "ours"]
     judges = [name for name in models if PROVIDERS[name].trains == "peft"]
@@ -282,7 +282,9 @@ def _wrong(
     wrong = {}
     for name in ours:
         compiled = "peft-compile" in errors and PROVIDERS[name].compiled
-        judge = errors["peft-compile" if compiled else "peft"]
+        judge = errors["peft"]
+        if compiled:
+            judge = list(map(max, judge, errors["peft-compile"]))
         rows = zip(errors[name], judge, exact, strict=True)
         for i, (error, peft, truth) in enumerate(rows):
             if not error <= 1.1 * (1 + 3 / truth.numel() ** 0.5) * peft + 1e-12:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+from bench.host import SUBJECTS
 from bench.packs import BATCHES, CASES, RATIOS
 from bench.records import RESULTS, read
 
 from .test_h200_tables import README, table
 
 KERNELS = (RESULTS.parents[1] / "docs/kernels.md").read_text(encoding="utf-8")
-FILE = "cpu-amd-epyc-family-26-avx512-host.json"
+FILE = "cpu-intel-r-xeon-r-processor-family-6-avx512-host.json"
+PACKS = "cpu-amd-epyc-family-26-avx512-packs.json"
 COLUMNS = ("floor", "full", "peft", "peft-compile", "library-compile")
 
 
@@ -24,7 +26,9 @@ def expected() -> list[list[str]]:
         if row["provider"] == "library":
             us = row["median_us"]
             ours[setting] = f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} us"
-    return [[s, ours[s], *(found[name] for name in COLUMNS)] for s, found in ratios.items()]
+    cases = list(SUBJECTS)
+    settings = sorted(ratios, key=lambda setting: cases.index(setting.split(", ")[0]))
+    return [[s, ours[s], *(ratios[s][name] for name in COLUMNS)] for s in settings]
 
 
 def test_rivals():
@@ -41,10 +45,7 @@ def test_the_file_is_named():
 
 
 def test_packs():
-    rows = {
-        (row["case"], row["batch"], row["provider"]): row
-        for row in read(RESULTS / FILE.replace("-host", "-packs"))
-    }
+    rows = {(row["case"], row["batch"], row["provider"]): row for row in read(RESULTS / PACKS)}
     wanted = []
     for case, batch in itertools.product((case.name for case in CASES["cpu"]), BATCHES):
         found = [rows.get((case, batch, name)) for name in ("packed", *RATIOS)]
