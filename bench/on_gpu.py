@@ -20,8 +20,9 @@ from typing import NamedTuple
 EACH_KERNEL = (
     "tests/algebra/test_masks.py",
     "tests/autograd/test_functional.py",
+    "tests/autograd/test_packs.py",
     "-k",
-    "every_gradient or project_draws or applied",
+    "every_gradient or every_strategy or project_draws or applied",
 )
 MEMORY_CHECKER = "compute-sanitizer"
 
@@ -44,13 +45,15 @@ _MEMCHECK = (MEMORY_CHECKER, "--tool", "memcheck", "--target-processes", "all")
 
 STEPS = (
     # Interrupted, not killed, pytest still says what failed. Tests mostly wait for the compiler.
-    Step("test", 28, (*_TESTS, "-n", "{workers}", "--dist", "worksteal")),
+    Step("test", 24, (*_TESTS, "-n", "{workers}", "--dist", "worksteal")),
     Step(
         "check memory", 12, ("-m", "pytest", "-q", *EACH_KERNEL),
         under=(*_MEMCHECK, "--error-exitcode", "1"),
     ),
     Step("measure kernels", 12, _KERNELS),
-    Step("tune", 17, ("-m", "lora_kernels.cli", "tune", "--model", "roberta-base")),
+    Step("measure packs", 7, ("-m", "bench", "packs", "--samples", "5")),
+    Step("measure NF4", 2, ("-m", "bench", "quantised")),  # says so where bitsandbytes is missing
+    Step("tune", 12, ("-m", "lora_kernels.cli", "tune", "--model", "roberta-base")),
     Step("measure training steps", 17, ("-m", "bench", "end_to_end", "--quick")),
     Step("measure kernels, tuned", 12, _KERNELS),
     Step("plot", 2, ("-m", "bench", "plots")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write, print; 1 if a provider is wrong or failed."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("bitsandbytes is not installed: no layer can be quantised to NF4")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results("quantised", device, folder_of(arguments))
     deadline, bad = time.monotonic() + arguments.seconds, 0
@@ -143,8 +146,8 @@ def measure(case: Case, device: torch.device, samples: int) -> list[Row]:
             row |= _judge(name, case, device)
             if row["status"] == "timed":
                 row |= _time(build(name, case, device, case.dropout), ring, device, samples)
-                floor = rows[0]["median_us"] if rows else row["median_us"]
-                row["floor_ratio"] = round(row["median_us"] / floor, 4)
+                floor = (rows or [row])[0].get("median_us")
+                row["floor_ratio"] = round(row["median_us"] / floor, 4) if floor else None
         except Exception as error:
             row |= {"status": "failed", "reason": explain_error(error)}
         rows.append(row)
@@ -183,4 +186,5 @@ def _line(row: Row) -> str:
     name = f"{row['case']:<20}{row['M']:>6}  {row['provider']:<12}"
     if row["status"] != "timed":
         return f"{name}{row['status']}: {row['reason']}"
-    return f"{name}{row['median_us']:>10.1f} us{row['floor_ratio']:>7.2f} x the frozen NF4 layer"
+    ratio = row["floor_ratio"] or float("nan")
+    return f"{name}{row['median_us']:>10.1f} us{ratio:>7.2f} x the frozen NF4 layer"
