@@ -179,6 +179,20 @@ def test_readme_has_the_grid_s_times():
     assert table("README.md", "seconds of the 16 cells") == rows, printed(rows)
 
 
+def test_readme_has_the_grid_on_gpt2():
+    found = results("sms-grid-tiny-gpt2")
+    cells, (one, packed) = found["cells"], (side_by_side.seconds(found, way) for way in WAYS)
+    assert len(cells) == 16 and all(cell["difference"] == 0 for cell in cells)
+    scores = [cell["scores"][way] for cell in cells for way in WAYS]
+    assert all(cell["scores"]["packed"] == cell["scores"]["one by one"] for cell in cells)
+    times = list(one.values())[-1] / list(packed.values())[-1]
+    for words in (
+        f"All {sum(cell['steps'] for cell in cells):,} losses", f"{times:.2f} times as long one",
+        f"{min(scores):.3f} to {max(scores):.3f}", "models/results/packed/sms-grid-tiny-gpt2.json",
+    ):  # fmt: skip
+        assert words in README, words
+
+
 def test_packs_md_has_what_auto_chose():
     rows = []
     for batch in (1, 4, 16):
