@@ -196,7 +196,9 @@ def test_language_models_train_together(arguments, data, tmp_path):
             [row["loss"] for row in read_csv(made.directory() / "steps.csv")]
             for made in (one, other)
         ]
-        assert len(losses[0]) == 60 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+        # On an Intel Xeon MKL adds up in another order for two rows than for one: 3 of the 60
+        # losses differ by up to 2.2e-6, after 39 steps.
+        assert len(losses[0]) == 60 and losses[1] == pytest.approx(losses[0], rel=5e-6)
         texts = [(made.directory() / "predictions.csv").read_text() for made in (one, other)]
         assert texts[0] == texts[1]
 
