@@ -38,28 +38,13 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "quantised": ("case", "provider", "M", "R", "dtype", "dropout"),
 }
 MACHINE = ("gpu", "device", "driver", "torch", "triton", "commit", "code", "date")
+_LAYER = (
+    "M", "N", "K", "R", "dtype", "dropout", "status", "median_us", "p20_us", "p80_us",
+    "floor_ratio", "peak_bytes", *MACHINE,
+)  # fmt: skip
 # The columns that every row of a suite has, in the order of the file.
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    "kernels": (
-        "suite",
-        "case",
-        "provider",
-        "mode",
-        "direction",
-        "M",
-        "N",
-        "K",
-        "R",
-        "dtype",
-        "dropout",
-        "status",
-        "median_us",
-        "p20_us",
-        "p80_us",
-        "floor_ratio",
-        "peak_bytes",
-        *MACHINE,
-    ),
+    "kernels": ("suite", "case", "provider", "mode", "direction", *_LAYER),
     "end_to_end": (
         "suite",
         "model",
@@ -79,25 +64,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "training_run": ("suite", "model", "task", "method", "seconds", "metrics", *MACHINE),
     "host": ("suite", "case", "provider", "precision", "dropout", "status", "median_us", *MACHINE),
     "packs": ("suite", "case", "provider", "batch", "adapters", "status", "median_us", *MACHINE),
-    "quantised": (
-        "suite",
-        "case",
-        "provider",
-        "mode",
-        "M",
-        "N",
-        "K",
-        "R",
-        "dtype",
-        "dropout",
-        "status",
-        "median_us",
-        "p20_us",
-        "p80_us",
-        "floor_ratio",
-        "peak_bytes",
-        *MACHINE,
-    ),
+    "quantised": ("suite", "case", "provider", "mode", *_LAYER),
 }
 
 

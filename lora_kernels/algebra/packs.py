@@ -97,7 +97,7 @@ def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> 
     A CUDA graph reads it at every replay, so one that was captured is never forgotten.
     """
     found = _table(values, dtype, device)
-    if device.type == "cuda" and is_capturing():
+    if is_capturing():
         _IN_GRAPHS.add(found)
     return found
 

@@ -12,11 +12,11 @@ one call replays them.
 
 A graph is bound to what it was captured with, so there is one for each signature: shapes, dtypes,
 values that are no tensors, the mode of the model, autocast, the rows of `adapter_rows`, and the
-memory of every parameter. The
-first two calls with a signature are plain steps, which also compile what is still to compile. The
-third is captured, and from then on the graph is replayed. So nothing is computed twice. Each replay
-draws fresh random numbers, but not those that a plain step would draw: with dropout a run with
-graphs is another sample than one without, and a resumed run another than an unbroken one.
+memory of every parameter. The first two calls with a signature are plain steps, which also compile
+what is still to compile. The third is captured, and from then on the graph is replayed. So nothing
+is computed twice. Each replay draws fresh random numbers, but not those that a plain step would
+draw: with dropout a run with graphs is another sample than one without, and a resumed run another
+than an unbroken one.
 
 What cannot be captured runs as it is, and `reasons` says why.
 """

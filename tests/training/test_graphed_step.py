@@ -6,6 +6,7 @@ captured with, and writes into the memory that the capture left. Tests marked `g
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -21,6 +22,7 @@ from lora_kernels import (
     add_loras,
     graph_trainer,
 )
+from lora_kernels.algebra import packs
 from lora_kernels.training import graphed_step as graphs
 from tests.support import zoo
 from tests.support.oracle import DEVICE
@@ -185,6 +187,15 @@ def test_rows_that_adapter_rows_gives_are_not_captured(monkeypatch):
         adapter_rows(model, {"a": 1, "b": 3}),
     ):
         model(input_ids=ids)
+
+
+def test_a_table_that_a_graph_reads_outlives_the_cache(monkeypatch):
+    monkeypatch.setattr(packs, "is_capturing", lambda: True)
+    kept = weakref.ref(packs.integers((3, 1, 4), torch.device("cpu")))
+    monkeypatch.setattr(packs, "is_capturing", lambda: False)
+    gone = weakref.ref(packs.integers((1, 5, 9), torch.device("cpu")))
+    packs._table.cache_clear()
+    assert gone() is None and kept() is not None
 
 
 @pytest.mark.gpu
