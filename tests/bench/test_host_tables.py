@@ -1,11 +1,11 @@
-"""Tables of times on a CPU are what the result files hold: README's rivals, and the packs."""
+"""Tables of times are what the result files hold: rivals on a CPU, packs, layers in NF4."""
 
 from __future__ import annotations
 
 import itertools
 
 from bench.host import SUBJECTS
-from bench.packs import BATCHES, CASES, RATIOS
+from bench.packs import BATCHES, CASES, GRAPH, RATIOS
 from bench.records import RESULTS, read
 
 from .test_h200_tables import README, table
@@ -55,3 +55,26 @@ def test_packs():
         wanted.append([case, str(batch), str(found[0]["samples"]), *times, *cells])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in wanted)
     assert table("model", KERNELS) == wanted, f"docs/kernels.md should say:\n{lines}"
+
+
+def test_packs_on_an_h200():
+    rows = {(r["batch"], r["provider"]): r for r in read(RESULTS / "nvidia-h200-packs.json")}
+    wanted = []
+    for batch, graph in ((1, ""), (4, ""), (16, ""), (4, GRAPH)):
+        ways = [rows[batch, name + graph] for name in ("packed", "one by one", "peft one by one")]
+        times = [f"{row['median_us'] / 1e3:.0f}" for row in ways]
+        ratios = [f"{ways[0][ratio]:.2f}" for ratio in ("solo_ratio", "peft_ratio")]
+        wanted.append([str(batch), "CUDA graph" if graph else "eager", *times, *ratios])
+    assert table("examples of each adapter", KERNELS) == wanted
+
+
+def test_layers_in_nf4():
+    rows: dict[str, dict] = {}
+    for row in read(RESULTS / "nvidia-h200-quantised.json"):
+        rows.setdefault(f"`{row['case']}`, {row['M']:,}", {})[row["provider"]] = row
+    wanted = {}
+    for name, found in rows.items():
+        times = [f"{found[p]['median_us']:,.0f}" for p in ("floor", "peft", "library", "split")]
+        memory = [f"{found[p]['peak_bytes'] / 1e6:.0f}" for p in ("library", "split")]
+        wanted[name] = [name, *times, ", ".join(memory)]
+    assert {row[0]: row for row in table("layer, tokens", KERNELS)} == wanted
