@@ -25,7 +25,7 @@ from lora_kernels import (
     unfuse_peft,
 )
 from tests.adapters.test_trainer import losses, trainer
-from tests.injection import test_peft_mixed, test_sharded, test_zero
+from tests.injection import test_peft_mixed, test_sharded, test_sharded_packs, test_zero
 from tests.support import processes, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -258,6 +258,15 @@ def sharded(*names: str) -> Callable[[Path], None]:
     return run
 
 
+def adapters_on(*names: str) -> Callable[[Path], None]:
+    """Run by tests/injection/test_sharded_packs.py, which has a row of each name."""
+
+    def run(_: Path) -> None:
+        assert set(names) <= set(test_sharded_packs.ROWS)
+
+    return run
+
+
 def zero(*names: str) -> Callable[[Path], None]:
     """Run by tests/injection/test_zero.py, which has a row of each name."""
 
@@ -353,6 +362,10 @@ ROWS = (
         sharded("fsdp1-peft-late", "fsdp2-peft-late")),
     Row("FSDP, a layer a unit", "layers run one by one, with a warning", ONE,
         sharded("fsdp1-each", "fsdp2-each")),
+    Row("several adapters under DDP, FSDP1, FSDP2",
+        "`add_loras`, or `fuse_peft` and `adapter_names`; then wrap", ONE, adapters_on(
+            "ddp", "ddp-peft", "fsdp1", "fsdp1-peft", "fsdp1-peft-late",
+            "fsdp2", "fsdp2-peft", "fsdp2-peft-late")),
     Row("DeepSpeed's ZeRO-1 and ZeRO-2",
         "`add_lora`, then `deepspeed.initialize`; `fuse_peft` before or after it", ONE,
         zero("zero1", "zero2", "zero2-peft", "zero2-peft-late")),

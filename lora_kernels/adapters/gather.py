@@ -49,6 +49,10 @@ class State:
         """The keys at and below the module at `path`."""
         return [key for key in self._tensors if key.startswith(path + ".")]
 
+    def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors of these keys, under other ones."""
+        return {new: self._tensors[key] for key, new in names.items()}
+
     def __getitem__(self, key: str) -> Tensor:
         """A copy on the CPU, whole; ValueError where only a part of it is here."""
         value = self._tensors.get(key)

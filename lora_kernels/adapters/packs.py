@@ -9,18 +9,21 @@ from torch import nn
 
 from .. import arguments
 from ..injection.inject import packed_layers, refuse_injected, trained_paths
+from ..injection.kept import kept_keys
 from ..injection.packs import (
     Planned,
     adapters_of,
     alone,
     check_configs,
     drawn_seeds,
+    heads_of,
     inject_all,
 )
 from ..injection.report import Report
-from ..injection.wrappers import bare, refuse_sharded
+from ..injection.wrappers import bare, is_sharded, refuse_sharded
 from .files import Adapter
 from .fit import check_fit
+from .gather import State
 from .load_save import config_of, load_adapter, ranks_of, read_adapter, save_adapter
 
 
@@ -28,15 +31,39 @@ def save_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write every adapter of a model of `add_loras` to a directory of its own, `path`/name.
 
     Each is what `save_adapter` writes of a model with that adapter alone, its own head included,
-    so PEFT and `load_adapter` load it. Raises ValueError for a model without adapters.
+    so PEFT and `load_adapter` load it. A sharded model (FSDP) is gathered: all its processes call
+    this, and the first one writes. Raises ValueError for a model without adapters.
 
     >>> save_adapters(model, "runs/grid")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/grid/r8")
     """
     root = arguments.path("path", path)
     with bare(arguments.module("model", model)) as inner:
-        for name in adapters_of(inner).names:
-            save_adapter(alone(inner, name), root / name)
+        ones = {name: alone(inner, name, to_run=False) for name in adapters_of(inner).names}
+        keys = {name: _keys(inner, name, one) for name, one in ones.items()}
+    if not is_sharded(model):
+        for name, one in ones.items():
+            save_adapter(one, root / name)
+        return
+    wanted = {key for own in keys.values() for key in own}
+    state = State(model, None, wanted.__contains__)
+
+    def write() -> None:
+        for name, one in ones.items():
+            save_adapter(one, root / name, state_dict=state.renamed(keys[name]))
+
+    state.on_first(write)
+
+
+def _keys(model: nn.Module, name: str, one: nn.Module) -> dict[str, str]:
+    """Keys of what an adapter's files hold in a packed model -> in `one`, with it alone."""
+    found = {key: key for key in kept_keys(one, trained_paths(one))}
+    for path, layer in packed_layers(model).items():
+        if name in layer.own_settings:
+            found |= {f"{path}.{part}.{name}": f"{path}.{part}" for part in ("lora_A", "lora_B")}
+    for path, head in heads_of(model).items():
+        found |= {f"{path}.{name}.{key}": f"{path}.{key}" for key in head[name].state_dict()}
+    return found
 
 
 def load_adapters(model: nn.Module, path: str | PathLike[str]) -> Report | None:

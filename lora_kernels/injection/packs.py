@@ -277,9 +277,9 @@ def adapters_of(model: nn.Module) -> Adapters:
 def adapter_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     """Inside, a batch holds `rows[name]` examples of each adapter, block after block in this order.
 
-    Adapters that are not named have none: the gradients of their LoRA are zero, those of their
-    heads None. An optimizer with momentum or weight decay still moves a parameter whose gradient is
-    zero. Where a checkpoint recomputes layers, backward belongs inside as well.
+    Adapters that are not named have none, and their gradients are zero. An optimizer with momentum
+    or weight decay still moves a parameter whose gradient is zero. Where a checkpoint recomputes
+    layers, backward belongs inside as well.
 
     Raises ValueError for a name that the model lacks, and at the model's call for rows that do not
     add up to the batch.
@@ -318,30 +318,50 @@ def drop_adapter(model: nn.Module, name: str) -> None:
     del model.lora_configs[name]  # type: ignore[union-attr, operator]
 
 
-def alone(model: nn.Module, name: str) -> nn.Module:
+def alone(model: nn.Module, name: str, *, to_run: bool = True) -> nn.Module:
     """A model with one of the adapters alone, as `add_lora` makes it, of the same parameters.
 
-    Training one of the two trains the other. Raises ValueError for a name that the model lacks.
+    Training one of the two trains the other. What is not `to_run` is only looked at: it is made of
+    sharded modules as well, which cannot be copied. Raises ValueError for a name that the model
+    lacks.
     """
     adapters = adapters_of(model)
     if name not in adapters.names:
         raise ValueError(f"no adapter {name!r}: there are {adapters.names}")
+    config: LoRAConfig = model.lora_configs[name]  # type: ignore[index, assignment, operator]
+    own: dict[int, nn.Module] = {id(m): m.alone(name) for m in packed_layers(model).values()}
+    own |= {id(head): head[name] for head in heads_of(model).values()}
+    if not to_run:
+        one = _outline(model, own)
+        one.lora_config = config  # type: ignore[assignment]
+        return one
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo[id(adapters)] = adapters
-    for layer in packed_layers(model).values():
-        memo[id(layer)] = layer.alone(name)
-    for head in heads_of(model).values():
-        memo[id(head)] = copy.deepcopy(head[name], memo)
+    for key, module in own.items():
+        is_layer = isinstance(module, FusedLoRALinear)
+        memo[key] = module if is_layer else copy.deepcopy(module, memo)
     one = copy.deepcopy(model, memo)
     unhook(one)
     unwatch(one)
     for hooks in (one._forward_pre_hooks, one._forward_hooks):
         for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is adapters]:
             del hooks[key]
-    config: LoRAConfig = model.lora_configs[name]  # type: ignore[index, assignment, operator]
     del one.lora_configs
     one.lora_config = config  # type: ignore[assignment]
     if config.group:
         group_siblings(one)
     remember(one, fused_layers(one), trained_paths(one))
     return one
+
+
+def _outline(module: nn.Module, instead: Mapping[int, nn.Module]) -> nn.Module:
+    """The module tree without copies of what the modules hold, some of them replaced."""
+    if id(module) in instead:
+        return instead[id(module)]
+    outline = object.__new__(type(module))  # `copy` would call FSDP2's class, which builds anew
+    vars(outline).update(vars(module))
+    outline._modules = {
+        name: None if child is None else _outline(child, instead)
+        for name, child in module._modules.items()
+    }
+    return outline

@@ -7,16 +7,18 @@ train so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..algebra.operands import PackWeights, Parts, Settings
 from ..algebra.packs import Pack, table
+from ..autograd.absent import with_zero_gradients
 from ..autograd.packs import SharedStream, packed_linears
 from ..layers.sharded import is_part
 from .peft_state import OFF, Plain, part_reason, plain_adapter, state_reason, tell
@@ -64,6 +66,23 @@ class UntrainableError(ValueError):
         self.layer, self.reason = layer, reason
 
 
+def absent(owners: Iterable[Any], names: tuple[str, ...]) -> list[Tensor]:
+    """The parameters below `owners` (adapter -> module) of adapters without rows in a mixed batch.
+
+    None in a process alone, where an adapter without rows has no gradient. Where processes train
+    together, other ones may have rows of it, and all need the same gradients.
+    """
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not names or not together:
+        return []
+    found: list[Tensor] = []
+    for own in owners:
+        for name, each in own.items():
+            if name not in names:
+                found += each.parameters() if isinstance(each, nn.Module) else [each]
+    return found
+
+
 class MixedLayer:
     """What a fused layer does with the arguments that PEFT's hooks add to a call."""
 
@@ -87,14 +106,19 @@ class MixedLayer:
             self._check_forward_args(x, adapter_names=names)  # type: ignore[attr-defined]
             found = eager(self._packed)(x, names)
             if isinstance(found, Tensor):
-                return found
+                return with_zero_gradients(found, self._absent(names))
             reason = found
             if reason is not None and self.training:
                 raise UntrainableError(self, reason)  # type: ignore[arg-type]
         if reason is not None:
             tell(self, reason)
         y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return y
+        return with_zero_gradients(y, self._absent(tuple(kwargs.get("adapter_names") or ())))
+
+    def _absent(self, names: tuple[str, ...]) -> list[Tensor]:
+        """What shall have a gradient of zero after a mixed batch with these names."""
+        owners = [getattr(self, each) for each in self.adapter_layer_names]  # type: ignore[attr-defined]
+        return absent(owners, names)
 
     def _packed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | str | None:
         """y; a reason why it cannot run fused; None where no row has LoRA in this layer."""
@@ -192,7 +216,7 @@ class MixedHead:
             if name in self.modules_to_save:
                 module = self.modules_to_save[name]
             pieces.append(module(x[first:last], *others, **kwargs))
-        y = torch.cat(pieces)
+        y = with_zero_gradients(torch.cat(pieces), absent([self.modules_to_save], names))
         return (
             y if rows.back is None else y.index_select(0, table(rows.back, torch.int64, y.device))
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import arguments
 from ..algebra.operands import Parts
 from .linear import FusedLoRALinear
 from .sharded import as_asked
@@ -33,11 +34,35 @@ class FusedLoRAEmbedding(FusedLoRALinear):
     replaced hold for the gradient of lora_A. Where the weight is tied to an output layer's, that
     layer keeps the frozen weight: LoRA changes the lookup alone. Raises as `F.embedding` does.
 
+    `FusedLoRAEmbedding(K, N, ...)` draws a weight as `nn.Embedding` does; `from_linear` takes over
+    that of a layer.
+
     >>> layer = FusedLoRAEmbedding.from_linear(model.transformer.wte, rank=8, alpha=16)
     """
 
     padding_idx: int | None
     scale_grad_by_freq: bool
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        rslora: bool = False,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        arguments.integer("num_embeddings", num_embeddings, least=1)
+        arguments.integer("embedding_dim", embedding_dim, least=1)
+        base = nn.Embedding(
+            num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq=scale_grad_by_freq,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self._adopt(base, rank, alpha, 0.0, rslora, "auto", base.weight.dtype, None, START)
 
     @classmethod
     def from_linear(cls, layer: nn.Module, **settings: Any) -> FusedLoRAEmbedding:
@@ -51,11 +76,12 @@ class FusedLoRAEmbedding(FusedLoRALinear):
                 raise ValueError(f"{name}={settings[name]!r} is for linear layers, not embeddings")
         if settings.get("columns") is not None:
             raise ValueError("LoRA on columns is for linear layers, not embeddings")
-        self: FusedLoRAEmbedding = super().from_linear(layer, **settings)  # type: ignore[assignment]
+        return super().from_linear(layer, **settings)  # type: ignore[return-value]
+
+    def _adopt(self, layer: Any, *settings: Any) -> None:
+        super()._adopt(layer, *settings)
         self.conv1d = True  # weight is [K, N], as Conv1D's
-        self.padding_idx = layer.padding_idx  # type: ignore[assignment]
-        self.scale_grad_by_freq = layer.scale_grad_by_freq  # type: ignore[assignment]
-        return self
+        self.padding_idx, self.scale_grad_by_freq = layer.padding_idx, layer.scale_grad_by_freq
 
     @classmethod
     def supports(cls, layer: nn.Module) -> str | None:

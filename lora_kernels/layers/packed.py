@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..algebra.operands import PackWeights, Parts, Settings
 from ..algebra.packs import Pack, is_capturing
+from ..autograd.absent import with_zero_gradients
 from ..autograd.packs import Streams, in_backward, packed_linears
 from .base import plain_layer
 from .linear import FusedLoRALinear
@@ -255,17 +256,19 @@ class PackedLoRALinear(nn.Module):
 
     def alone(self, name: str) -> nn.Module:
         """A layer with this adapter alone, of the same parameters; a plain one without LoRA."""
-        plain = plain_layer(self.base_class, self.weight, self.bias).train(self.training)
+        N, K = self.out_features, self.in_features
+        shape = (K, N) if self.conv1d else (N, K)
+        empty = nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device="meta"))
+        layer: Any = plain_layer(self.base_class, empty, None)  # the weight may be a part of itself
         own = self.own_settings.get(name)
-        if own is None:
-            return plain
-        with torch.random.fork_rng(devices=[]):  # what is drawn is not used
+        if own is not None:
             layer = FusedLoRALinear.from_linear(
-                plain, rank=own.rank, alpha=own.alpha, dropout=own.dropout, rslora=own.rslora,
+                layer, rank=own.rank, alpha=own.alpha, dropout=own.dropout, rslora=own.rslora,
                 strategy=self.strategy, columns=self.columns,
             )  # fmt: skip
-        layer.lora_A, layer.lora_B = self.lora_A[name], self.lora_B[name]
-        return layer
+            layer.lora_A, layer.lora_B = self.lora_A[name], self.lora_B[name]
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer.train(self.training)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: {own.rank}" for name, own in self.own_settings.items())
@@ -295,9 +298,11 @@ class PerAdapter(nn.ModuleDict):
             )
         self.adapters.see(x)
         blocks = zip(self.adapters.order, pairwise(self.adapters.examples), strict=True)
-        pieces = [
-            self[name](x[first:last], *args, **kwargs)
-            for name, (first, last) in blocks
-            if first < last
-        ]
-        return torch.cat(pieces)
+        pieces: list[Tensor] = []
+        absent: list[Tensor] = []
+        for name, (first, last) in blocks:
+            if first < last:
+                pieces.append(self[name](x[first:last], *args, **kwargs))
+            else:
+                absent += self[name].parameters()
+        return with_zero_gradients(torch.cat(pieces), absent)

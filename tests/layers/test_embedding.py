@@ -65,6 +65,31 @@ def adapted(**options) -> FusedLoRAEmbedding:
     return layer.to(DEVICE)
 
 
+def test_a_layer_of_its_own_is_one_made_of_torchs():
+    torch.manual_seed(0)
+    base = nn.Embedding(K, N, PAD, scale_grad_by_freq=True, dtype=torch.bfloat16)
+    expected = FusedLoRAEmbedding.from_linear(base, rank=R, alpha=5, rslora=True)
+    torch.manual_seed(0)
+    layer = FusedLoRAEmbedding(
+        K, N, rank=R, alpha=5, rslora=True, padding_idx=PAD, scale_grad_by_freq=True,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    settings = (
+        "conv1d",
+        "padding_idx",
+        "scale_grad_by_freq",
+        "scale",
+        "in_features",
+        "out_features",
+    )
+    for name in settings:
+        assert getattr(layer, name) == getattr(expected, name), name
+    assert torch.equal(layer(token_ids(0)), expected(token_ids(0)))
+    assert not layer.weight.requires_grad and layer.lora_A.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="num_embeddings must be an integer of at least 1: got 0"):
+        FusedLoRAEmbedding(0, N)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("options, dtype", KINDS.values(), ids=KINDS)
 def test_outputs_and_gradients_are_as_good_as_pefts(options, dtype, autocast):
