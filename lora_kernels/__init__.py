@@ -20,6 +20,7 @@ from .injection.training import disable_adapter, lora_fa, lora_plus
 from .layers.config import LoRAConfig
 from .layers.linear import FusedLoRALinear
 from .strategies.table import STRATEGIES
+from .training.graphed_forward import GraphedForward
 from .training.graphed_step import GraphedStep, graph_trainer
 
 former_names.install()
@@ -28,6 +29,7 @@ __all__ = [
     "STRATEGIES",
     "FusedLoRACallback",
     "FusedLoRALinear",
+    "GraphedForward",
     "GraphedStep",
     "LoRAConfig",
     "Report",

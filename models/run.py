@@ -89,7 +89,7 @@ def run(
         trainer = _trainer(task, attached, tokenizer, rows, scored, arguments, callbacks, seat)
         processes.seed_apart(arguments.seed)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.graphs is not None:
+        if trainer.graphs is not None and (seat is None or seat.alone):
             print(trainer.graphs)
             result["notes"] += str(trainer.graphs).splitlines()
         if seat is not None:

@@ -42,10 +42,10 @@ MAY_IMPORT["cli"] = {"adapters", "tools", "__init__"}  # its version
 IMPORT_TRITON = ("kernels", "tools")
 
 PUBLIC = {
-    "FusedLoRACallback", "FusedLoRALinear", "GraphedStep", "LoRAConfig", "Report", "STRATEGIES",
-    "adapter_rows", "add_lora", "add_loras", "disable_adapter", "drop_adapter", "explain",
-    "fuse_peft", "graph_trainer", "load_adapter", "load_adapters", "lora_fa", "lora_linear",
-    "lora_plus", "merge", "save_adapter", "save_adapters", "unfuse_peft",
+    "FusedLoRACallback", "FusedLoRALinear", "GraphedForward", "GraphedStep", "LoRAConfig", "Report",
+    "STRATEGIES", "adapter_rows", "add_lora", "add_loras", "disable_adapter", "drop_adapter",
+    "explain", "fuse_peft", "graph_trainer", "load_adapter", "load_adapters", "lora_fa",
+    "lora_linear", "lora_plus", "merge", "save_adapter", "save_adapters", "unfuse_peft",
 }  # fmt: skip
 
 MAX_LINES = 400

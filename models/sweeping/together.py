@@ -49,7 +49,7 @@ def packs_of(work: Mapping[Cell, Arguments], together: Together, jobs: int) -> l
         return [[cell] for cell in work]
     groups: dict[str, list[Cell]] = {}
     for cell, arguments in work.items():
-        packs = arguments.method == "lora" and not arguments.graphs
+        packs = arguments.method == "lora"
         alike = {k: v for k, v in arguments.identity().items() if k not in OWN}
         key = json.dumps(alike, sort_keys=True) if packs else cell.name
         groups.setdefault(key, []).append(cell)

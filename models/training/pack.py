@@ -8,7 +8,8 @@ checkpoints and scoring need not know of the others. In a step
              computes its own loss l_c of z_c, and the slope dl_c/dz_c
     pack     z = packed(x_1, ..., x_C), once;  one backward of z with all slopes: d(sum l_c)/d(all)
 
-The rows of the batches stand one below the other, padded to one length.
+The rows of the batches stand one below the other, padded to one length. With `--graphs` the pack's
+forward and backward are CUDA graphs, and what a run does between them is not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_kernels import adapter_rows, add_loras, drop_adapter
+from lora_kernels import GraphedForward, adapter_rows, add_loras, drop_adapter
 from lora_kernels.injection.inject import fused_layers
 from lora_kernels.injection.packs import adapters_of
 from lora_kernels.injection.targets import find_train
@@ -155,6 +157,8 @@ class Seat(TrainerCallback):
         ]
         if self.pack.has_dropout:
             found.append("the base's own dropout draws other masks than in a run alone")
+        if self.pack.graphs is not None:
+            found += str(self.pack.graphs).splitlines()
         if self.diverged:
             found.append(f"it left the others at step {steps}: its loss is no number")
         return found
@@ -194,6 +198,7 @@ class Pack:
         self.base: Any = None
         self.members: dict[str, Seat] = {}
         self.most = 0
+        self.graphs: GraphedForward | None = None
         self._logits: Tensor
         self._rows: dict[str, int] = {}
 
@@ -231,6 +236,8 @@ class Pack:
             why |= dict.fromkeys(found, str(error))
         else:
             self.members, self.most = {seat.name: seat for seat in found}, len(found)
+            if any(seat.trainer.graphs is not None for seat in found):
+                self.graphs = GraphedForward(self.base, self._computed)
         return list(why.values())
 
     def _unlike(self, model: Any) -> str | None:
@@ -271,6 +278,8 @@ class Pack:
         """Take a run out that has ended."""
         if self.members.pop(name, None) is not None and self.members:
             drop_adapter(self.base, name)
+            if self.graphs is not None:  # whose memory is that of other parameters
+                self.graphs.forget()
 
     def forward(self, batches: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """The logits of each run's rows, as leaves: their gradients are for `backward`.
@@ -290,15 +299,25 @@ class Pack:
         self._rows = {name: len(next(iter(inputs.values()))) for name, inputs in batches.items()}
         joint = stack(list(batches.values()), getattr(self.base.config, "pad_token_id", None))
         self.base.train()
-        accelerator = next(iter(self.members.values())).trainer.accelerator
-        with accelerator.autocast(), adapter_rows(self.base, self._rows):
-            self._logits = self.base(**joint).logits
+        with self._whose():
+            computed = self.graphs or partial(self._computed, self.base)
+            self._logits = computed(**joint)
         leaves = {}
         for (name, inputs), part in zip(batches.items(), self._parts(self._logits), strict=True):
             if part.ndim == 3:  # of every token: without those of padding
                 part = part[:, : inputs["input_ids"].shape[1]]
             leaves[name] = part.detach().float().requires_grad_()
         return leaves
+
+    def _computed(self, base: nn.Module, **joint: Tensor) -> Tensor:
+        with next(iter(self.members.values())).trainer.accelerator.autocast():
+            logits: Tensor = base(**joint).logits
+        return logits
+
+    def _whose(self) -> AbstractContextManager[None]:
+        """Inside, the base knows whose rows a batch has; a graph can hold equal blocks of all."""
+        equal = len({*self._rows.values()}) == 1 and [*self._rows] == adapters_of(self.base).names
+        return nullcontext() if equal else adapter_rows(self.base, self._rows)
 
     def _parts(self, tensor: Tensor) -> Sequence[Tensor]:
         return tensor.split(list(self._rows.values()))
@@ -310,19 +329,22 @@ class Pack:
             if name in slopes:  # a run that failed meanwhile has none
                 slope = slopes[name]
                 part[tuple(map(slice, slope.shape))] = slope.to(part.dtype)
-        with adapter_rows(self.base, self._rows):
+        with self._whose():
             self._logits.backward(gradient)  # type: ignore[no-untyped-call]
         del self._logits
 
     def speed(self, batches: int = 3) -> float:
         """Seconds of a step one by one over the pack's: the median over batches of an epoch.
 
-        Only forward and backward are timed. No parameter changes, and no gradient is left.
+        Only forward and backward are timed, both without graphs. No parameter changes, and no
+        gradient is left.
         """
+        graphs, self.graphs = self.graphs, None
         plans = {n: list(_some(seat.trainer, batches)) for n, seat in self.members.items()}
         given = [{name: plan[i] for name, plan in plans.items()} for i in range(batches)]
         ways = (self._solo, self._packed)  # in turns, so that a pause of the machine hits both
-        pairs = ([_seconds(partial(way, each)) for way in ways] for each in given)
+        pairs = [[_seconds(partial(way, each)) for way in ways] for each in given]
+        self.graphs = graphs
         return statistics.median(solo / packed for solo, packed in pairs)
 
     def _packed(self, batches: Mapping[str, Inputs]) -> None:

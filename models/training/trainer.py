@@ -193,7 +193,7 @@ class ExactTrainer(Trainer):
             self._check_steps()
         model.train()
         run: Any = self.graphs or partial(self._forward_backward, model)
-        if self.seat is not None:
+        if self.seat is not None and not self.seat.alone:
             run = partial(self.seat.step, self._forward_backward, model)
         accumulated = self.current_gradient_accumulation_steps
         loss, logits = run(dict(inputs), *args, accumulated=accumulated, **kwargs)

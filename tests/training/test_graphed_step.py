@@ -1,7 +1,6 @@
 """`GraphedStep`: what is captured, what replayed, what runs as it is; and no number differs.
 
-Here a recorder stands in for a CUDA graph: a replay runs the step again on the tensors that it was
-captured with, and writes into the memory that the capture left. Tests marked `gpu` capture.
+Here a recorder stands in for a CUDA graph (`support.graphs`). Tests marked `gpu` capture.
 """
 
 from __future__ import annotations
@@ -23,72 +22,11 @@ from lora_kernels import (
     graph_trainer,
 )
 from lora_kernels.algebra import packs
-from lora_kernels.training import graphed_step as graphs
+from lora_kernels.training.graphed_step import loss_and_backward
 from tests.support import zoo
 from tests.support.oracle import DEVICE
 
 REAL = torch.cuda.is_available()
-
-
-class Recorder:
-    """A graph that is no graph: its memory is that of the capture."""
-
-    def __init__(self):
-        self.captures = self.replays = 0
-        self.capturing = False
-        self.step = None
-
-    def captured(self, run, *, warm_up, pool):
-        assert warm_up == 0 and pool is not None
-        parameters = list(self.step().model.parameters())
-        self.captures += 1
-        state, self.capturing = torch.get_rng_state(), True
-        try:
-            run()
-        finally:
-            self.capturing = False
-        torch.set_rng_state(state)  # a capture computes nothing
-        memory = self._memory(run, parameters)
-
-        def replay():
-            self.replays += 1
-            before = [p.grad for p in parameters]
-            for p in parameters:
-                p.grad = None
-            run()
-            for old, new in zip(memory, self._memory(run, parameters), strict=True):
-                if old is not None:
-                    old.data.copy_(new)
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
-
-        return replay
-
-    def _memory(self, run, parameters):
-        outputs = next(
-            c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, list)
-        )
-        found = []
-        graphs._taken_apart(outputs[0], found)
-        return [*found, *[p.grad for p in parameters]]
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    if REAL:
-        pytest.skip("there is a real GPU")
-    found = Recorder()
-    monkeypatch.setattr(graphs, "captured", found.captured)
-    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    before = GraphedStep.__init__
-
-    def made(self, *args, **kwargs):
-        before(self, *args, **kwargs)
-        found.step = lambda: self
-
-    monkeypatch.setattr(GraphedStep, "__init__", made)
-    return found
 
 
 def base(dropout):
@@ -130,7 +68,7 @@ def trained(step_of, count=14, every=1, dropout=0.1):
 
 
 def plainly(model):
-    return lambda **batch: graphs.loss_and_backward(model, **batch)
+    return lambda **batch: loss_and_backward(model, **batch)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -170,7 +108,7 @@ def test_rows_that_adapter_rows_gives_are_of_a_signature(recorder):
         inside = adapter_rows(model, rows) if rows else nullcontext()
         with inside, adapter_rows(plain, rows) if rows else nullcontext():
             batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0], device=DEVICE)}
-            found, wanted = step(**batch), graphs.loss_and_backward(plain, **batch)
+            found, wanted = step(**batch), loss_and_backward(plain, **batch)
         torch.testing.assert_close(found, wanted)
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             if q.grad is not None:
@@ -244,7 +182,7 @@ def test_what_cannot_be_captured_runs_as_it_is(recorder):
     model = classifier()
 
     def reads(model, **batch):
-        loss = graphs.loss_and_backward(model, **batch)
+        loss = loss_and_backward(model, **batch)
         if recorder.capturing:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return loss
@@ -293,7 +231,7 @@ def test_graphs_are_limited(recorder):
 
 def test_results_and_gradients_are_nobody_elses_memory(recorder):
     model = classifier()
-    step = GraphedStep(model, lambda model, batch: (graphs.loss_and_backward(model, **batch), 3))
+    step = GraphedStep(model, lambda model, batch: (loss_and_backward(model, **batch), 3))
     kept = []
     for batch in batches(6, lengths=(8,)):
         model.zero_grad()
