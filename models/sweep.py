@@ -7,6 +7,7 @@ the rest, wherever it was cut off. `python -m models.report` makes the tables.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="after 1, 2, 4, ... epochs of cells that train "
         "together, stop the half with the lower validation scores",
     )
+    add("--graphs", action="store_true", help="on a GPU, replay steps from CUDA graphs")
     add("--only", nargs="+", default=[], metavar="AXIS=LABEL", help="cells with these labels")
     add("--retry", action="store_true", help="run cells again that have failed")
     add("--ray", metavar="ADDRESS", help="run the cells on a Ray cluster with these directories")
@@ -133,6 +135,8 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     for cell in cells:
         try:
             work[cell] = arguments_of(cell, options.runs, options.data_dir)
+            if options.graphs:
+                work[cell] = dataclasses.replace(work[cell], graphs=True)
             states[cell] = state_of(work[cell])
         except (ValueError, OSError) as error:
             states[cell] = State("failed", " ".join(str(error).split()))

@@ -65,7 +65,10 @@ def arguments_of(cell: Cell, runs: Path, data_dir: Path | None) -> Arguments:
 
 
 def state_of(arguments: Arguments) -> State:
-    """What the run directory says of a cell, without reading rows or model."""
+    """What the run directory says of a cell, without reading rows or model.
+
+    A cell is done with graphs or without: they are how it ran, not what.
+    """
     from ..record.run_directory import RESULT, noted_flags, read_json
 
     directory = arguments.directory()
@@ -74,7 +77,7 @@ def state_of(arguments: Arguments) -> State:
         changed = [
             f"{name} {before.get(name)!r} -> {value!r}"
             for name, value in arguments.identity().items()
-            if name not in DIGESTS and before.get(name) != value
+            if name not in (*DIGESTS, "graphs") and before.get(name) != value
         ]
         if changed:
             return State(

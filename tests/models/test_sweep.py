@@ -248,6 +248,16 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_the_cell(run, recipe, 
     assert state.name == "failed" and "weight_decay 0.0 -> 0.5" in state.why
 
 
+def test_cells_with_graphs_are_the_same_cells(run, recipe, tmp_path):
+    assert run("--graphs", "--only", "method=r=2")[0] == 0
+    cell = next(recipe.cells())
+    result = json.loads((cell.directory(tmp_path / "runs") / RESULT).read_text())
+    assert result["arguments"]["graphs"] is True
+    assert any("CUDA graphs" in note for note in result["notes"])
+    code, printed = run("--only", "method=r=2")
+    assert code == 0 and "1 of 1 cells are done already" in printed
+
+
 def test_a_run_of_a_version_without_a_flag_is_still_done(run, recipe, tmp_path):
     run("--only", "method=r=2")
     cell = next(recipe.cells())
