@@ -17,7 +17,7 @@ from ..algebra import masks
 from ..algebra.operands import Operands, Settings, Wanted, rank_dtype
 from ..strategies.library import add_low_rank, library_backward
 from .autocast import without_autocast
-from .function import as_rows
+from .function import as_rows, refuse_second_derivative
 
 
 def add_lora_to(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: Settings) -> Tensor:
@@ -60,10 +60,7 @@ class _Addition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a LoRA layer has no second derivative: call backward without create_graph=True"
-            )
+        refuse_second_derivative()
         (dy,) = gradients
         x, h, mask, lora_A, lora_B = ctx.saved_tensors
         operands = Operands((), (), (lora_A,), (lora_B,))

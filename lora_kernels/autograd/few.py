@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..algebra.operands import Operands, Settings
 from ..algebra.packs import Pack, first_of
 from ..strategies import problem
-from .function import as_rows
+from .function import as_rows, refuse_second_derivative
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -115,13 +115,5 @@ def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -
 def _result(y: Tensor, x: Tensor) -> Tensor:
     """y [M, N] in the shape of x [..., K]."""
     if y.requires_grad and not torch.compiler.is_compiling():
-        y.register_hook(_once)
+        y.register_hook(lambda dy: refuse_second_derivative())
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])
-
-
-def _once(dy: Tensor) -> None:
-    """Refuses a second derivative, as every other strategy has to."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "lora_linear has no second derivative: call backward without create_graph=True"
-        )

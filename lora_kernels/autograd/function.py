@@ -56,16 +56,23 @@ class LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            # once_differentiable would raise only where a second backward passes through this
-            # node; a Hessian that does not find its way here would come out as zero.
-            raise RuntimeError(
-                "lora_linear has no second derivative: call backward without create_graph=True"
-            )
+        refuse_second_derivative()
         if autocast_dtype(dy[0].device) is None:
             return _gradients(ctx, *dy)
         with without_autocast(dy[0].device):  # dtypes are as forward left them
             return _gradients(ctx, *dy)
+
+
+def refuse_second_derivative() -> None:
+    """In a backward: raise RuntimeError if it is to be differentiated itself.
+
+    once_differentiable would raise only where a second backward passes through its node; a Hessian
+    that does not find its way there would come out as zero.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a LoRA layer has no second derivative: call backward without create_graph=True"
+        )
 
 
 def transform_stack() -> Callable[[], object] | None:

@@ -21,7 +21,7 @@ from ..hardware.tiles import Tiles
 from ..strategies.library import frozen_gradients
 from ..strategies.table import Strategy
 from .autocast import without_autocast
-from .function import Call, as_rows, refuse_transforms
+from .function import Call, as_rows, refuse_second_derivative, refuse_transforms
 
 # The NF4 of a packed weight. It is asked again in backward, so that an absmax which is quantised
 # itself, as bitsandbytes' double quantisation has it, is never kept in float32.
@@ -73,10 +73,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a LoRA layer has no second derivative: call backward without create_graph=True"
-            )
+        refuse_second_derivative()
         (dy,) = gradients
         x, h, mask, packed, lora_A, lora_B = ctx.saved_tensors
         settings, _, strategy, tiles, *_ = ctx.call

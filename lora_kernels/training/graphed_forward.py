@@ -104,6 +104,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a graph has no second derivative: leave out create_graph=True")
         owner, graph = ctx.owner, ctx.graph
         if ctx.call is not owner.latest:
             raise RuntimeError(

@@ -90,6 +90,8 @@ def test_a_backward_whose_memory_is_gone_is_refused(recorder):
     first, second = forward(input_ids=ids[2]), forward(input_ids=ids[3])
     with pytest.raises(RuntimeError, match="another call of GraphedForward has taken the memory"):
         first.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        second.sum().backward(create_graph=True)
     second.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="or it is a second one"):
         second.sum().backward()
