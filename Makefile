@@ -59,9 +59,10 @@ pytest: $(VENV)/.installed-all ## the tests alone (ARGS='-k name')
 coverage: $(VENV)/.installed-all ## the tests again, with the share of lines that they run (COVERED=tests/layers)
 	$(call run_pytest,--cov --cov-report=term:skip-covered $(COVERED))
 
+# The tests marked nightly compile every kernel for every card and dtype, as compile-gate does.
 nightly: $(VENV)/.installed-all ## what is too long for make test: tests marked nightly, all compiled kernels
 	$(call run_pytest,-m nightly)
-	$(MAKE) run-compiled compile-gate releases
+	$(MAKE) run-compiled releases
 
 compile-gate: $(VENV)/.installed-all ## compile every kernel for every card; fail on a spill or too much shared memory
 	env -u TRITON_INTERPRET $(RUN) -m lora_kernels.cli compile-report

@@ -8,15 +8,16 @@ memory, and with few tokens there is none to save: x has at most `problem.FEW` e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..algebra.operands import Operands, Settings
 from ..algebra.packs import Pack, first_of
 from ..strategies import problem
-from .function import as_rows, refuse_second_derivative
+from .function import TRANSFORMS, as_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -50,6 +51,50 @@ def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> 
     )  # fmt: skip
 
 
+def few_layer(x: Any, layer: Any) -> Tensor | None:
+    """y of a `FusedLoRALinear` by the shortest way, for a call that `takes` and `check` would pass.
+
+    None for any other call. What they ask a tensor, and how a call travels to them, costs as much
+    as a third of the operators.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        return None
+    if layer.group is not None or x.numel() > problem.FEW:
+        return None
+    own, K, dtype = layer._parameters.get, layer.in_features, x.dtype
+    weight, bias, lora_A, lora_B = own("weight"), own("bias"), own("lora_A"), own("lora_B")
+    if (
+        not layer.is_plain
+        or layer.strategy != "auto"
+        or dtype not in _DTYPES
+        or not type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
+        or not dtype is weight.dtype is lora_A.dtype is lora_B.dtype
+        or not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu)
+        or weight.requires_grad
+        or x.shape[-1:] != (K,)
+        or weight.shape != (layer.out_features, K)
+        or lora_A.shape != (layer.rank, K)
+        or lora_B.shape != (layer.out_features, layer.rank)
+        or TRANSFORMS is None
+        or TRANSFORMS() is not None
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    dropout = layer.dropout if layer.training else 0.0
+    if not 0 <= dropout < 1 or (
+        bias is not None
+        and (
+            bias.dtype is not dtype
+            or bias.requires_grad
+            or bias.shape != weight.shape[:1]
+            or not bias.is_cpu
+        )
+    ):
+        return None
+    return _result(_one(as_rows(x), weight, bias, lora_A, lora_B, layer.scale, dropout), x)
+
+
 def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
     """The adapters of few tokens, or without LoRA in this layer, and those of many tokens."""
     parts: tuple[list[int], list[int]] = [], []
@@ -61,12 +106,17 @@ def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
 def few_linears(x: Tensor, operands: Operands, settings: Settings) -> tuple[Tensor, ...]:
     """y [..., N] of each layer that reads x [..., K]."""
     rows, scale, dropout = as_rows(x), settings.scale, settings.dropout
-    ys = []
-    for weight, bias, lora_A, lora_B in zip(*operands):  # noqa: B905 (as many of each)
-        own = F.dropout(rows, dropout) if dropout else rows
-        y = _added(F.linear(rows, weight, bias), own, lora_A, lora_B, scale)
-        ys.append(_result(y, x))
-    return tuple(ys)
+    layers = zip(*operands)  # noqa: B905 (as many of each)
+    return tuple([_result(_one(rows, *layer, scale, dropout), x) for layer in layers])
+
+
+def _one(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """y [M, N] of one layer that reads x [M, K]."""
+    own = F.dropout(x, dropout) if dropout else x
+    return _added(F.linear(x, weight, bias), own, lora_A, lora_B, scale)
 
 
 def few_packed(
@@ -106,14 +156,12 @@ def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -
     """
     if lora_A.dtype is not x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    added = F.linear(F.linear(x, lora_A), lora_B)
+    h = F.linear(x, lora_A)
     if torch.compiler.is_compiling():  # Inductor of torch 2.13 drops the alpha of such a sum
-        return y + scale * added
-    return y.add(added, alpha=scale)
+        return y + scale * F.linear(h, lora_B)
+    return torch.addmm(y, h, lora_B.t(), alpha=scale)
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:
     """y [M, N] in the shape of x [..., K]."""
-    if y.requires_grad and not torch.compiler.is_compiling():
-        y.register_hook(lambda dy: refuse_second_derivative())
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])

@@ -13,6 +13,7 @@ from .. import arguments
 from ..algebra.columns import Range, Ranges, check_columns, unfold, widths
 from ..algebra.operands import Parts, Settings, Weights
 from ..autograd.autocast import without_autocast
+from ..autograd.few import few_layer
 from ..autograd.functional import lora_layer
 from .base import features_of, is_conv1d, plain_layer, why_not_plain
 from .config import check_settings
@@ -200,6 +201,8 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
+        if (y := few_layer(x, self)) is not None:
+            return y
         parts = self.parts()
         if parts is None:
             return self._plain(x)
@@ -260,6 +263,18 @@ class FusedLoRALinear(nn.Module):
         """The names of the parameters that LoRA adds."""
         magnitude = ("lora_magnitude",) if self.has_magnitude else ()
         return ("lora_A", "lora_B", *magnitude, *(("lora_bias",) if self.has_lora_bias else ()))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer computes the equation above, with none of what else it can be."""
+        return not (
+            self.conv1d
+            or self.disabled
+            or self.has_magnitude
+            or self.has_lora_bias
+            or self.columns is not None
+            or self._unmerged is not None
+        )
 
     @property
     def merged(self) -> bool:

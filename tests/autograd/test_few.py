@@ -14,6 +14,7 @@ from lora_kernels.algebra.operands import Operands, Settings, Weights
 from lora_kernels.algebra.packs import Pack
 from lora_kernels.autograd import few
 from lora_kernels.autograd.functional import lora_linears
+from lora_kernels.layers import linear
 from lora_kernels.strategies.problem import FEW
 
 
@@ -95,11 +96,65 @@ def test_autocast_gives_what_peft_would():
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)], ids=str)
-def test_a_second_derivative_is_refused(shape):
+def test_a_second_derivative_is_that_of_the_formula(shape):
     x, weight, lora_A, lora_B, _ = tensors(*shape)
-    y = lora_linear(x, weight, lora_A, lora_B)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
+    F, leaves = nn.functional.linear, (x, lora_A, lora_B)
+    found = []
+    for y in (
+        lora_linear(x, weight, lora_A, lora_B, scale=0.5),
+        F(x, weight) + 0.5 * F(F(x, lora_A), lora_B),
+    ):
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    assert all(g.abs().sum() > 0 for g in found[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,)], ids=str)
+def test_the_short_way_of_a_layer_is_the_long_one(shape, dropout, monkeypatch):
+    layer = FusedLoRALinear(8, 12, rank=3, alpha=6, dropout=dropout)
+    nn.init.normal_(layer.lora_B)
+    x, found = torch.randn(shape), []
+    assert few.few_layer(x, layer) is not None
+    for way in (few.few_layer, lambda *_: None):
+        monkeypatch.setattr(linear, "few_layer", way)
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        grads = torch.autograd.grad(y.square().sum(), (leaf, layer.lora_A, layer.lora_B))
+        found.append((y.detach(), *grads))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.merge(),
+        lambda layer: setattr(layer, "strategy", "library"),
+        lambda layer: setattr(layer, "disabled", True),
+        lambda layer: layer.weight.requires_grad_(),
+        lambda layer: layer.bias.requires_grad_(),
+        lambda layer: layer.double(),
+        lambda layer: setattr(layer.lora_A, "data", torch.randn(2, 8)),
+        lambda layer: setattr(layer.lora_B, "data", torch.randn(1, 3)),
+        lambda layer: setattr(layer.weight, "data", torch.randn(1, 8)),
+        lambda layer: setattr(layer.bias, "data", torch.randn(1)),
+        lambda layer: setattr(layer, "dropout", 1.0),
+    ],
+    ids=["merged", "strategy", "disabled", "weight-trains", "bias-trains", "float64", "lora_A",
+         "lora_B", "weight", "bias", "dropout"],
+)  # fmt: skip
+def test_the_short_way_is_for_common_calls(change):
+    layer = FusedLoRALinear(8, 12, rank=3)
+    x = torch.randn(4, 8)
+    assert few.few_layer(x, layer) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few.few_layer(x, layer) is None
+    for other in (torch.randn(4, 9), x.int(), nn.Parameter(x), x.tolist(), torch.randn(FEW, 8)):
+        assert few.few_layer(other, layer) is None
+    change(layer)
+    assert few.few_layer(x, layer) is None
 
 
 def test_explain_says_so():
