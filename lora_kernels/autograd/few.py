@@ -20,27 +20,32 @@ from ..strategies import problem
 from .function import TRANSFORMS, as_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CAST = (torch.float32, torch.bfloat16)  # what autocast makes bfloat16 of, and we take
 
 
-def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> bool:
-    """Whether a call is one for this file: `auto` on a CPU, of few tokens and plain dtypes.
+def is_few(x: Tensor, settings: Settings) -> bool:
+    """Whether `auto` has few tokens on a CPU here; in a pack, each adapter.
 
-    In a pack each adapter has few tokens. Adapters of another dtype than x pass where autocast
-    casts them, as it casts eager code's.
+    Siblings then run one by one: to read x once saves nothing, and a frozen weight that was just
+    cast is still in the cache for its own product.
     """
+    if settings.strategy != "auto" or settings.columns is not None or x.device.type != "cpu":
+        return False
     pack = settings.pack
     few = x.numel() <= problem.FEW if pack is None else not few_and_many(pack, x.shape[-1])[1]
     if torch.compiler.is_compiling():  # asked so, a dynamic shape gets no guard: it has many tokens
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        few = statically_known_true(few)
-    if (
-        not few
-        or settings.strategy != "auto"
-        or settings.columns is not None
-        or x.device.type != "cpu"
-        or x.dtype not in _DTYPES
-    ):
+        return statically_known_true(few)
+    return few
+
+
+def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> bool:
+    """Whether a call is one for this file: of few tokens, and of plain dtypes.
+
+    Adapters of another dtype than x pass where autocast casts them, as it casts eager code's.
+    """
+    if not is_few(x, settings) or x.dtype not in _DTYPES:
         return False
     if autocast:
         return True
@@ -59,39 +64,41 @@ def few_layer(x: Any, layer: Any) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
-    if layer.group is not None or x.numel() > problem.FEW:
+    if x.numel() > problem.FEW or layer.strategy != "auto" or not layer.is_plain:
         return None
-    own, K, dtype = layer._parameters.get, layer.in_features, x.dtype
+    own, K, N = layer._parameters.get, layer.in_features, layer.out_features
     weight, bias, lora_A, lora_B = own("weight"), own("bias"), own("lora_A"), own("lora_B")
+    dropout = layer.dropout if layer.training else 0.0
     if (
-        not layer.is_plain
-        or layer.strategy != "auto"
-        or dtype not in _DTYPES
-        or not type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
-        or not dtype is weight.dtype is lora_A.dtype is lora_B.dtype
+        not type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
         or not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu)
         or weight.requires_grad
         or x.shape[-1:] != (K,)
-        or weight.shape != (layer.out_features, K)
+        or weight.shape != ((K, N) if layer.conv1d else (N, K))
         or lora_A.shape != (layer.rank, K)
-        or lora_B.shape != (layer.out_features, layer.rank)
+        or lora_B.shape != (N, layer.rank)
+        or not 0 <= dropout < 1
         or TRANSFORMS is None
         or TRANSFORMS() is not None
         or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
     ):
         return None
-    dropout = layer.dropout if layer.training else 0.0
-    if not 0 <= dropout < 1 or (
-        bias is not None
-        and (
-            bias.dtype is not dtype
-            or bias.requires_grad
-            or bias.shape != weight.shape[:1]
-            or not bias.is_cpu
-        )
+    if bias is not None and (bias.requires_grad or bias.shape != (N,) or not bias.is_cpu):
+        return None
+    half, dtype = torch.is_autocast_enabled("cpu"), weight.dtype
+    if half:
+        dtype = torch.get_autocast_dtype("cpu")
+        if dtype is not torch.bfloat16 or x.dtype not in _CAST or weight.dtype not in _CAST:
+            return None
+        x, weight = x.to(dtype), weight.to(dtype)
+    elif (
+        not x.dtype is dtype is lora_A.dtype is lora_B.dtype
+        or dtype not in _DTYPES
+        or not (bias is None or bias.dtype is dtype)
     ):
         return None
+    if layer.conv1d:
+        weight = weight.t()
     return _result(_one(as_rows(x), weight, bias, lora_A, lora_B, layer.scale, dropout), x)
 
 

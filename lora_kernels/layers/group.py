@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..algebra.operands import PackWeights, Parts, Weights
 from ..autograd.autocast import autocast_dtype
+from ..autograd.few import is_few
 from ..autograd.functional import lora_linears
 from ..autograd.packs import packed_linears
 from ..strategies.problem import Problem
@@ -83,13 +84,17 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
     `dtype` is that of the activations (default: the weight's). Raises ValueError if the layer runs
     unfused.
     """
-    alone = layer.group is None or layer.group.apart
-    members = [layer] if alone else layer.group.members  # type: ignore[union-attr]
-    found = [member for member in members if member.own() is not None]
     own = layer.own()
     if own is None:
         raise ValueError("a layer that runs unfused asks for no strategy")
     weight, settings = own.weights.weight, own.settings
+    x = weight.new_empty(()).expand(M, layer.in_features)
+    few = settings.pack is None and is_few(
+        x, settings
+    )  # how a pack's rows are divided is not known
+    alone = layer.group is None or layer.group.apart or few
+    members = [layer] if alone else layer.group.members  # type: ignore[union-attr]
+    found = [member for member in members if member.own() is not None]
     now = layer.parts()
     return Problem.on(
         weight.device, M, max(each.out_features for each in found), layer.in_features,
@@ -152,13 +157,13 @@ class Group:
         self._waiting, self._fresh = None, True
 
     def output(self, layer: LoRALayer, x: Tensor, own: Parts, *asked: Any) -> Tensor | None:
-        """y of one member, whose parts for x are `own`; None if it must be computed alone.
+        """y of one member, whose parts for x are `own`; None if it is to be computed alone.
 
         `asked` is what the call asks of every member: its `parts` get it.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and x.is_inference():
-            return None  # an in-place change of x could not be seen
+        if not compiling and (x.is_inference() or is_few(x, own.settings)):
+            return None  # in inference mode an in-place change of x could not be seen
         version = 0 if compiling else x._version  # a graph cannot compare versions
         call = version, torch.is_grad_enabled(), autocast_dtype(x.device)
         waiting = self._waiting

@@ -266,10 +266,9 @@ class FusedLoRALinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layer computes the equation above, with none of what else it can be."""
+        """Whether the layer now computes the equation above, with none of what else it can."""
         return not (
-            self.conv1d
-            or self.disabled
+            self.disabled
             or self.has_magnitude
             or self.has_lora_bias
             or self.columns is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import FusedLoRALinear, explain, lora_linear
 from lora_kernels.algebra.operands import Operands, Settings, Weights
@@ -15,6 +16,7 @@ from lora_kernels.algebra.packs import Pack
 from lora_kernels.autograd import few
 from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.layers import linear
+from lora_kernels.layers.group import Group, problem_of
 from lora_kernels.strategies.problem import FEW
 
 
@@ -112,16 +114,22 @@ def test_a_second_derivative_is_that_of_the_formula(shape):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,)], ids=str)
-def test_the_short_way_of_a_layer_is_the_long_one(shape, dropout, monkeypatch):
-    layer = FusedLoRALinear(8, 12, rank=3, alpha=6, dropout=dropout)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_the_short_way_of_a_layer_is_the_long_one(shape, dropout, conv1d, autocast, monkeypatch):
+    base = Conv1D(12, 8) if conv1d else nn.Linear(8, 12)
+    layer = FusedLoRALinear.from_linear(base, rank=3, alpha=6, dropout=dropout)
     nn.init.normal_(layer.lora_B)
     x, found = torch.randn(shape), []
-    assert few.few_layer(x, layer) is not None
     for way in (few.few_layer, lambda *_: None):
         monkeypatch.setattr(linear, "few_layer", way)
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
-        y = layer(leaf)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert (way(leaf, layer) is None) == bool(found)
+            torch.manual_seed(3)
+            y = layer(leaf)
+        assert y.dtype is (torch.bfloat16 if autocast else torch.float32)
         grads = torch.autograd.grad(y.square().sum(), (leaf, layer.lora_A, layer.lora_B))
         found.append((y.detach(), *grads))
     assert all(map(torch.equal, *found))
@@ -149,12 +157,25 @@ def test_the_short_way_is_for_common_calls(change):
     layer = FusedLoRALinear(8, 12, rank=3)
     x = torch.randn(4, 8)
     assert few.few_layer(x, layer) is not None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert few.few_layer(x, layer) is None
     for other in (torch.randn(4, 9), x.int(), nn.Parameter(x), x.tolist(), torch.randn(FEW, 8)):
         assert few.few_layer(other, layer) is None
     change(layer)
     assert few.few_layer(x, layer) is None
+
+
+@pytest.mark.parametrize("strategy", ["auto", "library"])
+def test_siblings_of_few_tokens_run_one_by_one(strategy):
+    query, *others = [FusedLoRALinear(8, 8, rank=3, strategy=strategy) for _ in range(3)]
+    group = query.group = Group([query, *others])
+    x, y = torch.randn(5, 8), torch.randn(FEW // 8 + 1, 8)
+    query(x)
+    assert (group._waiting is None) == (strategy == "auto")
+    assert problem_of(query, len(x)).segments == (1 if strategy == "auto" else 3)
+    group.parent_called()
+    query(y)
+    assert group._waiting is not None and problem_of(query, len(y)).segments == 3
 
 
 def test_explain_says_so():

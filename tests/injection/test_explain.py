@@ -95,6 +95,7 @@ def test_layers_with_one_answer_share_a_line():
     assert alone == "FusedLoRALinear"
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_a_group_is_one_problem_of_so_many_layers():
     found = answers(explain(roberta(targets=("query", "key", "value"))))
     assert {problem.segments for problem, _ in found.values()} == {3} and len(found) == 6
@@ -151,6 +152,7 @@ def test_what_is_explained_is_what_runs():
         assert y.grad_fn.call.tiles == choice.tiles
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_a_peft_model_that_was_fused():
     model = peft_model(lora_dropout=0.1, r=5).train()
     fuse_peft(model)
