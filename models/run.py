@@ -40,8 +40,8 @@ from .record.result import (
 )
 from .training import processes
 from .training.generation import write_held_out
-from .training.pack import Seat
 from .training.progress import SaveEvery
+from .training.seat import Seat
 from .training.trainer import ExactTrainer
 
 

@@ -22,7 +22,7 @@ from .arguments import DIGESTS, Arguments, words_of
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from .training.pack import Seat
+    from .training.seat import Seat
 
 # What takes seconds to import is imported where it is used, so that `--help` answers at once.
 

@@ -64,6 +64,8 @@ def few_layer(x: Any, layer: Any) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
+    if torch.jit.is_tracing():  # in which x.numel() is a tensor
+        return None
     if x.numel() > problem.FEW or layer.strategy != "auto" or not layer.is_plain:
         return None
     own, K, N = layer._parameters.get, layer.in_features, layer.out_features
@@ -80,7 +82,6 @@ def few_layer(x: Any, layer: Any) -> Tensor | None:
         or not 0 <= dropout < 1
         or TRANSFORMS is None
         or TRANSFORMS() is not None
-        or torch.jit.is_tracing()
     ):
         return None
     if bias is not None and (bias.requires_grad or bias.shape != (N,) or not bias.is_cpu):

@@ -19,7 +19,7 @@ from ..recipes.recipe import Cell
 from .bases import CLEAN, TINY, clean_sms, tiny_model
 
 if TYPE_CHECKING:
-    from ..training.pack import Seat
+    from ..training.seat import Seat
 
 ERROR, STOPPED, LOG = "error.json", "stopped.json", "log.txt"
 BASES, DATA = "bases", "data"  # below the runs: what `bases` makes
@@ -108,7 +108,7 @@ def run_cell(arguments: Arguments, threads: int | None = None, seat: Seat | None
 
     from ..record.run_directory import write_json
     from ..train import train
-    from ..training.pack import StoppedError
+    from ..training.seat import StoppedError
     from .estimate import check_fits
 
     if threads is not None:

@@ -25,7 +25,7 @@ from .cells import State, run_cell
 from .estimate import estimate, memory_here
 
 if TYPE_CHECKING:
-    from ..training.pack import Seat
+    from ..training.seat import Seat
 
 # What cells of one pack may differ in.
 OWN = (
@@ -139,7 +139,8 @@ class Turns:
         threads: int | None,
         halving: bool,
     ) -> None:
-        from ..training.pack import Pack, Seat
+        from ..training.pack import Pack
+        from ..training.seat import Seat
 
         self.runs, self.tell, self.threads = runs, tell, threads
         self.pack = Pack()
@@ -182,7 +183,7 @@ class Turns:
 
     def batches(self) -> dict[Seat, Any]:
         """The batches that cells wait with."""
-        from ..training.pack import Batch
+        from ..training.seat import Batch
 
         return {seat: each for seat, each in self.asked.items() if isinstance(each, Batch)}
 
@@ -190,7 +191,7 @@ class Turns:
         """One forward and backward for all. An error, such as a full memory, goes to every cell."""
         import torch
 
-        from ..training.pack import Slope
+        from ..training.seat import Slope
 
         began = time.perf_counter()
         try:
@@ -220,7 +221,7 @@ class Turns:
         After 1, 2, 4, ... epochs a half, a quarter, ... of the cells that there were at first go
         on. The rule counts those that are left, so that a sweep that goes on stops none twice.
         """
-        from ..training.pack import StoppedError
+        from ..training.seat import StoppedError
 
         epochs = min(each.epochs for each in self.asked.values())
         here = [seat for seat, each in self.asked.items() if each.epochs == epochs]

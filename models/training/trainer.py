@@ -32,7 +32,7 @@ from .meter import Meter
 from .progress import Progress, clean
 
 if TYPE_CHECKING:
-    from .pack import Seat
+    from .seat import Seat
 
 _POOL = 50  # batches among which examples are sorted by length
 

@@ -15,6 +15,7 @@ from lora_kernels.autograd.packs import packed_linears
 from tests.support.oracle import Case, inputs
 
 
+@pytest.mark.usefixtures("many_tokens")  # few have torch's own derivatives: test_few.py
 def test_a_second_derivative_is_refused():
     given = inputs(Case(M=5, N=4, K=6, R=2), torch.float64)
     y = lora_linear(given.x, given.weight, given.lora_A, given.lora_B)

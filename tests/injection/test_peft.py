@@ -106,6 +106,7 @@ def test_unfuse_restores_peft_to_the_bit(fused_calls):
     assert [set(vars(module)) for module in model.modules()] == instance_state
 
 
+@pytest.mark.usefixtures("many_tokens")
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_several_plain_adapters_run_as_one_of_their_ranks(late, fused_calls):
     model = with_adapters()

@@ -29,7 +29,8 @@ from models.sweeping.cells import STOPPED, State, state_of
 from models.sweeping.estimate import estimate
 from models.sweeping.together import Together, most_that_fit, packs_of, run_together
 from models.train import train
-from models.training.pack import Pack, Seat, stack
+from models.training.pack import Pack, stack
+from models.training.seat import Seat
 from models.training.strand import Strand
 from tests.support.tiny_run import read_csv
 

@@ -214,6 +214,8 @@ def judge_models(model: nn.Module, eager: nn.Module, batches: int = 4) -> None:
         error, eager_error = (actual.double() - exact).abs(), (yardstick.double() - exact).abs()
         rms, eager_rms = (e.square().mean().sqrt().item() for e in (error, eager_error))
         assert rms <= allowance * eager_rms, f"{name}: RMS error {rms:.3e}, eager {eager_rms:.3e}"
+        if exact.abs().max() <= eager_error.max():  # zero but for rounding, such as of a key's bias
+            continue  # the RMS has told a wrong one; which of the two has the largest is chance
         ulp = torch.finfo(actual.dtype).eps * exact.abs().max().item()
         worst, limit = error.max().item(), 2 * eager_error.max().item() + ulp
         assert worst <= limit, f"{name}: largest error {worst:.3e}, allowed {limit:.3e}"
