@@ -24,8 +24,13 @@ def add_lora_to(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: 
     """y [..., N] plus the low-rank product of x [..., K]; y itself is used up, where it can be.
 
     A y that is a view of another tensor, or one that no graph has made, is left as it is.
+
+    Backward raises RuntimeError where x wants a gradient and the library gave y none: that of the
+    low-rank part alone would be wrong. torch.compile's graph raises it at once.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(_NO_GRADIENT)
         wide = rank_dtype(y.dtype, lora_A.dtype)
         h = F.linear(F.dropout(x, settings.dropout).to(wide), lora_A.to(wide))
         return y + settings.scale * F.linear(h, lora_B.to(wide)).to(y.dtype)
@@ -35,6 +40,13 @@ def add_lora_to(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: 
     with without_autocast(x.device):
         result: Tensor = _Addition.apply(y, x.to(y.dtype), lora_A, lora_B, settings, seed)
     return result
+
+
+_NO_GRADIENT = (
+    "the frozen layer below LoRA gives no gradient of its input, since it quantises that as well: "
+    "what lies before it would train on a wrong gradient. Quantise the weight alone, or compute "
+    "under torch.no_grad()"
+)
 
 
 class _Addition(torch.autograd.Function):
@@ -61,6 +73,8 @@ class _Addition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         refuse_second_derivative()
+        if ctx.wanted.dx and not ctx.needs_input_grad[0]:
+            raise RuntimeError(_NO_GRADIENT)
         (dy,) = gradients
         x, h, mask, lora_A, lora_B = ctx.saved_tensors
         operands = Operands((), (), (lora_A,), (lora_B,))

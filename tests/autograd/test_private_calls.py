@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_kernels.autograd import function
-from lora_kernels.training import graphed_step
+from lora_kernels.training import captures
 
 ROOT = Path(__file__).resolve().parents[2]
 # A layer of many tokens and one of few, with dropout; then what torch.func is told.
@@ -77,7 +77,7 @@ def test_without_foreach(name, monkeypatch):
     found = []
     for _ in range(2):
         targets, values = ([torch.full((2,), n) for n in ns] for ns in ((1.0, 2.0), (3.0, 5.0)))
-        graphed_step._each(name, targets, values)
+        captures._each(name, targets, values)
         found.append(targets)
         monkeypatch.delattr(torch, f"_foreach_{name}", raising=False)
     assert all(map(torch.equal, *found)) and found[0][0][0] == (3 if name == "copy_" else 4)

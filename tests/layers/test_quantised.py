@@ -56,11 +56,17 @@ def bits(kind: str) -> Callable[[nn.Linear], nn.Module]:
     return quantise
 
 
-def torchao(name: str) -> Callable[[nn.Linear], nn.Module]:
+def torchao(name: str, bits: int | None = None) -> Callable[[nn.Linear], nn.Module]:
+    """A linear layer in one of torchao's forms; `bits` wide, with a scale for 32 weights."""
+
     def quantise(layer: nn.Linear) -> nn.Module:
         quantization = pytest.importorskip("torchao.quantization")
+        given = {}
+        if bits is not None:
+            group = quantization.granularity.PerGroup(32)
+            given = {"weight_dtype": getattr(torch, f"int{bits}"), "granularity": group}
         holder = nn.Sequential(layer)
-        quantization.quantize_(holder, getattr(quantization, name)())
+        quantization.quantize_(holder, getattr(quantization, name)(**given))
         return holder[0]
 
     return quantise
@@ -71,6 +77,7 @@ KINDS = {
     "bnb-fp4": bits("fp4"),
     "bnb-int8": bits("int8"),
     "torchao-int8": torchao("Int8WeightOnlyConfig"),
+    "torchao-int4": torchao("IntxWeightOnlyConfig", bits=4),
     "torchao-float8": torchao("Float8WeightOnlyConfig"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +257,26 @@ def test_dropout_masks_the_low_rank_part_alone_and_backward_has_the_same_mask():
     torch.testing.assert_close(dx, kept.round() / 0.75, atol=1e-4, rtol=0)
     ours.eval()
     torch.testing.assert_close(ours(x) - layer(x), x, atol=1e-5, rtol=0)
+
+
+X_TOO = torchao("Int8DynamicActivationInt8WeightConfig")  # quantises x as well
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_frozen_product_without_a_gradient_is_said(compiled):
+    """What lies before such a layer would get the low-rank part's gradient alone."""
+    frozen = X_TOO(nn.Linear(64, 64))
+    ours = QuantisedLoRALinear.from_linear(frozen, rank=4, alpha=4)
+    zoo.randomise(ours, "lora_B")
+    run = torch.compile(ours) if compiled else ours
+    x = torch.randn(5, 64)
+    added = x @ ours.lora_A.T @ ours.lora_B.T
+    with torch.no_grad():
+        torch.testing.assert_close(run(x.requires_grad_()), frozen(x) + added)
+    run(x.detach()).sum().backward()  # nothing lies before: lora_A and lora_B have theirs
+    torch.testing.assert_close(ours.lora_B.grad, (x @ ours.lora_A.T).sum(0).expand(64, 4))
+    with pytest.raises(RuntimeError, match=r"gives no gradient of its input.*Quantise the weight"):
+        run(x.requires_grad_()).sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["bnb-nf4", "torchao-int8"])
