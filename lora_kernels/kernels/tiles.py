@@ -175,13 +175,13 @@ def rank_dot(a, b, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
     numbers exactly, and fp32 ones with their range and the eleven significant bits of fp16.
     """
     if dtype == tl.float16 and (a.dtype != tl.float16 or b.dtype != tl.float16):
-        return dot(_wide(a, PRECISION), _wide(b, PRECISION), acc, PRECISION)
+        return dot(wide(a, PRECISION), wide(b, PRECISION), acc, PRECISION)
     else:
         return dot(cast(a, dtype), cast(b, dtype), acc, PRECISION)
 
 
 @triton.jit
-def _wide(x, PRECISION: tl.constexpr):
+def wide(x, PRECISION: tl.constexpr):
     """x in fp32, rounded to what TF32 holds if PRECISION is "tf32".
 
     Tensor cores cut the lower 13 bits off, which makes every number smaller, by up to 0.1 %. So
@@ -190,9 +190,9 @@ def _wide(x, PRECISION: tl.constexpr):
     if x.dtype == tl.float16 or PRECISION != "tf32":
         return cast(x, tl.float32)
     else:
-        wide = cast(x, tl.float32)
-        bits = (wide.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        return tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
+        x = cast(x, tl.float32)
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

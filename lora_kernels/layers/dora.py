@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from ..algebra.operands import Parts, Weights
 from ..autograd.autocast import without_autocast
 from ..autograd.functional import lora_layer
+from ..autograd.gain import launches_gain, scaled_columns
 
-BLOCK = 1 << 24  # elements of a half-precision weight that are wide at a time
+# The elements of the sum that there are at a time: on a CPU, and elsewhere.
+CACHED, BLOCK = 1 << 18, 1 << 24
 
 
 class Dora(NamedTuple):
@@ -40,37 +42,38 @@ def dora_layer(
     x: Tensor, parts: Parts, dora: Dora, product: Callable[[Tensor, Parts], Tensor]
 ) -> Tensor:
     """y [..., N] of x [..., K]; `product` is the LoRA product of an x that siblings may share."""
-    gain = dora.magnitude / row_norms(parts.weights, parts.settings.scale)
     if not dora.dropout:
-        return _scaled(product(x, parts), gain, dora.bias)
+        return _scaled(product(x, parts), parts, dora)
     dropped = F.dropout(x, dora.dropout)
-    y = _scaled(lora_layer(dropped, parts), gain, dora.bias)
+    y = _scaled(lora_layer(dropped, parts), parts, dora)
     return y + F.linear(x - dropped, parts.weights.weight)
 
 
-def _scaled(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    scaled = y * gain if bias is None else y * gain + bias
-    return scaled.to(y.dtype)
+def _scaled(p: Tensor, parts: Parts, dora: Dora) -> Tensor:
+    """bias + g * p [..., N], in the dtype of p."""
+    weights, scale = parts.weights, parts.settings.scale
+    if launches_gain(p, weights):
+        return scaled_columns(p, weights, scale, dora.magnitude, dora.bias)
+    scaled = p * (dora.magnitude / row_norms(weights, scale))
+    return (scaled if dora.bias is None else scaled + dora.bias).to(p.dtype)
 
 
 @torch.no_grad()
 def row_norms(weights: Weights, scale: float) -> Tensor:
     """|weight + scale lora_B lora_A| of each row, [N], in float32 at least.
 
-    The sum is not formed: its square is |weight|^2 + 2 scale lora_B (weight lora_A^T) + scale^2
-    lora_B (lora_A lora_A^T) lora_B^T, row by row. It is computed anew in every call, since a weight
-    may change unseen (PEFT merges through `weight.data`); for M tokens it takes R / M of the time
-    of the frozen product.
+    The sum is formed for a block of rows at a time, which a CPU still has in its cache when it is
+    squared. It is computed anew in every call, since a weight may change unseen (PEFT merges
+    through `weight.data`); for M tokens it takes R / M of the time of the frozen product.
     """
     weight, _, lora_A, lora_B = weights
     wide = torch.promote_types(weight.dtype, torch.float32)
+    cached = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows = max(1, (CACHED if cached else BLOCK) // max(1, weight.shape[1]))
     with without_autocast(weight.device):
-        lora_A, lora_B = lora_A.to(wide), scale * lora_B.to(wide)
-        squares = (lora_B @ (lora_A @ lora_A.T)).mul_(lora_B).sum(1)
-        rows = len(weight) if weight.dtype is wide else max(1, BLOCK // weight.shape[1])
-        parts = []
-        for block, B in zip(weight.split(rows), lora_B.split(rows), strict=True):
-            block = block.to(wide)
-            lengths = torch.linalg.vector_norm(block, dim=1).square_()
-            parts.append(lengths.add_((block @ lora_A.T).mul_(B).sum(1), alpha=2))
-        return squares.add_(torch.cat(parts)).clamp_(min=0).sqrt_()
+        lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+        lengths = [
+            torch.linalg.vector_norm(torch.addmm(block.to(wide), B, lora_A, alpha=scale), dim=1)
+            for block, B in zip(weight.split(rows), lora_B.split(rows), strict=True)
+        ]
+        return lengths[0] if len(lengths) == 1 else torch.cat(lengths)

@@ -23,7 +23,7 @@ from ..hardware.cards import ARCHITECTURES, Architecture
 from ..hardware.tiles import Tiles, shipped
 from ..strategies.choose import choose
 from ..strategies.problem import Problem, interpreting
-from ..strategies.table import STRATEGIES
+from ..strategies.table import STRATEGIES, triton_supports
 from .absent_card import absent_card
 from .probe import Probe, without_memory
 from .shapes import LAYERS, Layer
@@ -95,16 +95,27 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
     choice = choose(problem, strategy)
     if choice.strategy != strategy:
         return  # refused: `fused` for columns, all but `library` for sm_75
-    if choice.tiles is None:  # `library`, which launches our kernels for masks alone
-        if dropout:
-            from .. import kernels
+    adapter = dtype if pure else torch.float32
+    if choice.tiles is None:  # `library`, which launches our kernels for masks alone, and DoRA's
+        from .. import kernels
 
+        x = torch.empty(M, K, dtype=dtype, device="meta")
+        if dropout:
             seed = torch.empty(1, dtype=torch.int64, device="meta")
             mask = kernels.draw_masks(seed, G, M, K, 0.1)[0]
-            x = torch.empty(M, K, dtype=dtype, device="meta")
             kernels.apply_mask(kernels.apply_mask(x, mask), mask, onto=x)
+        if triton_supports(problem) is None and not (layer.columns or layer.nf4):
+            weight = x.new_empty(K, problem.N).T if layer.conv1d else x.new_empty(problem.N, K)
+            A, B = (
+                weight.new_empty(R, K, dtype=adapter),
+                weight.new_empty(problem.N, R, dtype=adapter),
+            )
+            gain, _ = kernels.row_gains(weight, A, B, B[:, 0], 2.0, precision="tf32")
+            y = kernels.scale_columns(
+                x.new_empty(M, problem.N), gain, x.new_empty(problem.N) if layer.bias else None
+            )
+            kernels.scale_columns_backward(y, y, gain)
         return
-    adapter = dtype if pure else torch.float32
     for tiles in _each_shipped(problem, choice.tiles):
         choice = replace(choice, tiles=tiles)
         probe = Probe(problem, choice, without_memory, layer.bias, layer.conv1d, adapter, adapters)

@@ -269,6 +269,43 @@ def test_the_library_draws_the_masks_of_the_other_strategies(on):
     assert torch.equal(drawn, mask)
 
 
+GAINS = [(1, 1, 1, 1), (70, 131, 100, 19), (64, 64, 128, 16)]  # M, N, K, R
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(("M", "N", "K", "R"), GAINS, ids=str)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_the_gains_of_dora(on, M, N, K, R, conv1d, dtype):
+    """In float64, from operands that TF32 holds exactly."""
+    card = on(ARCH, "split", dtype, R)
+    torch.manual_seed(0)
+    stored = torch.randn(*((K, N) if conv1d else (N, K))).to(dtype)
+    weight = stored.T if conv1d else stored
+    lora_A, lora_B = (torch.randn(shape).bfloat16().float() for shape in ((R, K), (N, R)))
+    magnitude, bias = torch.randn(N), torch.randn(N).to(dtype)
+    exact = (weight.double() + 0.5 * lora_B.double() @ lora_A.double()).norm(dim=1)
+    for precision in ("tf32", "ieee"):
+        gain, length = kernels.row_gains(
+            weight, lora_A, lora_B, magnitude, 0.5, precision=precision
+        )
+        torch.testing.assert_close(length.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gain.double(), magnitude / exact, rtol=1e-6, atol=0)
+    p, dy = torch.randn(M, N).to(dtype), torch.randn(N, M).to(dtype).T
+    y = kernels.scale_columns(p, gain, bias)
+    assert_rounded(y, p.double() * gain.double() + bias.double())
+    dp, dgain = kernels.scale_columns_backward(dy, p, gain)
+    assert_rounded(dp, dy.double() * gain.double())
+    torch.testing.assert_close(dgain.sum(0), (dy.double() * p.double()).sum(0).float())
+    assert card.launched.count("_row_gains") == 2 and len(card.launched) == 4
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Each number is within a rounding to its dtype, and one of the float32 before it."""
+    bound = 0.51 * torch.finfo(found.dtype).eps * exact.abs()
+    room = 4 * torch.finfo(torch.float32).eps
+    assert ((found.double() - exact).abs() <= bound + room).all()
+
+
 # ---------------------------------------------------------------- the machine itself
 def without(operation: str, monkeypatch) -> None:
     """Leave an instruction out of every program."""

@@ -199,8 +199,9 @@ class Machine:
         elif "hi" in kinds:
             first, second = (self.read(each, kind).astype(np.uint64) for each in sources)
             return self.write(target, ((first * second) >> np.uint64(32)).astype(np.uint32), where)
-        elif "f32" in kinds and kind != "f32":  # a narrow number and a wide one
-            values = [self.read(sources[0], kind).astype(np.float32), self.read(sources[1], "f32")]
+        elif "f32" in kinds and kind != "f32":  # the last number is wide, the others are narrow
+            values = [self.read(each, kind).astype(np.float32) for each in sources[:-1]]
+            values.append(self.read(sources[-1], "f32"))
         elif name in ("shl", "shr"):
             values = [self.read(sources[0], kind), self.read(sources[1], "u32")]
         else:
@@ -261,8 +262,10 @@ class Machine:
         self.write(operands[0], extract(*values, signed=kinds[-1] == "s32"), where)
 
     def _shfl(self, name: str, kinds: list[str], operands: list[str], where: Any) -> None:
-        target, source, lane, *_ = operands
-        from_lane = self.lanes // 32 * 32 + self.read(lane, "u32") % 32
+        target, source, which, *_ = operands
+        at, which = self.lanes % 32, self.read(which, "u32") % 32
+        lane = {"idx": which, "bfly": at ^ which}[kinds[1]]
+        from_lane = self.lanes // 32 * 32 + lane
         self.write(target, self.read(source, "b32")[from_lane], where)
 
     # ------------------------------------------------------------ memory

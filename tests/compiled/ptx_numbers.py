@@ -39,7 +39,8 @@ def _shift(left: bool) -> Callable[[Array, Array], Array]:
 ARITHMETIC: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
-    "neg": np.negative, "shl": _shift(left=True), "shr": _shift(left=False), "mov": lambda a: a,
+    "neg": np.negative, "sqrt": np.sqrt, "mov": lambda a: a,
+    "shl": _shift(left=True), "shr": _shift(left=False),
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),
     "div": lambda a, b: (a / b if a.dtype.kind == "f" else np.trunc(a / b)).astype(a.dtype),
     "rem": np.fmod, "mad": lambda a, b, c: a * b + c,

@@ -46,6 +46,9 @@ OUTPUTS = {
     "_add_partials": ("out_ptrs",),
     "_draw_masks": ("mask_ptr",),
     "_apply_mask": ("out_ptr",),
+    "_row_gains": ("gain_ptr", "length_ptr"),
+    "_scale_columns": ("out_ptr",),
+    "_scale_columns_backward": ("dp_ptr", "dgain_ptr"),
     "_copy": ("out_ptr",),  # the test's own
     "_count": ("out_ptr",),
 }
@@ -317,6 +320,20 @@ def test_masks(watch, M, K, view):
     kernels.apply_mask(t, mask[1])
     kernels.apply_mask(t.half(), mask[2], onto=laid(torch.zeros(M, K).half(), "slice"))
     assert watch.kernels == {"_draw_masks", "_apply_mask"}
+
+
+@pytest.mark.parametrize(("M", "N", "K", "R"), [(1, 1, 1, 1), (70, 131, 70, 19)], ids=str)
+@pytest.mark.parametrize("view", ["plain", "transposed", "slice"])
+def test_gains(watch, M, N, K, R, view):
+    weight, lora_A, lora_B, dy = (
+        laid(torch.randn(shape), view) for shape in ((N, K), (R, K), (N, R), (M, N))
+    )
+    gain, _ = kernels.row_gains(weight, lora_A, lora_B, torch.randn(N), 0.5, precision="ieee")
+    p = torch.randn(M, N)
+    for bias in (None, torch.randn(N)):
+        kernels.scale_columns(p, gain, bias)
+    kernels.scale_columns_backward(dy, p, gain)
+    assert watch.kernels == {"_row_gains", "_scale_columns", "_scale_columns_backward"}
 
 
 @triton.jit

@@ -143,6 +143,16 @@ def apply_mask(x, **_):
     return (kernels.apply_mask(x[0], mask()[0]),)
 
 
+def row_gains(weight, lora_A, lora_B, **_):
+    lengths = (kernels.row_gains(w, a, b, torch.ones(N), 0.5, precision="ieee") for w, a, b in
+               zip(weight, lora_A, lora_B, strict=True))  # fmt: skip
+    return [each for pair in lengths for each in pair]
+
+
+def scale_columns_backward(dy, **_):
+    return kernels.scale_columns_backward(dy[0], dy[1].contiguous(), torch.ones(N))
+
+
 # launcher -> the tensors whose layout is the caller's
 LAUNCHERS = {
     project: ("x", "lora_A"),
@@ -155,6 +165,8 @@ LAUNCHERS = {
     output_gradients: ("dy", "lora_B"),
     parameter_gradients: ("x", "dy"),
     apply_mask: ("x",),
+    row_gains: ("weight", "lora_A", "lora_B"),
+    scale_columns_backward: ("dy",),
 }
 CASES = [
     pytest.param(launcher, name, layout, id=f"{launcher.__name__}-{name}-{layout}")
@@ -233,6 +245,19 @@ def test_masks_are_drawn_and_applied_past_the_limit(last_programs_of_a_large_lau
     out = kernels.apply_mask(large, tail((1 << 27) + 5, bits))
     assert torch.equal(out[-count:], kernels.apply_mask(t, bits))
     assert (out[-count:] == t).float().mean() == 0.5
+
+
+def test_columns_are_scaled_past_the_limit(last_programs_of_a_large_launch):
+    count = 64 + 5  # the rows of the last two programs of the gradients
+    rows, p, dy, gain = (1 << 27) + 5, normal(count, 16), normal(count, 16), torch.randn(16)
+    large = tail(rows, p)
+    assert large.numel() > LIMIT
+    y, expected = (kernels.scale_columns(each, gain, None) for each in (large, p))
+    assert torch.equal(y[-21:], expected[-21:])
+    dp, dgain = kernels.scale_columns_backward(tail(rows, dy), large, gain)
+    near = kernels.scale_columns_backward(dy, p, gain)
+    assert torch.equal(dp[-count:], near[0])
+    torch.testing.assert_close(dgain[-2:].sum(0), near[1].sum(0))
 
 
 @pytest.mark.parametrize("large", ["out", "u"])

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
+from collections import Counter
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import (
     FusedLoRALinear,
@@ -22,9 +26,11 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels import merge as merged
-from lora_kernels.algebra.operands import Weights
+from lora_kernels.algebra.operands import Parts, Settings, Weights
+from lora_kernels.autograd import gain
 from lora_kernels.injection.inject import fused_layers
 from lora_kernels.layers import dora
+from lora_kernels.strategies.problem import interpreting, triton_kernels
 from tests.adapters.test_load_save import CONFIG, WEIGHTS, from_peft, injected
 from tests.support import zoo
 
@@ -40,6 +46,58 @@ def scattered(model: nn.Module) -> nn.Module:
             if "magnitude" in name:
                 parameter.mul_(1 + 0.5 * torch.rand(parameter.shape))
     return model
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """On a CPU, the gain by Triton's interpreter, as on a GPU by its kernels."""
+    if not torch.cuda.is_available() and not interpreting():
+        pytest.skip("the kernels need a GPU, or TRITON_INTERPRET=1")
+    launched = []
+    whole = triton_kernels().row_gains
+    monkeypatch.setattr(gain, "_takes", lambda *_: True)
+    monkeypatch.setattr(
+        triton_kernels(), "row_gains", lambda *a, **k: launched.append(1) or whole(*a, **k)
+    )
+    yield
+    assert launched
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_gain_is_pefts(dropout, dtype):
+    test_a_layer_is_pefts_with_the_same_masks("use_dora", dropout, dtype)
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_the_kernels_gain_trains_a_model_as_peft_does():
+    test_a_step_of_training_is_pefts(KINDS["dora"], "llama")
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_the_kernels_gain_at_the_edges():
+    """A bias that trains, x without rows, a gradient that is expanded, a second derivative."""
+    layer = FusedLoRALinear.from_linear(nn.Linear(9, 6), rank=2, dora=True)
+    zoo.randomise(layer, "lora_B", "lora_magnitude")
+    twin = copy.deepcopy(layer).double()
+    layer.bias.requires_grad_()
+    twin.bias.requires_grad_()
+    x = torch.randn(2, 3, 9)
+    assert layer(x[:0]).shape == (0, 3, 6)
+    for each in (layer, twin):
+        each(x.to(each.weight.dtype)).sum().backward()
+    for ours, exact in zip(layer.parameters(), twin.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, exact.grad.float())
+    for frozen in (layer.lora_magnitude, layer.bias):
+        frozen.requires_grad_(False)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x).sum(), layer.lora_B)[0], layer.lora_B.grad
+    )
+    y = layer(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -174,7 +232,7 @@ def test_siblings_of_dora_run_as_one_problem():
 @pytest.mark.parametrize("block", [1, 100, 1 << 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_row_norms_are_those_of_the_sum(dtype, block, monkeypatch):
-    monkeypatch.setattr(dora, "BLOCK", block)
+    monkeypatch.setattr(dora, "CACHED", block)
     torch.manual_seed(0)
     weight, lora_A, lora_B = torch.randn(9, 30).to(dtype), torch.randn(4, 30), torch.randn(9, 4)
     lora_A, lora_B = (t.to(torch.promote_types(dtype, torch.float32)) for t in (lora_A, lora_B))
@@ -184,6 +242,47 @@ def test_row_norms_are_those_of_the_sum(dtype, block, monkeypatch):
             found = dora.row_norms(Weights(strided, None, lora_A, lora_B), 0.7)
         assert found.dtype == lora_A.dtype
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators that compute, and the bytes that they read or write of tensors by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.bytes = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = isinstance(result, torch.Tensor) and not function.is_view
+        if made and "empty" not in str(function) and "unsafe_view" not in str(function):
+            self.operators += 1
+            for each in (*args, result):
+                if isinstance(each, torch.Tensor):
+                    self.bytes[tuple(each.shape)] += each.itemsize
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_plain_operators_cost(dtype):
+    """The row of docs/kernels.md."""
+    M, N, K, R = 64, 96, 80, 4
+    made = [torch.randn(shape, requires_grad=True) for shape in ((R, K), (N, R), (N,))]
+    lora_A, lora_B, magnitude = made
+    weight, bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    p, dy = torch.randn(M, N).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
+    parts = Parts(Weights(weight, None, lora_A, lora_B), Settings(2.0))
+    with Counted() as forward:
+        y = dora._scaled(p, parts, dora.Dora(magnitude, bias))
+    with Counted() as backward:
+        y.backward(dy)
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    row = re.search(r"plain operators, forward \+ backward \| (.*) \|", page)
+    launches, *moved = row[1].split(" | ")
+    of_y, of_weight = moved[:2][dtype is torch.float32], moved[2:][dtype is torch.float32]
+    assert of_y == f"{forward.bytes[M, N]} + {backward.bytes[M, N]}"
+    assert of_weight == str(forward.bytes[N, K])
+    if dtype is torch.bfloat16:
+        assert launches == f"{forward.operators} + {backward.operators}"
 
 
 def test_what_has_no_meaning_is_refused(tmp_path):

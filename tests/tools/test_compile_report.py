@@ -32,7 +32,10 @@ PAIRS = [
     for dtype in DTYPES
 ]  # fmt: skip
 
-ELEMENTWISE = {"add_partials", "add_splits", "draw_masks", "apply_mask"}
+ELEMENTWISE = {
+    "add_partials", "add_splits", "draw_masks", "apply_mask", "scale_columns",
+    "scale_columns_backward",
+}  # fmt: skip
 
 
 def run(*arguments, **environment):
@@ -50,7 +53,7 @@ def test_the_gate(arch, dtype, tmp_path):
     refused = [row for row in rows if row["spills"] or row["shared_bytes"] > row["shared_limit"]]
     assert done.returncode == 0 and not refused, refused or done.stderr
     assert {row["kernel"] for row in rows} == {
-        "project", "low_rank_gemm", "fused_gemm", "column_gradients", *ELEMENTWISE,
+        "project", "low_rank_gemm", "fused_gemm", "column_gradients", "row_gains", *ELEMENTWISE,
     }  # fmt: skip
     for row in rows:
         assert row["arch"] == arch and row["dtype"] == dtype
