@@ -1,9 +1,9 @@
 """What needs no GPU: CPU time beside the rivals', the overhead of a call, import, launches.
 
 CPU time is of the cases in SUBJECTS: the six linear layers of a block, of many tokens or few, and a
-RoBERTa-base encoder cut to two blocks. Every linear layer has LoRA. The providers take turns sample
-by sample, so a drift of the machine's speed hits all alike. `over_ours` is the median over these
-rounds of a provider's time over that of `library`, our eager layers.
+RoBERTa-base encoder cut to two blocks. Every linear layer has LoRA, or DoRA. The providers take
+turns sample by sample, so a drift of the machine's speed hits all alike. `over_ours` is the median
+over these rounds of a provider's time over that of `library`, our eager layers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ ENCODER_TARGETS = MODELS["roberta-base"].targets
 class Subject(NamedTuple):
     """A model, its targets, and `step`: forward and backward, which returns what it computed.
 
-    A sample is of `calls` steps. `exact`: whether the outputs are compared with float64.
+    A sample is of `calls` steps. `exact`: whether the outputs are compared with float64. `dora`:
+    whether PEFT and we train DoRA.
     """
 
     model: nn.Module
@@ -90,6 +91,7 @@ class Subject(NamedTuple):
     step: Callable[[nn.Module], list[Tensor]]
     calls: int = 1
     exact: bool = True
+    dora: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +135,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "wrong" for row in found) else 0
 
 
-def linears(tiny: bool, hidden: int, wide: int, tokens: int, calls: int = 1) -> Subject:
+def linears(
+    tiny: bool, hidden: int, wide: int, tokens: int, calls: int = 1, *, dora: bool = False
+) -> Subject:
     """The six linear layers of a block of these widths."""
     if tiny:
         hidden, wide, tokens, calls = 32, 64, min(tokens, 24), 1
@@ -162,7 +166,7 @@ def linears(tiny: bool, hidden: int, wide: int, tokens: int, calls: int = 1) -> 
             x.grad = None
         return found  # type: ignore[return-value]
 
-    return Subject(model, TARGETS, step, calls)
+    return Subject(model, TARGETS, step, calls, dora=dora)
 
 
 def encoder(tiny: bool) -> Subject:
@@ -188,6 +192,8 @@ SUBJECTS: dict[str, Callable[[bool], Subject]] = {
     "16 rows": partial(_of_base, tokens=16),
     "one row": partial(_of_base, tokens=1),
     "tiny layers": partial(linears, hidden=16, wide=64, tokens=1, calls=20),
+    "DoRA": partial(_of_base, tokens=TOKENS, dora=True),
+    "DoRA, 16 rows": partial(_of_base, tokens=16, dora=True),
     "encoder": encoder,
 }
 
@@ -197,13 +203,13 @@ def attach(provider: str, subject: Subject, dropout: float) -> nn.Module:
     trains, compiled = PROVIDERS[provider]
     model = copy.deepcopy(subject.model).requires_grad_(trains == "full").train()
     if trains == "peft":
-        attach_peft(model, subject.targets, RANK, dropout)
+        attach_peft(model, subject.targets, RANK, dropout, dora=subject.dora)
     elif trains == "ours":
-        attach_lora(model, subject.targets, RANK, dropout)
+        attach_lora(model, subject.targets, RANK, dropout, dora=subject.dora)
     draw = torch.Generator().manual_seed(1)
     named = sorted((n.replace(".default.weight", ""), p) for n, p in model.named_parameters())
     for name, parameter in named:
-        if "lora_" in name:
+        if "lora_A" in name or "lora_B" in name:
             parameter.data.normal_(0, parameter.shape[1] ** -0.5 / 2, generator=draw)
     if trains == "frozen":  # one trained parameter, or an encoder would have no backward
         for embedding in model.modules():

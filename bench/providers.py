@@ -101,7 +101,7 @@ def _floor(case: Case, device: torch.device) -> Built:
 
 def attach_peft(
     model: nn.Module, targets: Sequence[str], rank: int, dropout: float, *,
-    conv1d: bool = False, train: Sequence[str] = (), own_dtype: bool = False,
+    conv1d: bool = False, train: Sequence[str] = (), own_dtype: bool = False, dora: bool = False,
 ) -> Any:  # fmt: skip
     """The PEFT model; `own_dtype` keeps the adapters in the base's dtype instead of float32."""
     from peft import LoraConfig, get_peft_model
@@ -113,6 +113,7 @@ def attach_peft(
         target_modules=list(targets),
         modules_to_save=list(train) or None,
         fan_in_fan_out=conv1d,
+        use_dora=dora,
         task_type="SEQ_CLS" if train else None,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=not own_dtype)  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def attach_peft(
 
 def attach_lora(
     model: nn.Module, targets: Sequence[str], rank: int, dropout: float, *,
-    train: Sequence[str] = (), strategy: str = "auto",
+    train: Sequence[str] = (), strategy: str = "auto", dora: bool = False,
 ) -> nn.Module:  # fmt: skip
     """The model with our layers, siblings grouped."""
     config = LoRAConfig(
@@ -130,6 +131,7 @@ def attach_lora(
         targets=tuple(targets),
         train=tuple(train),
         strategy=strategy,
+        dora=dora,
     )
     with warnings.catch_warnings():
         # In pure half precision every method trains its head so.
