@@ -52,7 +52,7 @@ class LoRALinears(torch.autograd.Function):
             *sum(rest, ()),
         )
         ctx.call, ctx.needs, ctx.wanted = call, needs, wanted
-        return y if x.dim() == 2 else tuple([_shaped(each, x.shape[:-1]) for each in y])
+        return y if x.dim() == 2 else tuple([shaped(each, x.shape[:-1]) for each in y])
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
@@ -122,7 +122,7 @@ def _gradients(ctx: Any, *dy: Tensor) -> Any:
             dy, rows, operands, h, mask, settings, ctx.wanted, tiles
         )
     if dx is not None and len(shape) != 1:
-        dx = _shaped(dx, shape)
+        dx = shaped(dx, shape)
     dweight = dbias = none = (None,) * layers
     if True in ctx.needs.weight or True in ctx.needs.bias:
         dweight, dbias = frozen_gradients(dy, rows, ctx.needs.weight, ctx.needs.bias)
@@ -148,9 +148,12 @@ def as_rows(x: Tensor) -> Tensor:
 _UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", None)
 
 
-def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
-    # A caller could not change a plain view in place, since it is made inside a Function. Unsafe
-    # means that torch does not count it as a view; nobody else has `rows`, so nothing is lost.
-    # A torch without this operator gets the view.
+def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """[M, N] as [*shape, N], for a Function to return.
+
+    A caller could not change a plain view in place, since it is made inside a Function. Unsafe
+    means that torch does not count it as a view; nobody else has `rows`, so nothing is lost. A
+    torch without this operator gets the view.
+    """
     reshaped = _UNSAFE_VIEW or torch.Tensor.view
     return reshaped(rows, (*shape, rows.shape[1]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..algebra.operands import Weights
 from ..strategies.problem import Problem, tf32_allowed, triton_kernels
 from ..strategies.table import triton_supports
-from .function import as_rows, refuse_second_derivative
+from .function import as_rows, refuse_second_derivative, shaped
 
 
 def launches_gain(p: Tensor, weights: Weights) -> bool:
@@ -60,14 +60,15 @@ class _Scaled(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         kernels = triton_kernels()
         gain, length = kernels.row_gains(
-            weight, lora_A, lora_B, magnitude, scale, precision=_precision(weight.dtype)
-        )
+            weight, lora_A, lora_B, magnitude.contiguous(), scale,
+            precision=_precision(weight.dtype),
+        )  # fmt: skip
         rows = as_rows(p).contiguous()
-        y = kernels.scale_columns(rows, gain, bias)
+        y = kernels.scale_columns(rows, gain, None if bias is None else bias.contiguous())
         wants = ctx.needs_input_grad[1]
         ctx.save_for_backward(rows, gain, length if wants else None)
         ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
-        return y.view(p.shape)  # type: ignore[no-any-return]
+        return shaped(y, p.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -82,4 +83,4 @@ class _Scaled(torch.autograd.Function):
             dmagnitude = (dgain.sum(0) / length).to(of_magnitude)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0).to(of_bias)
-        return dp.view(dy.shape), dmagnitude, dbias, None, None, None, None
+        return shaped(dp, dy.shape[:-1]), dmagnitude, dbias, None, None, None, None

@@ -21,7 +21,7 @@ from ..hardware.tiles import Tiles
 from ..strategies.library import frozen_gradients
 from ..strategies.table import Strategy
 from .autocast import without_autocast
-from .function import Call, as_rows, refuse_second_derivative, refuse_transforms
+from .function import Call, as_rows, refuse_second_derivative, refuse_transforms, shaped
 
 # The NF4 of a packed weight. It is asked again in backward, so that an absmax which is quantised
 # itself, as bitsandbytes' double quantisation has it, is never kept in float32.
@@ -69,7 +69,7 @@ class _Layer(torch.autograd.Function):
             lora_B,
         )
         ctx.wanted, ctx.read, ctx.call = Wanted(dx, dlora_A, dlora_B), read, call
-        return y.view(*x.shape[:-1], y.shape[1])
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -87,7 +87,7 @@ class _Layer(torch.autograd.Function):
                     rows, x, operands, h, mask, settings, ctx.wanted, tiles
                 )
         if dx is not None:
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+            dx = shaped(dx, dy.shape[:-1])
         _, (dbias,) = frozen_gradients(rows, None, (False,), (ctx.dbias,))
         return dx, None, dbias, dlora_A and dlora_A[0], dlora_B and dlora_B[0], None, None
 

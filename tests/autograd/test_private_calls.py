@@ -67,9 +67,9 @@ def test_without_an_inner_apply(monkeypatch):
 
 def test_without_the_operator_of_a_view(monkeypatch):
     rows = torch.randn(6, 4)
-    shaped = function._shaped(rows, torch.Size((2, 3)))
+    shaped = function.shaped(rows, torch.Size((2, 3)))
     monkeypatch.setattr(function, "_UNSAFE_VIEW", None)
-    assert torch.equal(function._shaped(rows, torch.Size((2, 3))), shaped)
+    assert torch.equal(function.shaped(rows, torch.Size((2, 3))), shaped)
 
 
 @pytest.mark.parametrize("name", ["copy_", "add_"])

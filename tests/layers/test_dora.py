@@ -77,11 +77,14 @@ def test_the_kernels_gain_trains_a_model_as_peft_does():
 
 @pytest.mark.usefixtures("by_kernels")
 def test_the_kernels_gain_at_the_edges():
-    """A bias that trains, x without rows, a gradient that is expanded, a second derivative."""
+    """x without rows, strides, a bias that trains, a y changed in place, a second derivative."""
     layer = FusedLoRALinear.from_linear(nn.Linear(9, 6), rank=2, dora=True)
     zoo.randomise(layer, "lora_B", "lora_magnitude")
     twin = copy.deepcopy(layer).double()
-    layer.bias.requires_grad_()
+    for name in ("bias", "lora_magnitude"):
+        apart = getattr(layer, name).detach()[:, None].expand(-1, 2).clone()[:, 0]
+        setattr(layer, name, nn.Parameter(apart))
+    assert layer.bias.stride() == layer.lora_magnitude.stride() == (2,)
     twin.bias.requires_grad_()
     x = torch.randn(2, 3, 9)
     assert layer(x[:0]).shape == (0, 3, 6)
@@ -95,6 +98,8 @@ def test_the_kernels_gain_at_the_edges():
     torch.testing.assert_close(
         torch.autograd.grad(layer(x).sum(), layer.lora_B)[0], layer.lora_B.grad
     )
+    for given in (x, x[0]):
+        layer(given).mul_(2)  # which a plain view made inside a Function would refuse
     y = layer(x.requires_grad_())
     with pytest.raises(RuntimeError, match="has no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
