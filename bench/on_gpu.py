@@ -21,8 +21,9 @@ EACH_KERNEL = (
     "tests/algebra/test_masks.py",
     "tests/autograd/test_functional.py",
     "tests/autograd/test_packs.py",
+    "tests/layers/test_dora.py",
     "-k",
-    "every_gradient or every_strategy or project_draws or applied",
+    "every_gradient or every_strategy or project_draws or applied or kernels_gain",
 )
 MEMORY_CHECKER = "compute-sanitizer"
 

@@ -33,6 +33,7 @@ from lora_kernels.layers import dora
 from lora_kernels.strategies.problem import interpreting, triton_kernels
 from tests.adapters.test_load_save import CONFIG, WEIGHTS, from_peft, injected
 from tests.support import zoo
+from tests.support.oracle import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 KINDS = {"dora": {"dora": True}, "lora-bias": {"lora_bias": True}}
@@ -50,12 +51,13 @@ def scattered(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def by_kernels(monkeypatch):
-    """On a CPU, the gain by Triton's interpreter, as on a GPU by its kernels."""
-    if not torch.cuda.is_available() and not interpreting():
+    """On DEVICE the gain is made by kernels: on a CPU by Triton's interpreter."""
+    if DEVICE.type == "cpu" and not interpreting():
         pytest.skip("the kernels need a GPU, or TRITON_INTERPRET=1")
     launched = []
     whole = triton_kernels().row_gains
-    monkeypatch.setattr(gain, "_takes", lambda *_: True)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(gain, "_takes", lambda *_: True)
     monkeypatch.setattr(
         triton_kernels(), "row_gains", lambda *a, **k: launched.append(1) or whole(*a, **k)
     )
@@ -67,9 +69,12 @@ def by_kernels(monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_gain_is_pefts(dropout, dtype):
-    test_a_layer_is_pefts_with_the_same_masks("use_dora", dropout, dtype)
+    if dropout and DEVICE.type == "cuda":
+        pytest.skip("there torch's masks depend on the dtype, and float64 has others")
+    test_a_layer_is_pefts_with_the_same_masks("use_dora", dropout, dtype, DEVICE)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="its models are on a CPU")
 @pytest.mark.usefixtures("by_kernels")
 def test_the_kernels_gain_trains_a_model_as_peft_does():
     test_a_step_of_training_is_pefts(KINDS["dora"], "llama")
@@ -80,13 +85,14 @@ def test_the_kernels_gain_at_the_edges():
     """x without rows, strides, a bias that trains, a y changed in place, a second derivative."""
     layer = FusedLoRALinear.from_linear(nn.Linear(9, 6), rank=2, dora=True)
     zoo.randomise(layer, "lora_B", "lora_magnitude")
+    layer.to(DEVICE)
     twin = copy.deepcopy(layer).double()
     for name in ("bias", "lora_magnitude"):
         apart = getattr(layer, name).detach()[:, None].expand(-1, 2).clone()[:, 0]
         setattr(layer, name, nn.Parameter(apart))
     assert layer.bias.stride() == layer.lora_magnitude.stride() == (2,)
     twin.bias.requires_grad_()
-    x = torch.randn(2, 3, 9)
+    x = torch.randn(2, 3, 9, device=DEVICE)
     assert layer(x[:0]).shape == (0, 3, 6)
     for each in (layer, twin):
         each(x.to(each.weight.dtype)).sum().backward()
@@ -108,7 +114,7 @@ def test_the_kernels_gain_at_the_edges():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["use_dora", "lora_bias"])
-def test_a_layer_is_pefts_with_the_same_masks(name, dropout, dtype):
+def test_a_layer_is_pefts_with_the_same_masks(name, dropout, dtype, device="cpu"):
     """Ours draws the mask of DoRA as PEFT does, so one seed gives both the same."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 20)).to(dtype)
@@ -117,6 +123,7 @@ def test_a_layer_is_pefts_with_the_same_masks(name, dropout, dtype):
     )
     theirs = scattered(peft.get_peft_model(base, config).to(dtype))
     zoo.randomise(theirs, "lora_B", "lora_A")
+    theirs.to(device)
     exact, ours = copy.deepcopy(theirs).double(), copy.deepcopy(theirs)
     assert len(fuse_peft(ours).fused) == 1
     if dropout and name == "lora_bias":
@@ -125,11 +132,11 @@ def test_a_layer_is_pefts_with_the_same_masks(name, dropout, dtype):
     results = {}
     for label, model in (("ours", ours), ("theirs", theirs), ("exact", exact)):
         x = torch.randn(7, 5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        x = x.to(dtype).to(next(model.parameters()).dtype).requires_grad_()
+        x = x.to(dtype).to(next(model.parameters())).requires_grad_()
         torch.manual_seed(3)
         y = model(x)
         torch.manual_seed(4)
-        y.backward(torch.randn(y.shape, dtype=torch.float64).to(dtype).to(y.dtype))
+        y.backward(torch.randn(y.shape, dtype=torch.float64).to(dtype).to(y))
         trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         results[label] = {"y": y.detach(), "dx": x.grad, **trained}
     assert len(results["ours"]) == 5
