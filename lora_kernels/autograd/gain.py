@@ -1,8 +1,9 @@
-"""DoRA's scale of the columns of a LoRA product p, on a GPU: one node of the graph, three launches.
+"""DoRA's scale of the columns of a LoRA product p [..., N], on a GPU: one node of the graph.
 
     y = p * gain + bias,   gain = magnitude / |weight + scale lora_B lora_A|, a row's length each
 
-No gradient flows through the length. Saved for backward are p, and gain and length [N].
+No gradient flows through the length. Forward is two launches, backward one and two of torch's.
+Saved for backward are p by reference, and gain and length, fp32 [N].
 """
 
 from __future__ import annotations

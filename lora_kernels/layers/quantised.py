@@ -29,6 +29,8 @@ from .group import problem_of
 from .linear import FusedLoRALinear
 from .start import START
 
+_PACKED_FOR_CPU = "packing_format_for_cpu"  # of bitsandbytes' QuantState
+
 
 def quantiser(layer: nn.Module) -> str | None:
     """Whose quantised linear layer this is, and of what kind; None for any other layer."""
@@ -52,7 +54,7 @@ def why_not_nf4(layer: Any, dtype: torch.dtype | None) -> str | None:
         return f"an absmax stands for {state.blocksize} weights, not for {BLOCK}"
     N, K = layer.out_features, layer.in_features
     whole = 2 * weight.numel() * weight.element_size() == N * K and tuple(state.shape) == (N, K)
-    if not whole or getattr(state, "packing_format_for_cpu", False):
+    if not whole or getattr(state, _PACKED_FOR_CPU, False):
         return "the weight does not lie in memory as bitsandbytes packs it for a GPU, or not whole"
     if dtype is not None and computes not in (None, dtype):
         return f"x is {dtype}, and the layer computes in {computes}"
@@ -75,7 +77,17 @@ def read_nf4(state: Any, packed: Tensor) -> NF4:
 def quantised_layer(
     base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, settings: Settings
 ) -> Tensor:
-    """y [..., N] of a quantised layer with LoRA on it, in the dtype of x as the layer gives it."""
+    """y [..., N] of a quantised layer with LoRA on it, in the dtype of x as the layer gives it.
+
+    Raises RuntimeError where x wants a gradient and bitsandbytes has packed the weight for
+    inference on a CPU: its product then has no gradient, or a wrong one.
+    """
+    packed_for_cpu = getattr(getattr(base.weight, "quant_state", None), _PACKED_FOR_CPU, False)
+    if packed_for_cpu and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "bitsandbytes packed this layer's weight for inference on a CPU, at its first call "
+            "outside of training, and has no gradient of x since: load the model again to train it"
+        )
     if settings.strategy == "split" and not torch.compiler.is_compiling():
         dtype = x.dtype
         if getattr(base, "compute_dtype", None) is not None:  # else it computes in that of x

@@ -110,7 +110,7 @@ def training_step(specimen: Specimen, dtype: torch.dtype, arch: str, strategy: s
                 weight.new_empty(R, K, dtype=adapter),
                 weight.new_empty(problem.N, R, dtype=adapter),
             )
-            gain, _ = kernels.row_gains(weight, A, B, B[:, 0], 2.0, precision="tf32")
+            gain, _ = kernels.row_gains(weight, A, B, B.new_empty(problem.N), 2.0, precision="tf32")
             y = kernels.scale_columns(
                 x.new_empty(M, problem.N), gain, x.new_empty(problem.N) if layer.bias else None
             )

@@ -279,6 +279,20 @@ def test_a_frozen_product_without_a_gradient_is_said(compiled):
         run(x.requires_grad_()).sum().backward()
 
 
+def test_a_weight_packed_for_inference_is_not_trained_through(monkeypatch):
+    """As bitsandbytes says of a weight that it has packed, which it does on some CPUs alone."""
+    ours = QuantisedLoRALinear.from_linear(KINDS["bnb-nf4"](nn.Linear(64, 64)), rank=4)
+    x = torch.randn(5, 64)
+    expected = ours(x.requires_grad_())
+    monkeypatch.setattr(ours.weight.quant_state, "packing_format_for_cpu", True, raising=False)
+    with pytest.raises(RuntimeError, match=r"packed this layer's weight.*load the model again"):
+        ours(x)
+    monkeypatch.setattr(type(ours.base_layer), "forward", lambda _, x: expected.detach())
+    assert torch.equal(ours(x.detach()), expected)  # nothing lies before
+    with torch.no_grad():
+        assert torch.equal(ours(x), expected)
+
+
 @pytest.mark.parametrize("kind", ["bnb-nf4", "torchao-int8"])
 def test_copies_and_pickles_of_fused_peft_models(kind):
     model = with_peft(kind, "before")
