@@ -79,16 +79,20 @@ TARGETS = ("query", "key", "value", "output", "up", "down")
 ENCODER_TARGETS = MODELS["roberta-base"].targets
 
 
+Casting = Callable[[], contextlib.AbstractContextManager[Any]]  # torch.autocast, or nothing
+
+
 class Subject(NamedTuple):
     """A model, its targets, and `step`: forward and backward, which returns what it computed.
 
-    A sample is of `calls` steps. `exact`: whether the outputs are compared with float64. `dora`:
-    whether PEFT and we train DoRA.
+    Forward runs in the context that `step` is given a maker of, backward outside of it: so Trainer
+    and PyTorch's guide use autocast. A sample is of `calls` steps. `exact`: whether the outputs are
+    compared with float64. `dora`: whether PEFT and we train DoRA.
     """
 
     model: nn.Module
     targets: Sequence[str]
-    step: Callable[[nn.Module], list[Tensor]]
+    step: Callable[[nn.Module, Casting], list[Tensor]]
     calls: int = 1
     exact: bool = True
     dora: bool = False
@@ -155,11 +159,12 @@ def linears(
         leaves = [x.to(d, copy=True) for x, d in zip(inputs, dtypes, strict=True)]
         return [x.requires_grad_() for x in leaves], [d.to(half) for d in directions]
 
-    def step(model: nn.Module) -> list[Tensor]:
+    def step(model: nn.Module, casting: Casting) -> list[Tensor]:
         held = next(model.parameters()).dtype
-        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else held
-        leaves, grads = given(held, half)
-        ys = model(*leaves)
+        with casting():
+            half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else held
+            leaves, grads = given(held, half)
+            ys = model(*leaves)
         torch.autograd.backward(ys, grads)
         found = [*(y.detach() for y in ys), *(x.grad for x in leaves)]
         for x in leaves:
@@ -177,8 +182,9 @@ def encoder(tiny: bool) -> Subject:
     shape = (2, 16) if tiny else (TOKENS // 128, 128)
     ids, labels = torch.randint(5, 100, shape), torch.zeros(shape[0], dtype=torch.long)
 
-    def step(model: nn.Module) -> list[Tensor]:
-        loss = model(input_ids=ids, labels=labels).loss
+    def step(model: nn.Module, casting: Casting) -> list[Tensor]:
+        with casting():
+            loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         return [loss.detach()]
 
@@ -233,8 +239,7 @@ def measure(
     def runner(model: nn.Module) -> timing.Run:
         def once() -> None:
             for _ in range(subject.calls):
-                with casting():
-                    subject.step(model)
+                subject.step(model, casting)
                 model.zero_grad(set_to_none=True)
 
         return once
@@ -256,15 +261,13 @@ def measure(
     return list(rows.values())
 
 
-def _casting(dtype: torch.dtype | None) -> Callable[[], Any]:
+def _casting(dtype: torch.dtype | None) -> Casting:
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast("cpu", dtype)
 
 
-def _wrong(
-    subject: Subject, models: dict[str, nn.Module], casting: Callable[[], Any]
-) -> dict[str, str]:
+def _wrong(subject: Subject, models: dict[str, nn.Module], casting: Casting) -> dict[str, str]:
     """Which of our models compute something wrong, and what.
 
     Their RMS error against PEFT in float64 may be 1.1 times that of PEFT in this precision, and
@@ -275,11 +278,10 @@ def _wrong(
     judges = [name for name in models if PROVIDERS[name].trains == "peft"]
     if "peft" not in models or not ours:
         return {}
-    exact = subject.step(copy.deepcopy(models["peft"]).double())
+    exact = subject.step(copy.deepcopy(models["peft"]).double(), contextlib.nullcontext)
     errors = {}
     for name in (*judges, *ours):
-        with casting():
-            outputs = subject.step(models[name])
+        outputs = subject.step(models[name], casting)
         models[name].zero_grad(set_to_none=True)
         errors[name] = [
             (found.double() - truth).square().mean().sqrt().item()
@@ -314,7 +316,7 @@ def summary(taken: list[float], calls: int = 1) -> Row:
 
 def overhead(samples: int) -> list[Row]:
     """Forward and backward of a 16 x 16 layer on one token, which is overhead almost alone."""
-    subject = Subject(nn.Sequential(), ("query",), lambda model: [])
+    subject = Subject(nn.Sequential(), ("query",), lambda model, casting: [])
     subject.model.add_module("query", nn.Linear(16, 16))
     x = torch.randn(1, 16, requires_grad=True)
     direction = torch.randn(1, 16)

@@ -3,22 +3,31 @@
 There the host's calls are most of the time. torch's own nodes of the graph are C++, while a
 Function of ours calls Python twice and its masks take ten more operators. What a Function saves is
 memory, and with few tokens there is none to save: x has at most `problem.FEW` elements.
+
+Products of rank R are float32 where x is bfloat16, and y is rounded to bfloat16 once. For few
+tokens oneDNN takes 25 us and more for such a product in bfloat16, MKL 4 to 10 in float32. Under
+autocast and up to `FEWEST` rows the frozen product is float32 too: to cast a float32 weight reads
+and writes more than the product reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..algebra.operands import Operands, Settings
+from ..algebra.operands import Operands, PackWeights, Settings, Weights
 from ..algebra.packs import Pack, first_of
 from ..strategies import problem
+from .autocast import casting_off
 from .function import TRANSFORMS, as_rows
 
+_NOTHING = nullcontext()
+FEWEST = 16  # rows up to which a frozen weight is not cast
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CAST = (torch.float32, torch.bfloat16)  # what autocast makes bfloat16 of, and we take
 
@@ -40,20 +49,40 @@ def is_few(x: Tensor, settings: Settings) -> bool:
     return few
 
 
-def takes(x: Tensor, operands: Operands, settings: Settings, autocast: bool) -> bool:
-    """Whether a call is one for this file: of few tokens, and of plain dtypes.
-
-    Adapters of another dtype than x pass where autocast casts them, as it casts eager code's.
-    """
+def takes(x: Tensor, layers: Sequence[Weights | PackWeights], settings: Settings) -> bool:
+    """Whether a call is one for this file: of few tokens, and nothing in it float16."""
     if not is_few(x, settings) or x.dtype not in _DTYPES:
         return False
-    if autocast:
-        return True
-    dtype, bias = x.dtype, operands.bias[0]
-    return (
-        first_of(operands.lora_A).dtype is first_of(operands.lora_B).dtype is dtype
-        and (bias is None or bias.dtype is dtype)
-    )  # fmt: skip
+    if TRANSFORMS is None and not torch.compiler.is_compiling():
+        return False  # whether torch.func is at work is not known: `LoRALinears` refuses it
+    for _, bias, lora_A, lora_B in layers:
+        for tensors in (bias, lora_A, lora_B):
+            first = first_of(tensors) if isinstance(tensors, tuple) else tensors
+            if first is not None and first.dtype not in _DTYPES:
+                return False
+    return True
+
+
+def computed_in(
+    x: Tensor, layers: Sequence[Weights | PackWeights], settings: Settings, dtype: torch.dtype
+) -> torch.dtype:
+    """What x and the frozen weights are cast to under autocast to `dtype`.
+
+    float32 for a call of `FEWEST` rows that `takes`, if the weights are float32; else `dtype`. In a
+    pack each adapter has so few rows, and LoRA in this layer.
+    """
+    if dtype is not torch.bfloat16 or x.dtype not in _CAST:
+        return dtype
+    if any(each.weight.dtype is not torch.float32 for each in layers):
+        return dtype
+    if not takes(x, layers, settings):
+        return dtype
+    pack = settings.pack
+    if pack is None:
+        few = x.numel() <= FEWEST * x.shape[-1]
+    else:
+        few = max(pack.counts) <= FEWEST and min(pack.ranks) > 0
+    return torch.float32 if few else dtype
 
 
 def few_layer(x: Any, layer: Any) -> Tensor | None:
@@ -79,28 +108,35 @@ def few_layer(x: Any, layer: Any) -> Tensor | None:
         or weight.shape != ((K, N) if layer.conv1d else (N, K))
         or lora_A.shape != (layer.rank, K)
         or lora_B.shape != (N, layer.rank)
+        or lora_A.dtype not in _DTYPES
+        or lora_B.dtype not in _DTYPES
         or not 0 <= dropout < 1
         or TRANSFORMS is None
         or TRANSFORMS() is not None
     ):
         return None
-    if bias is not None and (bias.requires_grad or bias.shape != (N,) or not bias.is_cpu):
+    if bias is not None and (
+        bias.requires_grad
+        or bias.shape != (N,)
+        or not bias.is_cpu
+        or bias.dtype not in _DTYPES
+    ):  # fmt: skip
         return None
     half, dtype = torch.is_autocast_enabled("cpu"), weight.dtype
     if half:
         dtype = torch.get_autocast_dtype("cpu")
         if dtype is not torch.bfloat16 or x.dtype not in _CAST or weight.dtype not in _CAST:
             return None
-        x, weight = x.to(dtype), weight.to(dtype)
-    elif (
-        not x.dtype is dtype is lora_A.dtype is lora_B.dtype
-        or dtype not in _DTYPES
-        or not (bias is None or bias.dtype is dtype)
-    ):
+        few = weight.dtype is torch.float32 and x.numel() <= FEWEST * K
+        held = torch.float32 if few else dtype
+        x, weight = x.to(held), weight.to(held)
+    elif x.dtype is not dtype or dtype not in _DTYPES:
         return None
     if layer.conv1d:
         weight = weight.t()
-    return _result(_one(as_rows(x), weight, bias, lora_A, lora_B, layer.scale, dropout), x)
+    with casting_off() if half else _NOTHING:
+        y = _one(as_rows(x), weight, bias, lora_A, lora_B, layer.scale, dropout)
+    return _result(y, x, dtype)
 
 
 def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
@@ -111,11 +147,15 @@ def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
     return parts
 
 
-def few_linears(x: Tensor, operands: Operands, settings: Settings) -> tuple[Tensor, ...]:
-    """y [..., N] of each layer that reads x [..., K]."""
+def few_linears(
+    x: Tensor, operands: Operands, settings: Settings, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """y [..., N] of each layer that reads x [..., K], in `dtype` (default: that of x)."""
     rows, scale, dropout = as_rows(x), settings.scale, settings.dropout
     layers = zip(*operands)  # noqa: B905 (as many of each)
-    return tuple([_result(_one(rows, *layer, scale, dropout), x) for layer in layers])
+    with casting_off():
+        ys = [_one(rows, *layer, scale, dropout) for layer in layers]
+    return tuple([_result(y, x, dtype) for y in ys])
 
 
 def _one(
@@ -124,12 +164,17 @@ def _one(
 ) -> Tensor:  # fmt: skip
     """y [M, N] of one layer that reads x [M, K]."""
     own = F.dropout(x, dropout) if dropout else x
-    return _added(F.linear(x, weight, bias), own, lora_A, lora_B, scale)
+    return _added(_frozen(x, weight, bias), own, lora_A, lora_B, scale)
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias if bias is None else _as(bias, x.dtype))
 
 
 def few_packed(
-    x: Tensor, operands: Operands, settings: Settings, generators: Sequence[torch.Generator | None]
-) -> tuple[Tensor, ...]:
+    x: Tensor, operands: Operands, settings: Settings,
+    generators: Sequence[torch.Generator | None], dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The same of a pack: one frozen product for all rows, and each adapter's on its own.
 
     An adapter's masks come from its generator: those of `few_linears` if that were torch's own.
@@ -137,16 +182,17 @@ def few_packed(
     pack, rows = settings.pack, as_rows(x)
     assert pack is not None
     C, own, ys = len(pack.ranks), rows.split(pack.counts), []
-    for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
-        blocks = list(F.linear(rows, weight, bias).split(pack.counts))
-        for c, block in enumerate(own):
-            lora_A, lora_B = operands.lora_A[g * C + c], operands.lora_B[g * C + c]
-            if lora_A is None:
-                continue
-            if pack.dropouts[c] and len(block):
-                block = _dropped(block, pack.dropouts[c], generators[c])
-            blocks[c] = _added(blocks[c], block, lora_A, lora_B, pack.scales[c])
-        ys.append(_result(torch.cat(blocks), x))
+    with casting_off():
+        for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
+            blocks = list(_frozen(rows, weight, bias).split(pack.counts))
+            for c, block in enumerate(own):
+                lora_A, lora_B = operands.lora_A[g * C + c], operands.lora_B[g * C + c]
+                if lora_A is None:
+                    continue
+                if pack.dropouts[c] and len(block):
+                    block = _dropped(block, pack.dropouts[c], generators[c])
+                blocks[c] = _added(blocks[c], block, lora_A, lora_B, pack.scales[c])
+            ys.append(_result(torch.cat(blocks), x, dtype))
     return tuple(ys)
 
 
@@ -157,19 +203,20 @@ def _dropped(x: Tensor, dropout: float, generator: torch.Generator | None) -> Te
 
 
 def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """y + scale * x lora_A^T lora_B^T.
-
-    Casts are made here: those that autocast keeps are stale where `layer.to(dtype)` exchanges the
-    numbers of a parameter.
-    """
-    if lora_A.dtype is not x.dtype:
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    h = F.linear(x, lora_A)
+    """y + scale * x lora_A^T lora_B^T, rounded once."""
+    wide = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+    h = F.linear(_as(x, wide), _as(lora_A, wide))
     if torch.compiler.is_compiling():  # Inductor of torch 2.13 drops the alpha of such a sum
-        return y + scale * F.linear(h, lora_B)
-    return torch.addmm(y, h, lora_B.t(), alpha=scale)
+        return _as(y + scale * F.linear(h, _as(lora_B, wide)), y.dtype)
+    return _as(torch.addmm(_as(y, wide), h, _as(lora_B, wide).t(), alpha=scale), y.dtype)
 
 
-def _result(y: Tensor, x: Tensor) -> Tensor:
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype`; itself if it is so already."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def _result(y: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """y [M, N] in the shape of x [..., K]."""
+    y = y if dtype is None else _as(y, dtype)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])

@@ -13,8 +13,8 @@ from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from . import operators
 from .autocast import autocast_dtype
-from .few import few_linears, takes
-from .function import TRANSFORMS, Call, apply, as_rows, refuse_transforms
+from .few import computed_in, few_linears, takes
+from .function import Call, apply, as_rows, refuse_transforms
 
 
 def lora_linear(
@@ -80,7 +80,8 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
         )
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        x, layers = x.to(dtype), tuple([_in_dtype(weights, dtype) for weights in layers])
+        held = computed_in(x, layers, settings, dtype)
+        x, layers = x.to(held), tuple([_in_dtype(weights, held) for weights in layers])
     for weights in layers:
         check(x, weights, settings)
     if len(layers) > 1 and not _one_layout(layers):
@@ -92,8 +93,8 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         refuse_transforms()
-    if (compiling or TRANSFORMS is not None) and takes(x, operands, settings, dtype is not None):
-        return few_linears(x, operands, settings)
+    if takes(x, layers, settings):
+        return few_linears(x, operands, settings, dtype)
     seed = masks.draw_seed(x.device) if settings.dropout else None
     if compiling:
         y = operators.call(as_rows(x), operands, settings, seed)

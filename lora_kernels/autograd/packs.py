@@ -15,8 +15,8 @@ from ..algebra.packs import Pack, first_of, table
 from ..strategies.choose import decide
 from ..strategies.table import check_strategy
 from .autocast import autocast_dtype
-from .few import few_and_many, few_packed, takes
-from .function import TRANSFORMS, Call, apply, as_rows, refuse_transforms
+from .few import computed_in, few_and_many, few_packed, takes
+from .function import Call, apply, as_rows, refuse_transforms
 
 _KEPT = 1024  # what that many calls began with is kept for a checkpoint that recomputes them
 
@@ -124,8 +124,9 @@ def packed_linears(
     refuse_transforms("a layer with several adapters")
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        x = x.to(dtype)
-        layers = tuple([each._replace(weight=each.weight.to(dtype)) for each in layers])
+        held = computed_in(x, layers, settings, dtype)
+        x = x.to(held)
+        layers = tuple([each._replace(weight=each.weight.to(held)) for each in layers])
     for weights in layers:
         _check(x, weights, settings, pack)
     if len(layers) > 1 and len(set(map(_layout, layers))) > 1:
@@ -136,9 +137,9 @@ def packed_linears(
     check_strategy(settings.strategy)
     # What an adapter draws of its stream it draws as it does alone: nothing without LoRA here.
     drawing = [count if R else 0 for count, R in zip(pack.counts, pack.ranks, strict=True)]
-    if TRANSFORMS is not None and takes(x, operands, settings, dtype is not None):
+    if takes(x, layers, settings):
         streams = pack.streams.at_call(pack.names, drawing) if settings.dropout else ()
-        return few_packed(x, operands, settings, streams)
+        return few_packed(x, operands, settings, streams, dtype)
     if settings.dropout and x.device.type == "cpu" and settings.strategy == "auto":
         few, many = few_and_many(pack, x.shape[-1])
         if many and any(drawing[c] for c in few):

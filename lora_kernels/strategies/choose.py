@@ -58,7 +58,7 @@ def choose(problem: Problem, strategy: str = "auto") -> Choice:
         return Choice("library", None, prefix + "bitsandbytes' product of NF4, LoRA is added to it")
     if problem.arch == "cpu":
         few = problem.M * problem.K <= problems.FEW and strategy == "auto" and not problem.columns
-        few = few and problem.dtype in (torch.float32, torch.float64)
+        few = few and problem.dtype is not torch.float16
         reason = "on a CPU the vendor's GEMM is fastest"
         return _choice(
             problem, "library", prefix + reason + (", with torch's own gradients" if few else "")
