@@ -13,7 +13,7 @@ and writes more than the product reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ def few_linears(
     """y [..., N] of each layer that reads x [..., K], in `dtype` (default: that of x)."""
     rows, scale, dropout = as_rows(x), settings.scale, settings.dropout
     layers = zip(*operands)  # noqa: B905 (as many of each)
-    with casting_off():
+    with _as_they_are():
         ys = [_one(rows, *layer, scale, dropout) for layer in layers]
     return tuple([_result(y, x, dtype) for y in ys])
 
@@ -168,7 +168,41 @@ def _one(
 
 
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias if bias is None else _as(bias, x.dtype))
+    return _linear(x, weight, bias if bias is None else _as(bias, x.dtype))
+
+
+def _as_they_are() -> AbstractContextManager[Any]:
+    """Inside, autocast leaves operators alone; in compiled code `_linear` alone sees to that."""
+    return _NOTHING if torch.compiler.is_compiling() else casting_off()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in the dtype of x and weight."""
+    if torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
+        y: Tensor = _Uncast.apply(x, weight)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+class _Uncast(torch.autograd.Function):
+    """apply(x [M, K], weight [N, K]) -> x weight^T, for compiled code under autocast.
+
+    torch.compile traces backward under the autocast of the forward. So it would cast what a product
+    of torch's own has saved, the frozen weight too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            dx = dy @ weight if ctx.needs_input_grad[0] else None
+            return dx, dy.t() @ x if ctx.needs_input_grad[1] else None
 
 
 def few_packed(
@@ -182,7 +216,7 @@ def few_packed(
     pack, rows = settings.pack, as_rows(x)
     assert pack is not None
     C, own, ys = len(pack.ranks), rows.split(pack.counts), []
-    with casting_off():
+    with _as_they_are():
         for g, (weight, bias) in enumerate(zip(operands.weight, operands.bias, strict=True)):
             blocks = list(_frozen(rows, weight, bias).split(pack.counts))
             for c, block in enumerate(own):
@@ -205,9 +239,9 @@ def _dropped(x: Tensor, dropout: float, generator: torch.Generator | None) -> Te
 def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """y + scale * x lora_A^T lora_B^T, rounded once."""
     wide = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
-    h = F.linear(_as(x, wide), _as(lora_A, wide))
+    h = _linear(_as(x, wide), _as(lora_A, wide))
     if torch.compiler.is_compiling():  # Inductor of torch 2.13 drops the alpha of such a sum
-        return _as(y + scale * F.linear(h, _as(lora_B, wide)), y.dtype)
+        return _as(y + scale * _linear(h, _as(lora_B, wide)), y.dtype)
     return _as(torch.addmm(_as(y, wide), h, _as(lora_B, wide).t(), alpha=scale), y.dtype)
 
 
