@@ -1,4 +1,4 @@
-"""Few tokens in bfloat16 on a CPU: products of rank R in float32, frozen weights that are not cast."""
+"""Few tokens in bfloat16 on a CPU: rank-sized products in float32, frozen weights not cast."""
 
 from __future__ import annotations
 
