@@ -6,7 +6,7 @@ tensor or a module that is none by TypeError. Numbers may be NumPy's; a bool is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from operator import index
 from os import PathLike
@@ -106,6 +106,13 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
 def module(name: str, value: Any) -> nn.Module:
     """A module, such as a model."""
     return _instance(name, value, nn.Module, "an nn.Module")
+
+
+def function(name: str, value: Any) -> Callable[..., Any]:
+    """What can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable: got {_short(value)}")
+    return value  # type: ignore[no-any-return]
 
 
 def _instance(name: str, value: Any, cls: type, words: str) -> Any:

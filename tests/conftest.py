@@ -30,7 +30,7 @@ def nan_filled_allocations():
 @pytest.fixture
 def many_tokens(monkeypatch):
     """No call has few tokens (`autograd/few.py`): a CPU runs layers as a GPU does."""
-    monkeypatch.setattr("lora_kernels.strategies.problem.FEW", -1)
+    monkeypatch.setattr("lora_kernels.strategies.problem.FEW_ELEMENTS", -1)
 
 
 @pytest.fixture(autouse=True)

@@ -31,10 +31,10 @@ MAY_IMPORT["algebra"] = {"algebra"}
 MAY_IMPORT["durable"] = set()  # below all wings; imported by the two that write files
 for wing in ("hardware", "adapters"):
     MAY_IMPORT[wing].add("durable")
-MAY_IMPORT["arguments"] = set()  # below all wings too; what callers pass is checked in four
+MAY_IMPORT["arguments"] = set()  # below all wings too; what callers pass is checked in five
 for wing in ("autograd", "layers", "injection", "adapters"):
     MAY_IMPORT[wing].add("arguments")
-MAY_IMPORT["training"] = {"hardware", "training"}  # of any step of any model
+MAY_IMPORT["training"] = {"arguments", "hardware", "training"}  # of any step of any model
 MAY_IMPORT["tools"] = {*WINGS[: WINGS.index("autograd") + 1], "tools"}
 MAY_IMPORT["__init__"] = {*WINGS, "training", "former_names"}  # the public names
 MAY_IMPORT["former_names"] = set()

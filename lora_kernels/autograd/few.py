@@ -1,12 +1,12 @@
 """Few tokens on a CPU: the formula in torch's operators, with the gradients torch has for them.
 
 There the host's calls are most of the time. torch's own nodes of the graph are C++, while a
-Function of ours calls Python twice and its masks take ten more operators. What a Function saves is
-memory, and with few tokens there is none to save: x has at most `problem.FEW` elements.
+Function of ours calls Python twice and its masks take some twenty operators. What a Function saves
+is memory, and with few tokens there is none to save: x has at most `FEW_ELEMENTS` elements.
 
 Products of rank R are float32 where x is bfloat16, and y is rounded to bfloat16 once. For few
 tokens oneDNN takes 25 us and more for such a product in bfloat16, MKL 4 to 10 in float32. Under
-autocast and up to `FEWEST` rows the frozen product is float32 too: to cast a float32 weight reads
+autocast and up to `FEW_ROWS` rows the frozen product is float32 too: to cast a float32 weight reads
 and writes more than the product reads.
 """
 
@@ -27,7 +27,7 @@ from .autocast import casting_off
 from .function import TRANSFORMS, as_rows
 
 _NOTHING = nullcontext()
-FEWEST = 16  # rows up to which a frozen weight is not cast
+FEW_ROWS = 16  # rows up to which a frozen weight is not cast
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CAST = (torch.float32, torch.bfloat16)  # what autocast makes bfloat16 of, and we take
 
@@ -41,7 +41,11 @@ def is_few(x: Tensor, settings: Settings) -> bool:
     if settings.strategy != "auto" or settings.columns is not None or x.device.type != "cpu":
         return False
     pack = settings.pack
-    few = x.numel() <= problem.FEW if pack is None else not few_and_many(pack, x.shape[-1])[1]
+    few = (
+        x.numel() <= problem.FEW_ELEMENTS
+        if pack is None
+        else not few_and_many(pack, x.shape[-1])[1]
+    )
     if torch.compiler.is_compiling():  # asked so, a dynamic shape gets no guard: it has many tokens
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -68,8 +72,8 @@ def computed_in(
 ) -> torch.dtype:
     """What x and the frozen weights are cast to under autocast to `dtype`.
 
-    float32 for a call of `FEWEST` rows that `takes`, if the weights are float32; else `dtype`. In a
-    pack each adapter has so few rows, and LoRA in this layer.
+    float32 for a call of at most `FEW_ROWS` rows that passes `takes`, if the weights are float32;
+    else `dtype`. In a pack each adapter must have so few rows, and LoRA in this layer.
     """
     if dtype is not torch.bfloat16 or x.dtype not in _CAST:
         return dtype
@@ -79,23 +83,23 @@ def computed_in(
         return dtype
     pack = settings.pack
     if pack is None:
-        few = x.numel() <= FEWEST * x.shape[-1]
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
     else:
-        few = max(pack.counts) <= FEWEST and min(pack.ranks) > 0
+        few = max(pack.counts) <= FEW_ROWS and min(pack.ranks) > 0
     return torch.float32 if few else dtype
 
 
 def few_layer(x: Any, layer: Any) -> Tensor | None:
     """y of a `FusedLoRALinear` by the shortest way, for a call that `takes` and `check` would pass.
 
-    None for any other call. What they ask a tensor, and how a call travels to them, costs as much
-    as a third of the operators.
+    None for any other call. The checks of those two and the calls to reach them take a third of the
+    operators' time.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
     if torch.jit.is_tracing():  # in which x.numel() is a tensor
         return None
-    if x.numel() > problem.FEW or layer.strategy != "auto" or not layer.is_plain:
+    if x.numel() > problem.FEW_ELEMENTS or layer.strategy != "auto" or not layer.is_plain:
         return None
     own, K, N = layer._parameters.get, layer.in_features, layer.out_features
     weight, bias, lora_A, lora_B = own("weight"), own("bias"), own("lora_A"), own("lora_B")
@@ -127,9 +131,9 @@ def few_layer(x: Any, layer: Any) -> Tensor | None:
         dtype = torch.get_autocast_dtype("cpu")
         if dtype is not torch.bfloat16 or x.dtype not in _CAST or weight.dtype not in _CAST:
             return None
-        few = weight.dtype is torch.float32 and x.numel() <= FEWEST * K
-        held = torch.float32 if few else dtype
-        x, weight = x.to(held), weight.to(held)
+        few = weight.dtype is torch.float32 and x.numel() <= FEW_ROWS * K
+        computed = torch.float32 if few else dtype
+        x, weight = x.to(computed), weight.to(computed)
     elif x.dtype is not dtype or dtype not in _DTYPES:
         return None
     if layer.conv1d:
@@ -143,7 +147,7 @@ def few_and_many(pack: Pack, K: int) -> tuple[list[int], list[int]]:
     """The adapters of few tokens, or without LoRA in this layer, and those of many tokens."""
     parts: tuple[list[int], list[int]] = [], []
     for c, (count, rank) in enumerate(zip(pack.counts, pack.ranks, strict=True)):
-        parts[rank > 0 and count * K > problem.FEW].append(c)
+        parts[rank > 0 and count * K > problem.FEW_ELEMENTS].append(c)
     return parts
 
 

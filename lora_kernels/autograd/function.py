@@ -1,7 +1,7 @@
 """The autograd Function behind `lora_linear`: one node of the graph for a layer or a group.
 
-It saves x by reference, h [G, M, R] and the packed masks, and no copy of anything. x [..., K] is
-seen as rows [M, K] in here: outside, each view would be a node of its own.
+It saves x and weight as it is given them, h [G, M, R] and the packed masks, and copies none. x
+[..., K] is seen as rows [M, K] in here: outside, each view would be a node of its own.
 """
 
 from __future__ import annotations

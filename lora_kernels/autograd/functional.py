@@ -80,8 +80,8 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
         )
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        held = computed_in(x, layers, settings, dtype)
-        x, layers = x.to(held), tuple([_in_dtype(weights, held) for weights in layers])
+        computed = computed_in(x, layers, settings, dtype)
+        x, layers = x.to(computed), tuple([_in_dtype(weights, computed) for weights in layers])
     for weights in layers:
         check(x, weights, settings)
     if len(layers) > 1 and not _one_layout(layers):

@@ -98,12 +98,12 @@ def backward(
     )  # fmt: skip
     return [
         dy[0].new_empty(0) if dx is None else dx,
-        *map(_apart, dlora_A or (A.new_empty(0) for A in given.lora_A)),
-        *map(_apart, dlora_B or (B.new_empty(0) for B in given.lora_B)),
+        *map(_own_copy, dlora_A or (A.new_empty(0) for A in given.lora_A)),
+        *map(_own_copy, dlora_B or (B.new_empty(0) for B in given.lora_B)),
     ]
 
 
-def _apart(gradient: Tensor) -> Tensor:
+def _own_copy(gradient: Tensor) -> Tensor:
     """A copy of what is a view: a group's gradients share one buffer, outputs may not."""
     return gradient.clone() if gradient._is_view() else gradient
 

@@ -124,9 +124,9 @@ def packed_linears(
     refuse_transforms("a layer with several adapters")
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
-        held = computed_in(x, layers, settings, dtype)
-        x = x.to(held)
-        layers = tuple([each._replace(weight=each.weight.to(held)) for each in layers])
+        computed = computed_in(x, layers, settings, dtype)
+        x = x.to(computed)
+        layers = tuple([each._replace(weight=each.weight.to(computed)) for each in layers])
     for weights in layers:
         _check(x, weights, settings, pack)
     if len(layers) > 1 and len(set(map(_layout, layers))) > 1:
@@ -143,7 +143,7 @@ def packed_linears(
     if settings.dropout and x.device.type == "cpu" and settings.strategy == "auto":
         few, many = few_and_many(pack, x.shape[-1])
         if many and any(drawing[c] for c in few):
-            return _apart(x, layers, settings, pack, (few, many))
+            return _few_and_many_apart(x, layers, settings, pack, (few, many))
     seed = pack.streams.draw(pack.names, drawing, x.device) if settings.dropout else None
     strategy, tiles = decide(x, operands, settings)
     call = Call(settings, seed, strategy, tiles, len(layers), len(pack.ranks))
@@ -165,7 +165,7 @@ def _in_blocks(
     return tuple([y.index_select(0, back) for y in ys])
 
 
-def _apart(
+def _few_and_many_apart(
     x: Tensor, layers: tuple[PackWeights, ...], settings: Settings, pack: Pack,
     parts: tuple[list[int], ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip

@@ -61,7 +61,7 @@ def explain(
     may be one that `add_lora`, `add_loras` or `fuse_peft` changed, or a single FusedLoRALinear. For
     several adapters `tokens` counts those of all, and the reason says how they run together.
     `unfused` names the layers that now run PEFT's own forward, or did in their last call, and why.
-    Raises ValueError for a model without LoRA layers, or a count of tokens that is none.
+    Raises ValueError for a model without LoRA layers, or `tokens` that is no integer of at least 0.
 
     >>> print(explain(model, tokens=16 * 128))
     """

@@ -32,7 +32,9 @@ from .wrappers import bare, refuse_sharded, unwrapped
 def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
     """Replace the target layers by `FusedLoRALinear`, in place, and freeze all the rest.
 
-    An `nn.Embedding` that is named as a target gets LoRA as in PEFT (`layers.embedding`).
+    A layer that bitsandbytes or torchao has quantised stays inside of its replacement
+    (`layers.quantised`). An `nn.Embedding` that is named as a target gets LoRA as in PEFT
+    (`layers.embedding`).
 
     Afterwards exactly the LoRA parameters and the modules named in `config.train` have
     `requires_grad`. Names in `targets` and `train` are module names or path suffixes of whole
@@ -47,6 +49,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> Report:
         ValueError: the model has LoRA layers already or is sharded, a name matches nothing, nothing
             can be fused, or `train` and `targets` ask for the same layer. The model is then
             unchanged.
+        TypeError: the config is no LoRAConfig, or the model no module.
 
     Example:
         >>> print(add_lora(model, LoRAConfig(rank=8, alpha=16, train=("classifier",))))

@@ -44,16 +44,19 @@ from .siblings import group_siblings, unhook
 
 
 def fuse_peft(peft_model: nn.Module, strategy: str = "auto", group: bool = True) -> Report:
-    """Let every plain `peft.tuners.lora.Linear` of a model run as one fused operation, in place.
+    """Let every plain LoRA layer of a PEFT model run as one fused operation, in place.
 
         y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
 
-    No value, name or `requires_grad` changes. The report's skipped rows say why a layer runs PEFT's
-    own forward; a state that may change (merged, disabled, `set_adapter`) is looked at again in
-    every call. Dropout masks come from torch's generator but are not the ones that `nn.Dropout`
-    draws. Layers that adapters add later need another call, which is harmless for the rest.
-    `copy.deepcopy` and pickle work. With `group`, siblings that read the same input (query, key and
-    value) run as one problem.
+    These are `peft.tuners.lora.Linear`, with DoRA or without, and PEFT's layers around what
+    bitsandbytes or torchao has quantised. No value, name or `requires_grad` changes. The report's
+    skipped rows say why a layer runs PEFT's own forward; a state that may change (merged, disabled,
+    `set_adapter`) is looked at again in every call. Layers that adapters add later need another
+    call, which is harmless for the rest. `copy.deepcopy` and pickle work. With `group`, siblings
+    that read the same input (query, key and value) run as one problem.
+
+    Dropout masks come from torch's generator. They are those of `nn.Dropout` for few tokens on a
+    CPU and for DoRA, and others elsewhere.
 
     A mixed batch, `model(**batch, adapter_names=[...])` with a name for each example, runs fused
     too. Unlike PEFT it also trains (`docs/packs.md`).

@@ -32,7 +32,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layer of add_lora (a PEFT model has a "
-            "disable_adapter of its own)"
+            "disable_adapter of its own; models of add_loras have none)"
         )
     if train := trained_paths(model):
         warnings.warn(

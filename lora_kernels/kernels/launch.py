@@ -2,7 +2,7 @@
 
 At every launch Triton inspects every argument to find the code that it compiled for them, and our
 launchers derive a grid and some twenty numbers from shapes. A training step repeats the same few
-launches, so both results are kept. On the host a launch costs 7 us instead of 36 (docs/kernels.md).
+launches, so both results are kept. On the host a launch costs 6 us instead of 34 (docs/kernels.md).
 
     key     the plan function, its settings, the device, and of each tensor the shape, the strides,
             the dtype and the address modulo 16: all that a plan reads of its tensors, and all that

@@ -31,9 +31,9 @@ class LoRAConfig:
     task head. `group` lets siblings that read the same input run as one problem.
 
     As in PEFT: `exclude` takes layers out of the targets, by names like theirs. `layers` keeps
-    those whose path has one of these indices as its first. `rank_pattern` and `alpha_pattern` map
-    an expression, for a path or the part of it behind a dot, to the rank or alpha of the layers
-    that it matches; the first counts.
+    those whose block, the first number in the path, is one of these. `rank_pattern` and
+    `alpha_pattern` map an expression, for a path or the part of it behind a dot, to the rank or
+    alpha of the layers that it matches; the first counts.
 
     `init` is the start of lora_A and lora_B, at the base model: "kaiming" (PEFT's default: lora_B
     is zero), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>" or "olora". The last three take

@@ -27,8 +27,8 @@ class FusedLoRAEmbedding(FusedLoRALinear):
 
     weight [K, N] holds K entries of N numbers (frozen, shared with the layer replaced); lora_A
     [R, K] starts at zero and lora_B [N, R] normal, as in PEFT. ids [...] -> y [..., N], in the
-    dtype of weight. The product is added to the rows in place, in the wider dtype of the two, and
-    rounded once.
+    dtype of weight. The product is added to the rows in place, in the wider dtype of weight and
+    lora_A, and rounded once.
 
     `dropout` has no effect, as in PEFT. `padding_idx` and `scale_grad_by_freq` of the layer
     replaced hold for the gradient of lora_A. Where the weight is tied to an output layer's, that

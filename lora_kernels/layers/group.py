@@ -89,9 +89,8 @@ def problem_of(layer: LoRALayer, M: int, dtype: torch.dtype | None = None) -> Pr
         raise ValueError("a layer that runs unfused asks for no strategy")
     weight, settings = own.weights.weight, own.settings
     x = weight.new_empty(()).expand(M, layer.in_features)
-    few = settings.pack is None and is_few(
-        x, settings
-    )  # how a pack's rows are divided is not known
+    # How the rows of a pack are divided is not known here.
+    few = settings.pack is None and is_few(x, settings)
     alone = layer.group is None or layer.group.apart or few
     members = [layer] if alone else layer.group.members  # type: ignore[union-attr]
     found = [member for member in members if member.own() is not None]

@@ -25,13 +25,16 @@ from .start import START, check_start, drawn, kaiming, takes_weight
 class FusedLoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update, as one fused operation.
 
-        y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T,    scale = alpha / rank (rslora: /
-        sqrt(rank))
+        y = x weight^T + bias + scale * D(x) lora_A^T lora_B^T
+
+    scale is alpha / rank, or alpha / sqrt(rank) with `rslora`. D is dropout with probability
+    `dropout`, in training alone. x [..., K] -> y [..., N], where K is `in_features` and N
+    `out_features`. Raises as `lora_linear` does.
 
     Parameters: weight [N, K] and bias [N] (frozen, under the names of the layer replaced; weight is
     [K, N] if that was a Conv1D), lora_A [R, K] (Kaiming-uniform, as in PEFT) and lora_B [N, R]
-    (zero, so that training starts at the base model). x [..., K] -> y [..., N]. Raises as
-    `lora_linear` does.
+    (zero, so that training starts at the base model). A layer built here has them all on `device`
+    in `dtype`; `from_linear` makes lora_A and lora_B float32 beside a half-precision weight.
 
     With `columns` only those ranges of y's columns have LoRA, each as a layer of its own (query and
     value of GPT-2's c_attn): lora_A [ranges * R, K] and lora_B [sum of widths, R] hold one below

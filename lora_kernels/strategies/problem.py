@@ -18,7 +18,7 @@ from ..hardware.tiles import bucket, rank_block
 
 # The elements of x [M, K] up to which `auto` on a CPU leaves a layer's gradients to torch
 # (`autograd/few.py`): the host's calls are most of the time there.
-FEW = 1 << 16
+FEW_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)

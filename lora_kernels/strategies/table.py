@@ -62,8 +62,10 @@ def _split_supports(problem: Problem) -> str | None:
     if problem.nf4 and problem.K % BLOCK:
         return f"a block of {BLOCK} weights of NF4 goes past the end of a row: K is {problem.K}"
     if problem.nf4 and problem.N % BLOCK and problem.arch != "cpu":
-        # An H200 gave a wrong dx at rank 1, where the PTX is right: not understood, so not run.
-        return f"the gradient of x is summed over blocks of {BLOCK} rows of NF4: N is {problem.N}"
+        return (
+            f"an H200 gave a wrong gradient of x at rank 1 where {BLOCK} does not divide N, for a "
+            f"reason that was not found: N is {problem.N}"
+        )
     return triton_supports(problem)
 
 

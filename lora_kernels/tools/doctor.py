@@ -99,7 +99,7 @@ PITFALLS = (
             "Triton is not installed: the GPU gets the library strategy alone"),
     Pitfall("unknown-triton", lambda f: f.gpus and f.versions["triton"] and not f.launches_known,
             "the launch cache does not know this Triton, so Triton's own dispatch makes every "
-            "launch: results are the same, but a launch takes the host about 36 us, not 7; small "
+            "launch: results are the same, but a launch takes the host about 34 us, not 6; small "
             "models get slower. Take Triton 3.6 or 3.7"),
     Pitfall("turing", lambda f: any(re.fullmatch(r"sm_[1-7]\d", arch) for arch in f.gpus),
             "Triton (3.3 and later) has no matrix instructions for cards before sm_80: they get "
@@ -216,7 +216,7 @@ def examine() -> dict[str, Any]:
     picks = []
     for device, (title, layer), dtype in product(facts.devices, EXAMPLES.items(), EXAMPLE_DTYPES):
         M, (N,), K, R = EXAMPLE_TOKENS, layer.N, layer.K, EXAMPLE_RANK
-        problem = Problem(M, N, K, R, dtype, device.arch, dropout=True)
+        problem = Problem.on(torch.device(device.name), M, N, K, R, dtype, dropout=True)
         choice = choose(problem)
         pick = {"device": device.name, "layer": title, "dtype": str(dtype).removeprefix("torch.")}
         pick |= {"problem": str(problem), "strategy": choice.strategy, "reason": choice.reason}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..hardware import capture
 
 WARM_UP = 2  # plain calls before a capture
@@ -46,7 +47,9 @@ class Captures:
     """
 
     def __init__(self, model: nn.Module, function: Callable[..., Any], limit: int) -> None:
-        self.model, self.function, self.limit = model, function, limit
+        self.model = arguments.module("model", model)
+        self.function = arguments.function("function", function)
+        self.limit = arguments.integer("limit", limit, least=0)
         self.reasons: dict[str, int] = {}
         self._graphs: dict[Any, Graph] = {}
         self._made = 0  # graphs, those included that are forgotten

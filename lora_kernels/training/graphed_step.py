@@ -95,14 +95,17 @@ def graph_trainer(trainer: Any, limit: int = 8) -> GraphedStep:
 
     Call it before `trainer.train()`. Clipping, the optimizer, the schedule and the loss scaler stay
     the Trainer's. Pad batches to few lengths (`pad_to_multiple_of=64`): each is a graph. Raises
-    ValueError for a Trainer that trains on several devices or by an engine of its own.
+    ValueError for a Trainer that trains on several devices or by an engine of its own, TypeError
+    for what is no Trainer.
     """
-    arguments = trainer.args
-    if arguments.n_gpu > 1 or arguments.world_size > 1:
+    flags = getattr(trainer, "args", None)
+    if flags is None or not hasattr(trainer, "training_step"):
+        raise TypeError(f"trainer must be a transformers Trainer: got {trainer!r:.80}")
+    if flags.n_gpu > 1 or flags.world_size > 1:
         raise ValueError("CUDA graphs are for one device: this Trainer trains on several")
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError("DeepSpeed and FSDP run the step themselves: no CUDA graph can hold it")
-    if arguments.torch_empty_cache_steps is not None:
+    if flags.torch_empty_cache_steps is not None:
         raise ValueError("torch_empty_cache_steps empties the memory of a graph: leave it None")
     plain = trainer.training_step
 

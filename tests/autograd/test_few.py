@@ -17,7 +17,7 @@ from lora_kernels.autograd import few
 from lora_kernels.autograd.functional import lora_linears
 from lora_kernels.layers import linear
 from lora_kernels.layers.group import Group, problem_of
-from lora_kernels.strategies.problem import FEW
+from lora_kernels.strategies.problem import FEW_ELEMENTS
 
 
 def tensors(*shape: int, bias: bool = True, dtype: torch.dtype = torch.float64):
@@ -70,11 +70,16 @@ def test_dropout_is_on_the_low_rank_branch_and_the_same_in_backward():
 
 
 def test_what_is_taken():
-    assert takes(torch.empty(FEW // 8, 8)) and not takes(torch.empty(FEW // 8 + 1, 8))
+    assert takes(torch.empty(FEW_ELEMENTS // 8, 8)) and not takes(
+        torch.empty(FEW_ELEMENTS // 8 + 1, 8)
+    )
     x = torch.empty(4, 8)
     assert not takes(x, strategy="library") and not takes(x, columns=((0, 12),))
     assert not takes(x.half()) and not takes(x.to("meta"))
-    for rows, taken in ((FEW // 8, True), (FEW // 8 + 1, False)):  # each adapter has few
+    for rows, taken in (
+        (FEW_ELEMENTS // 8, True),
+        (FEW_ELEMENTS // 8 + 1, False),
+    ):  # each adapter has few
         pack = Pack((0, rows, rows + 2), (3, 3), (1.0, 1.0), (0.0, 0.0))
         assert takes(torch.empty(rows + 2, 8), pack=pack) is taken
     half = x.bfloat16()
@@ -144,7 +149,13 @@ def test_the_short_way_is_for_common_calls(change):
     assert few.few_layer(x, layer) is not None
     with torch.autocast("cpu", torch.float16):
         assert few.few_layer(x, layer) is None
-    for other in (torch.randn(4, 9), x.int(), nn.Parameter(x), x.tolist(), torch.randn(FEW, 8)):
+    for other in (
+        torch.randn(4, 9),
+        x.int(),
+        nn.Parameter(x),
+        x.tolist(),
+        torch.randn(FEW_ELEMENTS, 8),
+    ):
         assert few.few_layer(other, layer) is None
     change(layer)
     assert few.few_layer(x, layer) is None
@@ -154,7 +165,7 @@ def test_the_short_way_is_for_common_calls(change):
 def test_siblings_of_few_tokens_run_one_by_one(strategy):
     query, *others = [FusedLoRALinear(8, 8, rank=3, strategy=strategy) for _ in range(3)]
     group = query.group = Group([query, *others])
-    x, y = torch.randn(5, 8), torch.randn(FEW // 8 + 1, 8)
+    x, y = torch.randn(5, 8), torch.randn(FEW_ELEMENTS // 8 + 1, 8)
     query(x)
     assert (group._waiting is None) == (strategy == "auto")
     assert problem_of(query, len(x)).segments == (1 if strategy == "auto" else 3)
@@ -166,7 +177,7 @@ def test_siblings_of_few_tokens_run_one_by_one(strategy):
 def test_explain_says_so():
     layer = FusedLoRALinear(8, 12, rank=3)
     assert "torch's own gradients" in str(explain(layer, tokens=4))
-    assert "torch's own gradients" not in str(explain(layer, tokens=FEW))
+    assert "torch's own gradients" not in str(explain(layer, tokens=FEW_ELEMENTS))
 
 
 def test_one_row_of_query_key_and_value_rounds_no_more_than_eager_code():

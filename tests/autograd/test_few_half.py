@@ -62,7 +62,7 @@ def in_half(layer: FusedLoRALinear, x: torch.Tensor, autocast: bool) -> list[tor
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16"])
 @pytest.mark.parametrize("adapters", [torch.float32, HALF], ids=["fp32-adapters", "bf16-adapters"])
-@pytest.mark.parametrize("rows", [1, few.FEWEST, few.FEWEST + 1])
+@pytest.mark.parametrize("rows", [1, few.FEW_ROWS, few.FEW_ROWS + 1])
 def test_half_precision_rounds_no_more_than_eager_code(rows, adapters, autocast):
     found = []
     for seed in range(-(-64 // rows)):
@@ -96,7 +96,7 @@ def test_half_precision_rounds_no_more_than_eager_code(rows, adapters, autocast)
 
 
 @pytest.mark.parametrize("way", ["short", "long", "compiled"])
-@pytest.mark.parametrize("rows", [few.FEWEST, few.FEWEST + 1])
+@pytest.mark.parametrize("rows", [few.FEW_ROWS, few.FEW_ROWS + 1])
 def test_under_autocast_few_rows_cast_no_weight_and_small_products_are_float32(
     rows, way, monkeypatch
 ):
@@ -117,7 +117,7 @@ def test_under_autocast_few_rows_cast_no_weight_and_small_products_are_float32(
     both = graphs.fw_graphs + graphs.bw_graphs
     calls = [each for graph in both for each in calls_of(graph)] if seen is None else seen.calls
     casts = [shapes for name, shapes, _ in calls if name == "_to_copy"]
-    assert casts.count([(20, 24)]) == (rows > few.FEWEST)
+    assert casts.count([(20, 24)]) == (rows > few.FEW_ROWS)
     products = [each for each in calls if each[0] in ("mm", "addmm")]
     assert len(products) == 8
     of_rank = [dtype for _, shapes, dtype in products if any(3 in shape for shape in shapes)]

@@ -143,7 +143,7 @@ class Given:
 @pytest.mark.parametrize("few", [1 << 16, 20 * 40], ids=["all-few", "some-few"])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.columns], ids=str)
 def test_few_tokens_are_computed_and_dropped_as_by_each_adapter_alone(case, few, monkeypatch):
-    monkeypatch.setattr(problem, "FEW", few)
+    monkeypatch.setattr(problem, "FEW_ELEMENTS", few)
     given = Given(case, torch.float64, torch.float64)
     ys = packed_linears(given.x, given.layers(), given.settings("auto"))
     if few == 1 << 16:
@@ -174,7 +174,9 @@ def test_few_tokens_are_computed_and_dropped_as_by_each_adapter_alone(case, few,
 def test_an_adapter_draws_nothing_where_it_has_no_lora(many, request):
     if many:
         request.getfixturevalue("many_tokens")
-    rows = 3 if many else problem.FEW // 8 + 1  # of an adapter without LoRA any number is few
+    rows = (
+        3 if many else problem.FEW_ELEMENTS // 8 + 1
+    )  # of an adapter without LoRA any number is few
     streams, weight = Streams({"a": 5, "b": 6}), torch.randn(12, 8)
     lora_A, lora_B = torch.randn(2, 8, requires_grad=True), torch.randn(12, 2)
     x = torch.randn(2 + rows, 8)

@@ -21,7 +21,7 @@ from lora_kernels import (
 from lora_kernels.hardware.tiles import KERNELS
 from lora_kernels.injection.report import TYPICAL_TOKENS
 from lora_kernels.strategies.choose import choose
-from lora_kernels.strategies.problem import FEW, Problem
+from lora_kernels.strategies.problem import FEW_ELEMENTS, Problem
 from tests.support import zoo
 from tests.support.oracle import DEVICE
 
@@ -145,7 +145,7 @@ def test_a_count_of_tokens_that_is_none_is_refused(tokens):
 def test_what_is_explained_is_what_runs():
     for strategy in ("auto", "split", "hybrid"):
         layer = FusedLoRALinear(8, 6, rank=2, strategy=strategy)
-        tokens = FEW if strategy == "auto" else 5  # tests/autograd/test_few.py has the few
+        tokens = FEW_ELEMENTS if strategy == "auto" else 5  # tests/autograd/test_few.py has the few
         ((_, _, choice),) = explain(layer, tokens=tokens).rows
         y = layer(torch.randn(tokens, 8))
         assert y.grad_fn.call.strategy.name == choice.strategy

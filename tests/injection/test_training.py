@@ -11,7 +11,7 @@ import torch
 
 from lora_kernels import LoRAConfig, add_lora, disable_adapter, lora_fa, lora_plus
 from lora_kernels.injection.inject import fused_layers
-from lora_kernels.strategies.problem import FEW
+from lora_kernels.strategies.problem import FEW_ELEMENTS
 from tests.adapters.test_load_save import injected
 from tests.support import zoo
 from tests.support.zoo import peft_model
@@ -86,7 +86,7 @@ def test_lora_fa_trains_lora_B_alone_and_saves_no_x():
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert trained and all("lora_B" in name for name in trained)
     layer = next(iter(fused_layers(lora_fa(injected(train=()))).values()))
-    x = torch.randn(FEW // layer.in_features + 1, layer.in_features)
+    x = torch.randn(FEW_ELEMENTS // layer.in_features + 1, layer.in_features)
     y = layer(x)  # whose tensors are freed with it
     saved = y.grad_fn.saved_tensors
     assert all(t is None or t.data_ptr() != x.data_ptr() for t in saved)

@@ -65,7 +65,7 @@ class Calls:
             (lora_kernels.layers.group, "lora_linears"),
         ):
             setattr(module, name, self._counted(getattr(module, name)))
-        problem.FEW = -1  # few tokens would leave their groups
+        problem.FEW_ELEMENTS = -1  # few tokens would leave their groups
         embedding = lora_kernels.layers.embedding
         embedding.as_asked = self._counted_weight(embedding.as_asked)
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lora_kernels import (
+    GraphedForward,
     GraphedStep,
     LoRAConfig,
     adapter_rows,
@@ -298,6 +299,25 @@ def test_the_trainer_with_graphs_trains_as_without(recorder, tmp_path, accumulat
         logs.append([row["loss"] for row in each.state.log_history if "loss" in row])
     assert logs[0] == logs[1] and len(logs[0]) == 12 // accumulation
     assert recorder.replays == 12 - 2 and step is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: GraphedStep(3), TypeError, r"model must be an nn\.Module: got 3"),
+        (lambda: GraphedStep(nn.Linear(2, 2), 3), TypeError, "function must be callable: got 3"),
+        (
+            lambda: GraphedForward(nn.Linear(2, 2), limit="a"),
+            ValueError,
+            "limit must be an integer",
+        ),
+        (lambda: graph_trainer(3), TypeError, "trainer must be a transformers Trainer: got 3"),
+    ],
+    ids=["model", "function", "limit", "trainer"],
+)
+def test_what_is_none_of_these_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_a_trainer_that_no_graph_can_hold_is_refused(tmp_path, monkeypatch):
