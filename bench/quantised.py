@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.hardware.capture import captured
-from lora_kernels.layers.quantised import chosen
+from lora_kernels.layers.chosen import chosen
 from lora_kernels.tools.shapes import Layer
 
 from . import timing

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import arguments
-from ..layers.quantised import chosen
+from ..layers.chosen import chosen
 from ..strategies.choose import Choice, choose
 from ..strategies.problem import Problem
 from ..strategies.table import STRATEGIES

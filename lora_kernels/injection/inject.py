@@ -15,10 +15,11 @@ from torch import nn
 
 from .. import arguments
 from ..algebra.columns import Ranges
+from ..layers.chosen import chosen
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..layers.packed import PackedLoRALinear
-from ..layers.quantised import QuantisedLoRALinear, chosen
+from ..layers.quantised import QuantisedLoRALinear
 from ..layers.start import takes_weight
 from .bypassed import unwatch, watch
 from .kept import drawn_at_random, forget, notes_on, remember

@@ -14,10 +14,11 @@ from torch import nn
 
 from .. import arguments
 from ..algebra.columns import Ranges
+from ..layers.chosen import chosen
 from ..layers.config import LoRAConfig
 from ..layers.linear import FusedLoRALinear
 from ..layers.packed import Adapters, PackedLoRALinear, PerAdapter
-from ..layers.quantised import chosen, quantiser
+from ..layers.quantised import quantiser
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem
 from .bypassed import unwatch, watch

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .. import arguments
 from ..algebra.operands import Parts, Settings
 from ..autograd.functional import lora_layer
+from ..layers.chosen import chosen
 from ..layers.dora import Dora, dora_layer
-from ..layers.quantised import chosen, quantised_layer
+from ..layers.quantised import quantised_layer
 from ..layers.sharded import is_part
 from ..strategies.choose import Choice
 from ..strategies.problem import Problem

@@ -21,11 +21,8 @@ from ..algebra.operands import Parts, Settings
 from ..autograd.addition import add_lora_to
 from ..autograd.autocast import autocast_dtype
 from ..autograd.nf4 import nf4_linear
-from ..strategies.choose import Choice, choose, decide_nf4
-from ..strategies.problem import Problem
+from ..strategies.choose import decide_nf4
 from .base import features_of
-from .embedding import FusedLoRAEmbedding
-from .group import problem_of
 from .linear import FusedLoRALinear
 from .start import START
 
@@ -103,32 +100,6 @@ def quantised_layer(
                 )
                 return y.to(x.dtype)
     return add_lora_to(base(x), x, lora_A, lora_B, settings)
-
-
-def chosen(layer: Any, tokens: int, dtype: torch.dtype | None = None) -> tuple[Problem, Choice]:
-    """What a layer that runs fused asks of `choose` for so many tokens, and gets."""
-    if isinstance(layer, FusedLoRAEmbedding):
-        K, N = features_of(layer)
-        device, dtype = layer.weight.device, dtype or layer.weight.dtype
-        problem = Problem.on(device, tokens, N, K, layer.rank, dtype, dropout=False)
-        reason = "an embedding: two lookups, and one product added to the rows; no dropout"
-        return problem, Choice("library", None, reason)
-    base = getattr(layer, "base_layer", None)  # of PEFT's layers, and of quantised ones
-    if base is None or (whose := quantiser(base)) is None:
-        problem = problem_of(layer, tokens, dtype)
-        return problem, choose(problem, layer.strategy)
-    refusal, strategy = why_not_nf4(base, dtype), layer.strategy
-    (K, N), computes = features_of(base), getattr(base, "compute_dtype", None)
-    problem = Problem.on(
-        base.weight.device, tokens, N, K, layer.rank,
-        dtype or computes or torch.get_default_dtype(), dropout=False, nf4=refusal is None,
-    )  # fmt: skip
-    if refusal is None:
-        return problem, choose(problem, strategy)
-    asked = strategy not in ("auto", "library")
-    asked_for = f"{strategy} was asked for, but: {refusal}; " if asked else ""
-    reason = f"{asked_for}its frozen product is {whose}; LoRA is added to it"
-    return problem, Choice("library", None, reason)
 
 
 class QuantisedLoRALinear(FusedLoRALinear):
