@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .files import Adapter
 from .fit import check_fit
 from .gather import State
 from .load_save import config_of, load_adapter, ranks_of, read_adapter, save_adapter
+from .peft_format import CONFIG_NAME
 
 
 def save_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -32,7 +34,9 @@ def save_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Each is what `save_adapter` writes of a model with that adapter alone, its own head included,
     so PEFT and `load_adapter` load it. A sharded model (FSDP) is gathered: all its processes call
-    this, and the first one writes. Raises ValueError for a model without adapters.
+    this, and the first one writes. Adapters of other names that lie in `path` stay, and a warning
+    names them, since `load_adapters` would read them too. Raises ValueError for a model without
+    adapters.
 
     >>> save_adapters(model, "runs/grid")
     >>> peft.PeftModel.from_pretrained(base_model, "runs/grid/r8")
@@ -41,6 +45,12 @@ def save_adapters(model: nn.Module, path: str | PathLike[str]) -> None:
     with bare(arguments.module("model", model)) as inner:
         ones = {name: alone(inner, name, to_run=False) for name in adapters_of(inner).names}
         keys = {name: _keys(inner, name, one) for name, one in ones.items()}
+    if others := sorted({each.parent.name for each in root.glob(f"*/{CONFIG_NAME}")} - ones.keys()):
+        warnings.warn(
+            f"{root} also holds {', '.join(others)}, which load_adapters would read too: remove "
+            "what is not wanted",
+            stacklevel=2,
+        )
     if not is_sharded(model):
         for name, one in ones.items():
             save_adapter(one, root / name)

@@ -17,7 +17,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.columns import Ranges, check_columns, fold, unfold, widths
-from ..injection.kept import running_statistics
+from ..injection.kept import embeddings, running_statistics
 from ..injection.peft_names import (
     by_pattern,
     exactly,
@@ -105,7 +104,7 @@ def read_peft(directory: Path, model: nn.Module) -> Adapter:
         layers,
         others,
         tuple(train),
-        (*metadata[KEPT_KEY], *running_statistics(model), *_embeddings(model)),
+        (*metadata[KEPT_KEY], *running_statistics(model), *embeddings(model)),
         config.get("lora_dropout", 0.0),
         rslora,
     )
@@ -139,17 +138,6 @@ def _check_vectors(
                 f"{directory}: {different[0]} {words} the {field} of its LoRA, but {CONFIG_NAME} "
                 f"says {flag}={bool(config.get(flag))}"
             )
-
-
-def _embeddings(model: nn.Module) -> list[str]:
-    """Keys of the input and output embeddings, which PEFT writes unasked if they were resized."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):
-            module = getattr(model, name)()
-            paths = [path for path, other in model.named_modules() if other is module]
-            found += [f"{path}.{key}" for path in paths for key in module.state_dict()]
-    return found
 
 
 def _folded(

@@ -79,7 +79,9 @@ def lora_linears(x: Tensor, layers: tuple[Weights, ...], settings: Settings) -> 
             "or torch.compile"
         )
     dtype = autocast_dtype(x.device)
-    if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        dtype = None  # autocast leaves these alone
+    if dtype is not None:
         computed = computed_in(x, layers, settings, dtype)
         x, layers = x.to(computed), tuple([_in_dtype(weights, computed) for weights in layers])
     for weights in layers:

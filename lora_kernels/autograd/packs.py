@@ -123,7 +123,9 @@ def packed_linears(
         raise RuntimeError("torch.jit.trace cannot record a layer with several adapters")
     refuse_transforms("a layer with several adapters")
     dtype = autocast_dtype(x.device)
-    if dtype is not None and x.is_floating_point() and x.dtype is not torch.float64:
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        dtype = None  # autocast leaves these alone
+    if dtype is not None:
         computed = computed_in(x, layers, settings, dtype)
         x = x.to(computed)
         layers = tuple([each._replace(weight=each.weight.to(computed)) for each in layers])

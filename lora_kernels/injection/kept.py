@@ -1,13 +1,16 @@
 """What an adapter must hold besides LoRA and the modules trained in full, and what to say of it.
 
 The base model, when it is loaded again, does not have these values: running statistics that move
-while the model trains, and weights that were drawn at random because the checkpoint lacks them.
+while the model trains, weights that were drawn at random because the checkpoint lacks them, and
+embeddings whose vocabulary was resized.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +48,53 @@ def drawn_at_random(model: nn.Module) -> list[str]:
     return found
 
 
+def embeddings(model: nn.Module) -> list[str]:
+    """Keys of the tensors of a model's input and output embeddings, under all their names."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            module = getattr(model, name)()
+            paths = [path for path, other in model.named_modules() if other is module]
+            found += [f"{path}.{key}" for path in paths for key in module.state_dict()]
+    return found
+
+
+def resized(model: nn.Module) -> list[str]:
+    """Keys of the embeddings of transformers models whose vocabulary is not the checkpoint's.
+
+    Both sizes are those of configurations, as `resize_token_embeddings` leaves them. A checkpoint
+    whose configuration cannot be read any more is warned of.
+    """
+    found = []
+    for path, module in _of_transformers(model):
+        now = _vocabulary(module.config)
+        if now is None or not (name := getattr(module.config, "_name_or_path", "")):
+            continue
+        try:
+            before = type(module.config).from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError):
+            warnings.warn(
+                f"the configuration of {name} is not at hand, so whether the vocabulary was "
+                "resized is not known; if it was, name the embeddings in train=",
+                stacklevel=2,
+            )
+            continue
+        if _vocabulary(before) not in (now, None):
+            start = path and path + "."
+            once = dict(module.named_parameters()).keys() & set(embeddings(module))  # of tied ones
+            found += [start + key for key in sorted(once) if "lora_" not in key]
+    return found
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
 def kept_keys(model: nn.Module, train: Iterable[str]) -> list[str]:
     """Keys of the frozen values that go into the model's adapter."""
-    keys = dict.fromkeys((*running_statistics(model), *getattr(model, "lora_kept", ())))
+    marked = getattr(model, "lora_kept", ())
+    keys = dict.fromkeys((*running_statistics(model), *marked, *resized(model)))
     return [key for key in keys if not inside(key, train)]
 
 
@@ -73,6 +120,12 @@ def notes_on(model: nn.Module, layers: set[str], train: list[str]) -> tuple[str,
         notes.append(
             f"{_few(owners)} drawn at random, since the checkpoint lacks it, and frozen; the "
             "adapter holds it; name it in train= to train it"
+        )
+    if grown := [key for key in resized(model) if key not in fresh and not inside(key, train)]:
+        owners = dict.fromkeys(key.rpartition(".")[0] for key in grown)
+        notes.append(
+            f"{_few(owners)} frozen, with a vocabulary that is not the checkpoint's; the adapter "
+            "holds it; name it in train= to train it"
         )
     if moving := [key for key in running_statistics(model) if not inside(key, train)]:
         owners = dict.fromkeys(key.rpartition(".")[0] for key in moving)

@@ -117,10 +117,11 @@ def check_configs(configs: Mapping[str, Any]) -> None:
         raise ValueError("configs is empty: name at least one adapter")
     taken = {*dir(nn.ParameterDict()), *dir(nn.ModuleDict())}
     for name, config in configs.items():
-        if not isinstance(name, str) or not name or "." in name or name in taken:
+        if not isinstance(name, str) or not name or set(name) & set("./\\") or name in taken:
             raise ValueError(
-                f"{name!r} cannot name an adapter: it is part of the parameters' paths, so it "
-                "needs to be a string without dots that no attribute of a module has"
+                f"{name!r} cannot name an adapter: it is part of the parameters' paths and a "
+                "folder's name, so it needs to be a string without dots and slashes that no "
+                "attribute of a module has"
             )
         if not isinstance(config, LoRAConfig):
             cls = f"{type(config).__module__}.{type(config).__qualname__}"

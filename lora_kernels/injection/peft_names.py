@@ -76,15 +76,28 @@ def trained_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [path for path in paths if inside(path, paths) == path]
 
 
+def _task(model: nn.Module) -> str | None:
+    """PEFT's task type of a model, by the end of its class's name.
+
+    None where PEFT's class for that task would call the model otherwise than it is called: models
+    that generate text from sound or pictures, or without an encoder (Whisper, LLaVA).
+    """
+    ends = (task for end, task in TASK_TYPES.items() if type(model).__name__.endswith(end))
+    task = next(ends, None)
+    if task == "SEQ_2_SEQ_LM":
+        config = getattr(model, "config", None)
+        reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        task = task if reads_text and getattr(config, "is_encoder_decoder", True) else None
+    return task
+
+
 def names_for_peft(model: nn.Module, layers: set[str], train: Iterable[str]) -> dict[str, Any]:
     """The fields by which PEFT finds `layers`, and trains `train` in full, and nothing else.
 
     `modules_to_save` is None where PEFT cannot train exactly `train`: a name in it means all paths
     that end so, and no container. PEFT then takes their values from the file, and trains none.
     """
-    guess = next(
-        (task for end, task in TASK_TYPES.items() if type(model).__name__.endswith(end)), None
-    )
+    guess = _task(model)
     train = sorted(train)
     modules = [model.get_submodule(path) for path in train]
     shared = twice(model)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.operands import PackWeights, Parts, Weights
+from ..algebra.packs import first_of
 from ..autograd.autocast import autocast_dtype
 from ..autograd.few import is_few
 from ..autograd.functional import lora_linears
@@ -163,6 +164,8 @@ class Group:
         compiling = torch.compiler.is_compiling()
         if not compiling and (x.is_inference() or is_few(x, own.settings)):
             return None  # in inference mode an in-place change of x could not be seen
+        if compiling and not _saves_x(own):
+            return None  # nor in a graph, but by autograd where it has saved x
         version = 0 if compiling else x._version  # a graph cannot compare versions
         call = version, torch.is_grad_enabled(), autocast_dtype(x.device)
         waiting = self._waiting
@@ -199,6 +202,13 @@ class Group:
         return y
 
 
+def _saves_x(own: Parts) -> bool:
+    """Whether backward needs x, so that torch refuses a change of x in place before it."""
+    lora_A = own.weights.lora_A
+    first = first_of(lora_A) if isinstance(lora_A, tuple) else lora_A
+    return torch.is_grad_enabled() and first.requires_grad
+
+
 def _alike(every: list[Any], x: Tensor) -> bool:
     """Whether layers with these parts can share a launch now; one that runs unfused has None.
 
@@ -230,11 +240,15 @@ def _any_part(members: list[LoRALayer]) -> bool:
 
 
 def _state(parts: Parts, compiling: bool) -> Any:
-    """What a waiting output depends on besides x: the settings, the adapter and its values."""
+    """What a waiting output depends on besides x: the settings, the tensors and their values.
+
+    A frozen weight is told by its memory, since a Conv1D's is a new view in every call.
+    """
     if compiling:
         return parts.settings
-    A, B = parts.weights.lora_A, parts.weights.lora_B
+    weight, bias, A, B = parts.weights
+    frozen = weight.data_ptr(), weight._version, id(bias), 0 if bias is None else bias._version
     if isinstance(A, tuple):
         adapters = [t for t in (*A, *B) if t is not None]
-        return [(id(t), t._version) for t in adapters], parts.settings
-    return id(A), A._version, id(B), B._version, parts.settings
+        return frozen, [(id(t), t._version) for t in adapters], parts.settings
+    return frozen, id(A), A._version, id(B), B._version, parts.settings

@@ -275,3 +275,29 @@ def test_values_that_load_adapter_would_refuse_are_told_when_saved(tmp_path):
     with pytest.warns(UserWarning, match=r"1 tensors hold values that are not finite.*lora_B"):
         save_adapter(model, tmp_path)
     assert load_file(tmp_path / WEIGHTS)
+
+
+def test_peft_calls_a_model_that_hears_as_it_is_called(tmp_path):
+    """PEFT's class for text to text would pass input_ids besides."""
+    common = {"vocab_size": 30, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    for side in ("encoder", "decoder"):
+        common |= {f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+    ends = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sound = transformers.WhisperConfig(num_mel_bins=4, max_source_positions=8, **ends, **common)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.WhisperForConditionalGeneration(sound).eval()
+
+    heard = {"input_features": torch.randn(1, 4, 16), "decoder_input_ids": torch.tensor([[1, 5]])}
+    model = build()
+    reads = transformers.BartForConditionalGeneration(transformers.BartConfig(**common))
+    tasks = []
+    for each, directory in ((model, tmp_path / "sound"), (reads, tmp_path / "text")):
+        add_lora(each, LoRAConfig(rank=2, targets=("q_proj",)))
+        zoo.randomise(each, "lora_")
+        save_adapter(each, directory)
+        tasks.append(json.loads((directory / CONFIG).read_text())["task_type"])
+    assert tasks == [None, "SEQ_2_SEQ_LM"]
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "sound")).eval()
+    torch.testing.assert_close(theirs(**heard).logits, model(**heard).logits)

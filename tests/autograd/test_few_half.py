@@ -171,3 +171,21 @@ def test_autocast_is_as_before_after_a_call_that_fails(on):
             assert not torch.is_autocast_enabled("cpu")
             raise RuntimeError("planted")
         assert torch.is_autocast_enabled("cpu") == on
+
+
+@pytest.mark.parametrize("way", ["short", "long", "pack"])
+def test_autocast_leaves_float64_alone(way, monkeypatch):
+    layer = FusedLoRALinear(24, 20, rank=3, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 24, dtype=torch.float64)
+    expected = layer(x)
+    if way == "long":
+        monkeypatch.setattr(linear, "few_layer", lambda *_: None)
+    with torch.autocast("cpu", HALF):
+        if way == "pack":
+            pack = Pack((0, 4), (3,), (layer.scale,), (0.0,), ("a",))
+            weights = PackWeights(layer.weight, layer.bias, (layer.lora_A,), (layer.lora_B,))
+            (y,) = packed_linears(x, (weights,), Settings(pack=pack))
+        else:
+            y = layer(x)
+    torch.testing.assert_close(y, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -44,6 +46,7 @@ def test_what_cannot_be_is_refused_and_the_model_stays():
     refused({}, "configs is empty")
     refused({"a.b": one}, "cannot name an adapter")
     refused({"keys": one}, "cannot name an adapter")
+    refused({"org/a": one}, "cannot name an adapter")
     refused({"weight_": 3}, "must be a LoRAConfig", error=TypeError)
     refused({"a": LoRAConfig(targets=("query",), dora=True)}, "dora and lora_bias run alone")
     refused({"a": LoRAConfig(targets=("query",), init="pissa")}, "which all adapters share")
@@ -155,3 +158,39 @@ def test_too_many_for_the_card_are_refused_before_the_start(monkeypatch):
         packs._refuse_too_many(model, plans)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4096, 10**6))
     packs._refuse_too_many(model, plans)
+
+
+def test_adapters_that_lie_there_besides_are_named(tmp_path):
+    model = packed("roberta")
+    save_adapters(model, tmp_path)
+    lora_kernels.drop_adapter(model, "a")
+    with pytest.warns(UserWarning, match="also holds a, which load_adapters would read too"):
+        save_adapters(model, tmp_path)
+    assert (tmp_path / "a").is_dir()
+
+
+class TokensFirst(nn.Module):
+    """A block that works [tokens, examples, K]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_batch_that_cannot_tell_examples_from_tokens_is_said_once():
+    model, config = TokensFirst(), LoRAConfig(rank=2, targets=("inner",))
+    add_loras(model, {"a": config, "b": config})
+    with pytest.warns(UserWarning, match="as many examples as tokens"):
+        model(torch.randn(4, 4, 8))
+    with pytest.raises(ValueError, match="cannot tell whose rows"):
+        model(torch.randn(4, 6, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 4, 8))
+        plain = nn.Sequential(nn.Linear(8, 8))
+        add_loras(plain, {"a": replace(config, targets=("0",)), "b": replace(config, targets="0")})
+        plain(torch.randn(4, 6, 8))
+        plain(torch.randn(4, 4, 8))
