@@ -1,4 +1,4 @@
-"""LoRA at the price of the frozen layer: fused linear layers, forward and backward.
+"""LoRA in as few passes over memory as the shapes allow: fused linear layers.
 
     from lora_kernels import LoRAConfig, add_lora
     print(add_lora(model, LoRAConfig(rank=8, alpha=16, dropout=0.1, train=("classifier",))))

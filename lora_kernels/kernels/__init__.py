@@ -1,4 +1,4 @@
-"""The Triton kernels: a file each, with its launcher.
+"""The Triton kernels, with their launchers: one idea a file.
 
 Rule: this wing and `tools` alone import Triton. A launcher checks, allocates and launches; which
 kernel runs, and at which tile, is for the caller to say.
