@@ -13,6 +13,7 @@ SUITES = {
     "host": "what needs no GPU: CPU speed, Python overhead a call, import time",
     "packs": "several adapters on one base, packed against one after another",
     "quantised": "single layers in bitsandbytes' NF4, with LoRA on them",
+    "dora": "single layers with DoRA, beside PEFT's",
     "roofline": "predicted times for cards by their datasheets, checked where measured",
     "plots": "pictures of what the result files hold",
 }

@@ -46,7 +46,7 @@ _MEMCHECK = (MEMORY_CHECKER, "--tool", "memcheck", "--target-processes", "all")
 
 STEPS = (
     # Interrupted, not killed, pytest still says what failed. Tests mostly wait for the compiler.
-    Step("test", 24, (*_TESTS, "-n", "{workers}", "--dist", "worksteal")),
+    Step("test", 22, (*_TESTS, "-n", "{workers}", "--dist", "worksteal")),
     Step(
         "check memory", 12, ("-m", "pytest", "-q", *EACH_KERNEL),
         under=(*_MEMCHECK, "--error-exitcode", "1"),
@@ -54,6 +54,7 @@ STEPS = (
     Step("measure kernels", 12, _KERNELS),
     Step("measure packs", 7, ("-m", "bench", "packs", "--samples", "5")),
     Step("measure NF4", 2, ("-m", "bench", "quantised")),  # says so where bitsandbytes is missing
+    Step("measure DoRA", 2, ("-m", "bench", "dora", "--samples", "10")),
     Step("tune", 12, ("-m", "lora_kernels.cli", "tune", "--model", "roberta-base")),
     Step("measure training steps", 17, ("-m", "bench", "end_to_end", "--quick")),
     Step("measure kernels, tuned", 12, _KERNELS),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,22 +60,22 @@ def run(arguments: argparse.Namespace) -> int:
     for case in (TOY,) if arguments.tiny else CASES:
         if time.monotonic() > deadline:
             break
-        rows = measure(case, device, arguments.samples)
+        rows = measure(case, device, arguments.samples, PROVIDERS, judge, build)
         results.add(rows)
-        print("\n".join(map(_line, rows)), flush=True)
+        print("\n".join(map(line, rows)), flush=True)
         bad += sum(row["status"] in ("wrong", "failed") for row in rows)
     print(f"rows in {results.path}")
     return 1 if bad else 0
 
 
-class Quantised(NamedTuple):
+class Ready(NamedTuple):
     """A layer ready to call, and its lora_A and lora_B."""
 
     call: nn.Module
     trained: list[Tensor]
 
 
-def build(name: str, case: Case, device: torch.device, dropout: float) -> Quantised:
+def build(name: str, case: Case, device: torch.device, dropout: float) -> Ready:
     """A provider's layer; its adapters hold the same numbers as every other's."""
     import bitsandbytes as bnb
 
@@ -103,17 +104,17 @@ def build(name: str, case: Case, device: torch.device, dropout: float) -> Quanti
     with torch.no_grad():
         for p in trained:
             p.copy_(torch.randn(p.shape, generator=draw) * K**-0.5)
-    return Quantised(block, trained)
+    return Ready(block, trained)
 
 
-def check(built: Quantised, case: Case, device: torch.device) -> float:
+def check(built: Ready, case: Case, device: torch.device) -> float:
     """The largest error of y, dx, dlora_A and dlora_B, over the norm of the exact one."""
     from bitsandbytes.functional import dequantize_4bit
 
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(CHECKED, case.layer.K, generator=draw).to(device, case.torch_dtype)
     dy = torch.randn(CHECKED, case.layer.N[0], generator=draw).to(device, case.torch_dtype)
-    found = _gradients(lambda x, *_: built.call(x)[0], x, built.trained, dy)
+    found = gradients(lambda x, *_: built.call(x)[0], x, built.trained, dy)
     plain: Any = next(build("floor", case, device, 0.0).call.children())
     weight = (
         dequantize_4bit(plain.weight.data, plain.weight.quant_state).double().view(-1, x.shape[1])
@@ -123,27 +124,31 @@ def check(built: Quantised, case: Case, device: torch.device) -> float:
         return x @ weight.T + ALPHA_PER_RANK * (x @ lora_A.T) @ lora_B.T
 
     adapters = [p.detach().double().requires_grad_() for p in built.trained]
-    wanted = _gradients(exact, x.double(), adapters, dy.double())
+    wanted = gradients(exact, x.double(), adapters, dy.double())
     pairs = zip(found, wanted, strict=True)
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
-def _gradients(function: Any, x: Tensor, trained: list[Tensor], dy: Tensor) -> list[Tensor]:
+def gradients(function: Any, x: Tensor, trained: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """y, dx and the gradients of what is trained."""
     x = x.detach().requires_grad_()
     y = function(x, *trained)
     return [y.detach(), *torch.autograd.grad(y, [x, *trained], dy.to(y.dtype))]
 
 
-def measure(case: Case, device: torch.device, samples: int) -> list[Row]:
-    """A row for each provider."""
+def measure(
+    case: Case, device: torch.device, samples: int, names: Sequence[str],
+    judge: Callable[[str, Case, torch.device], Row], build: Callable[..., Ready],
+) -> list[Row]:  # fmt: skip
+    """A row for each provider: what `judge` says of it, and its times where that is nothing bad."""
     ring = buffers(case, device)
     rows: list[Row] = []
-    for name in PROVIDERS:
+    for name in names:
         row: Row = {"case": case.layer.name, "provider": name, "M": case.M, "R": case.R}
         row |= {"N": case.layer.N[0], "K": case.layer.K, "dropout": case.dropout}
         row |= {"dtype": case.dtype, "status": "timed", "reason": None}
         try:
-            row |= _judge(name, case, device)
+            row |= judge(name, case, device)
             if row["status"] == "timed":
                 row |= _time(build(name, case, device, case.dropout), ring, device, samples)
                 floor = (rows or [row])[0].get("median_us")
@@ -154,7 +159,7 @@ def measure(case: Case, device: torch.device, samples: int) -> list[Row]:
     return rows
 
 
-def _judge(name: str, case: Case, device: torch.device) -> Row:
+def judge(name: str, case: Case, device: torch.device) -> Row:
     """Whether a provider may be timed: its status, the reason if not, and its error."""
     if "floor" in name:
         return {}
@@ -166,7 +171,11 @@ def _judge(name: str, case: Case, device: torch.device) -> Row:
             reason = "Triton's interpreter is never timed"
         if reason is not None:
             return {"status": "unavailable", "reason": reason}
-    error = check(built, case, device)
+    return verdict(check(built, case, device))
+
+
+def verdict(error: float) -> Row:
+    """The columns of a row that tell an error, over the norm of what is exact."""
     found: Row = {"error": round(error, 5)}
     if not error < ALLOWED:
         found |= {"status": "wrong", "reason": f"off by {error:.1e} of the norm"}
@@ -174,6 +183,7 @@ def _judge(name: str, case: Case, device: torch.device) -> Row:
 
 
 def _time(built: Any, ring: Any, device: torch.device, samples: int) -> Row:
+    """The columns of a row: times of forward + backward, from a graph on a GPU, and memory."""
     run, graph = one_pass(built, ring, "forward_backward"), device.type == "cuda"
     taken = timing.sample(captured(run) if graph else run, device, samples, queued=graph)
     median, p20, p80 = (round(t / len(ring), 3) for t in timing.spread(taken))
@@ -182,9 +192,10 @@ def _time(built: Any, ring: Any, device: torch.device, samples: int) -> Row:
     return {"mode": mode, "median_us": median, "p20_us": p20, "p80_us": p80, "peak_bytes": peak}
 
 
-def _line(row: Row) -> str:
+def line(row: Row, floor: str = "the frozen NF4 layer") -> str:
+    """A row as it is printed."""
     name = f"{row['case']:<20}{row['M']:>6}  {row['provider']:<12}"
     if row["status"] != "timed":
         return f"{name}{row['status']}: {row['reason']}"
     ratio = row["floor_ratio"] or float("nan")
-    return f"{name}{row['median_us']:>10.1f} us{ratio:>7.2f} x the frozen NF4 layer"
+    return f"{name}{row['median_us']:>10.1f} us{ratio:>7.2f} x {floor}"

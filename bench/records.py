@@ -36,6 +36,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "host": ("case", "provider", "precision", "dropout"),
     "packs": ("case", "provider", "batch", "adapters"),
     "quantised": ("case", "provider", "M", "R", "dtype", "dropout"),
+    "dora": ("case", "provider", "M", "R", "dtype", "dropout"),
 }
 MACHINE = ("gpu", "device", "driver", "torch", "triton", "commit", "code", "date")
 _LAYER = (
@@ -65,6 +66,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "host": ("suite", "case", "provider", "precision", "dropout", "status", "median_us", *MACHINE),
     "packs": ("suite", "case", "provider", "batch", "adapters", "status", "median_us", *MACHINE),
     "quantised": ("suite", "case", "provider", "mode", *_LAYER),
+    "dora": ("suite", "case", "provider", "mode", *_LAYER),
 }
 
 
