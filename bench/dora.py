@@ -1,17 +1,12 @@
 """Single layers with DoRA: forward and backward beside PEFT's, and with our kernels left out.
 
-PEFT's adapters and ours are float32. Each provider is checked before it is timed: y and every
-gradient, without dropout, against float64. A sample is that of `kernels`: one pass over a ring of
-buffers, on a GPU a replay of a CUDA graph. "plain" is ours with PyTorch's operators in place of the
+PEFT's adapters and ours are float32. "plain" is ours with PyTorch's operators in place of the
 kernels that make DoRA's gain (`lora_kernels/kernels/gain.py`); on a CPU "ours" is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,11 +15,12 @@ from torch import Tensor, nn
 
 from lora_kernels.layers import dora
 
-from . import timing
 from .cases import LAYERS, Case
 from .providers import ALPHA_PER_RANK, attach_lora, attach_peft, plain
-from .quantised import CHECKED, TOY, Ready, gradients, line, measure, verdict
-from .records import RESULTS, Results, Row, folder_of
+from .records import Row
+from .variants import CHECKED, Ready, Suite, add_arguments, gradients, measure_all, verdict
+
+__all__ = ["add_arguments", "run"]
 
 PROVIDERS = ("floor", "peft", "peft-compile", "ours", "plain")
 CASES = tuple(
@@ -32,30 +28,6 @@ CASES = tuple(
     for name in ("roberta-base.query", "roberta-large.up", "llama-8b.q_proj")
     for dropout in (0.0, 0.1)
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m bench dora`."""
-    parser.add_argument("--tiny", action="store_true", help="a toy layer: tests the suite")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new case after")
-    parser.add_argument("--samples", type=int, default=timing.SAMPLES)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, write, print; 1 if a provider is wrong or failed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = Results("dora", device, folder_of(arguments))
-    deadline, bad = time.monotonic() + arguments.seconds, 0
-    for case in (TOY,) if arguments.tiny else CASES:
-        if time.monotonic() > deadline:
-            break
-        rows = measure(case, device, arguments.samples, PROVIDERS, judge, build)
-        results.add(rows)
-        print("\n".join(map(partial(line, floor="the frozen layer"), rows)), flush=True)
-        bad += sum(row["status"] in ("wrong", "failed") for row in rows)
-    print(f"rows in {results.path}")
-    return 1 if bad else 0
 
 
 class Plain(nn.Module):
@@ -121,3 +93,11 @@ def judge(name: str, case: Case, device: torch.device) -> Row:
     if name == "floor":
         return {}
     return verdict(check(build(name, case, device, 0.0), case, device))
+
+
+SUITE = Suite("dora", CASES, PROVIDERS, build, judge, "the frozen layer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write, print; 1 if a provider is wrong or failed."""
+    return measure_all(SUITE, arguments)

@@ -1,32 +1,27 @@
 """Layers that bitsandbytes has quantised to NF4, with LoRA on them: forward and backward.
 
 All providers have the same packed weight (double quantisation, bf16 products), PEFT's and ours
-float32 adapters. Each is checked before it is timed: y and every gradient, without dropout, against
-float64 with the weight that bitsandbytes dequantises. A sample is that of `kernels`: one pass over
-a ring of buffers, on a GPU a replay of a CUDA graph.
+float32 adapters. They are judged against float64 with the weight that bitsandbytes dequantises
+(`bench/variants.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.hardware.capture import captured
 from lora_kernels.layers.chosen import chosen
-from lora_kernels.tools.shapes import Layer
 
-from . import timing
 from .cases import LAYERS, Case
-from .kernels import buffers, explain_error, one_pass
 from .providers import ALPHA_PER_RANK, Block, attach_lora, attach_peft
-from .records import RESULTS, Results, Row, folder_of
+from .records import Row
+from .variants import CHECKED, Ready, Suite, add_arguments, gradients, measure_all, verdict
+
+__all__ = ["add_arguments", "run"]
 
 # What is put on the quantised layer: a floor has no LoRA, and the dense one is not quantised.
 PROVIDERS = ("floor", "dense floor", "peft", "library", "split")
@@ -37,42 +32,6 @@ CASES = tuple(
         ("llama-8b.q_proj", 8192), ("llama-8b.q_proj", 512), ("llama-8b.down_proj", 2048),
     )
 )  # fmt: skip
-TOY = Case(Layer("toy.query", 128, (64,), ("query",)), 64)
-CHECKED = 256  # rows
-ALLOWED = 0.02  # of the norm; rounding to bf16 makes 0.003
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m bench quantised`."""
-    parser.add_argument("--tiny", action="store_true", help="a toy layer: tests the suite")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new case after")
-    parser.add_argument("--samples", type=int, default=timing.SAMPLES)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, write, print; 1 if a provider is wrong or failed."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("bitsandbytes is not installed: no layer can be quantised to NF4")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = Results("quantised", device, folder_of(arguments))
-    deadline, bad = time.monotonic() + arguments.seconds, 0
-    for case in (TOY,) if arguments.tiny else CASES:
-        if time.monotonic() > deadline:
-            break
-        rows = measure(case, device, arguments.samples, PROVIDERS, judge, build)
-        results.add(rows)
-        print("\n".join(map(line, rows)), flush=True)
-        bad += sum(row["status"] in ("wrong", "failed") for row in rows)
-    print(f"rows in {results.path}")
-    return 1 if bad else 0
-
-
-class Ready(NamedTuple):
-    """A layer ready to call, and its lora_A and lora_B."""
-
-    call: nn.Module
-    trained: list[Tensor]
 
 
 def build(name: str, case: Case, device: torch.device, dropout: float) -> Ready:
@@ -129,36 +88,6 @@ def check(built: Ready, case: Case, device: torch.device) -> float:
     return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
-def gradients(function: Any, x: Tensor, trained: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """y, dx and the gradients of what is trained."""
-    x = x.detach().requires_grad_()
-    y = function(x, *trained)
-    return [y.detach(), *torch.autograd.grad(y, [x, *trained], dy.to(y.dtype))]
-
-
-def measure(
-    case: Case, device: torch.device, samples: int, names: Sequence[str],
-    judge: Callable[[str, Case, torch.device], Row], build: Callable[..., Ready],
-) -> list[Row]:  # fmt: skip
-    """A row for each provider: what `judge` says of it, and its times where that is nothing bad."""
-    ring = buffers(case, device)
-    rows: list[Row] = []
-    for name in names:
-        row: Row = {"case": case.layer.name, "provider": name, "M": case.M, "R": case.R}
-        row |= {"N": case.layer.N[0], "K": case.layer.K, "dropout": case.dropout}
-        row |= {"dtype": case.dtype, "status": "timed", "reason": None}
-        try:
-            row |= judge(name, case, device)
-            if row["status"] == "timed":
-                row |= _time(build(name, case, device, case.dropout), ring, device, samples)
-                floor = (rows or [row])[0].get("median_us")
-                row["floor_ratio"] = round(row["median_us"] / floor, 4) if floor else None
-        except Exception as error:
-            row |= {"status": "failed", "reason": explain_error(error)}
-        rows.append(row)
-    return rows
-
-
 def judge(name: str, case: Case, device: torch.device) -> Row:
     """Whether a provider may be timed: its status, the reason if not, and its error."""
     if "floor" in name:
@@ -174,28 +103,11 @@ def judge(name: str, case: Case, device: torch.device) -> Row:
     return verdict(check(built, case, device))
 
 
-def verdict(error: float) -> Row:
-    """The columns of a row that tell an error, over the norm of what is exact."""
-    found: Row = {"error": round(error, 5)}
-    if not error < ALLOWED:
-        found |= {"status": "wrong", "reason": f"off by {error:.1e} of the norm"}
-    return found
+SUITE = Suite("quantised", CASES, PROVIDERS, build, judge, "the frozen NF4 layer")
 
 
-def _time(built: Any, ring: Any, device: torch.device, samples: int) -> Row:
-    """The columns of a row: times of forward + backward, from a graph on a GPU, and memory."""
-    run, graph = one_pass(built, ring, "forward_backward"), device.type == "cuda"
-    taken = timing.sample(captured(run) if graph else run, device, samples, queued=graph)
-    median, p20, p80 = (round(t / len(ring), 3) for t in timing.spread(taken))
-    peak = timing.peak_bytes(one_pass(built, ring[:1], "forward_backward"), device)
-    mode = "graph" if graph else "eager"
-    return {"mode": mode, "median_us": median, "p20_us": p20, "p80_us": p80, "peak_bytes": peak}
-
-
-def line(row: Row, floor: str = "the frozen NF4 layer") -> str:
-    """A row as it is printed."""
-    name = f"{row['case']:<20}{row['M']:>6}  {row['provider']:<12}"
-    if row["status"] != "timed":
-        return f"{name}{row['status']}: {row['reason']}"
-    ratio = row["floor_ratio"] or float("nan")
-    return f"{name}{row['median_us']:>10.1f} us{ratio:>7.2f} x {floor}"
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write, print; 1 if a provider is wrong or failed."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("bitsandbytes is not installed: no layer can be quantised to NF4")
+    return measure_all(SUITE, arguments)

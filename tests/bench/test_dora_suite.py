@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import dora, quantised, records
+from bench import dora, records, variants
 from lora_kernels.layers import dora as layers
 
+SOME = ("floor", "peft", "ours", "plain")  # without a compiler
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(dora, "PROVIDERS", ("floor", "peft", "ours", "plain"))  # no compiler
+    monkeypatch.setattr(dora, "SUITE", dora.SUITE._replace(providers=SOME))
     return ["dora", "--tiny", "--samples", "2", "--results", str(tmp_path)]
 
 
@@ -26,10 +27,10 @@ def rows_in(folder):
 def test_all_are_right_and_timed(arguments, tmp_path, capsys):
     assert command.main(arguments) == 0
     rows = rows_in(tmp_path)
-    assert tuple(rows) == dora.PROVIDERS
+    assert tuple(rows) == SOME
     assert {row["status"] for row in rows.values()} == {"timed"}
     assert all(row["median_us"] > 0 and row["floor_ratio"] > 0 for row in rows.values())
-    assert all(0 < rows[name]["error"] < 0.01 for name in dora.PROVIDERS[1:])
+    assert all(0 < rows[name]["error"] < 0.01 for name in SOME[1:])
     assert "x the frozen layer" in capsys.readouterr().out
 
 
@@ -51,6 +52,6 @@ def test_plain_leaves_the_kernels_out(monkeypatch):
     monkeypatch.setattr(layers, "launches_gain", lambda *_: asked.append(1))
     for name, count in (("ours", 1), ("plain", 0)):
         asked.clear()
-        built = dora.build(name, quantised.TOY, torch.device("cpu"), 0.0)
+        built = dora.build(name, variants.TOY, torch.device("cpu"), 0.0)
         built.call(torch.randn(4, 128, dtype=torch.bfloat16))
         assert len(asked) == count, name
