@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from ..algebra.operands import PackWeights, Parts, Weights
-from ..algebra.packs import first_of
 from ..autograd.autocast import autocast_dtype
 from ..autograd.few import is_few
 from ..autograd.functional import lora_linears
@@ -164,8 +163,6 @@ class Group:
         compiling = torch.compiler.is_compiling()
         if not compiling and (x.is_inference() or is_few(x, own.settings)):
             return None  # in inference mode an in-place change of x could not be seen
-        if compiling and not _saves_x(own):
-            return None  # nor in a graph, but by autograd where it has saved x
         version = 0 if compiling else x._version  # a graph cannot compare versions
         call = version, torch.is_grad_enabled(), autocast_dtype(x.device)
         waiting = self._waiting
@@ -200,13 +197,6 @@ class Group:
         y, _ = results.pop(id(layer))
         self._waiting = _Waiting(x, call, results)
         return y
-
-
-def _saves_x(own: Parts) -> bool:
-    """Whether backward needs x, so that torch refuses a change of x in place before it."""
-    lora_A = own.weights.lora_A
-    first = first_of(lora_A) if isinstance(lora_A, tuple) else lora_A
-    return torch.is_grad_enabled() and first.requires_grad
 
 
 def _alike(every: list[Any], x: Tensor) -> bool:

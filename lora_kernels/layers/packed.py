@@ -8,7 +8,6 @@ share one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -43,7 +42,6 @@ class Adapters:
         self._given: dict[str, int] | None = None
         self._batch: int | None = None  # examples in the model's call that runs
         self._were_given = False
-        self._told = (
             False  # whether a batch could tell examples from tokens, or a warning was given
         )
 
@@ -88,15 +86,6 @@ class Adapters:
                 "of experts, relative positions that all examples share, a part of the model "
                 "called by itself outside of adapter_rows)"
             )
-        if not self._told and x.dim() > 2:
-            self._told = True
-            if x.shape[0] == x.shape[1]:
-                warnings.warn(
-                    f"x is {list(x.shape)}, with as many examples as tokens: it cannot tell "
-                    "whether the first dimension is that of the examples in every layer. A batch "
-                    "of another length would refuse a layer where it is not",
-                    stacklevel=2,
-                )
         counts = self._blocks(x.shape[0])
         tokens = x.shape[1:-1].numel()
         self.order = tuple(counts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -167,30 +165,3 @@ def test_adapters_that_lie_there_besides_are_named(tmp_path):
     with pytest.warns(UserWarning, match="also holds a, which load_adapters would read too"):
         save_adapters(model, tmp_path)
     assert (tmp_path / "a").is_dir()
-
-
-class TokensFirst(nn.Module):
-    """A block that works [tokens, examples, K]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x.transpose(0, 1)).transpose(0, 1)
-
-
-def test_a_batch_that_cannot_tell_examples_from_tokens_is_said_once():
-    model, config = TokensFirst(), LoRAConfig(rank=2, targets=("inner",))
-    add_loras(model, {"a": config, "b": config})
-    with pytest.warns(UserWarning, match="as many examples as tokens"):
-        model(torch.randn(4, 4, 8))
-    with pytest.raises(ValueError, match="cannot tell whose rows"):
-        model(torch.randn(4, 6, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(torch.randn(4, 4, 8))
-        plain = nn.Sequential(nn.Linear(8, 8))
-        add_loras(plain, {"a": replace(config, targets=("0",)), "b": replace(config, targets="0")})
-        plain(torch.randn(4, 6, 8))
-        plain(torch.randn(4, 4, 8))
