@@ -42,8 +42,6 @@ class Adapters:
         self._given: dict[str, int] | None = None
         self._batch: int | None = None  # examples in the model's call that runs
         self._were_given = False
-            False  # whether a batch could tell examples from tokens, or a warning was given
-        )
 
     @contextmanager
     def rows(self, given: Mapping[str, int]) -> Iterator[None]:
