@@ -19,7 +19,7 @@ from lora_kernels.layers.chosen import chosen
 from .cases import LAYERS, Case
 from .providers import ALPHA_PER_RANK, Block, attach_lora, attach_peft
 from .records import Row
-from .variants import CHECKED, Ready, Suite, add_arguments, gradients, measure_all, verdict
+from .variants import Ready, Suite, add_arguments, error_of, measure_all, verdict
 
 __all__ = ["add_arguments", "run"]
 
@@ -67,25 +67,17 @@ def build(name: str, case: Case, device: torch.device, dropout: float) -> Ready:
 
 
 def check(built: Ready, case: Case, device: torch.device) -> float:
-    """The largest error of y, dx, dlora_A and dlora_B, over the norm of the exact one."""
+    """The error of a layer, against float64 with the weight that bitsandbytes dequantises."""
     from bitsandbytes.functional import dequantize_4bit
 
-    draw = torch.Generator().manual_seed(2)
-    x = torch.randn(CHECKED, case.layer.K, generator=draw).to(device, case.torch_dtype)
-    dy = torch.randn(CHECKED, case.layer.N[0], generator=draw).to(device, case.torch_dtype)
-    found = gradients(lambda x, *_: built.call(x)[0], x, built.trained, dy)
-    plain: Any = next(build("floor", case, device, 0.0).call.children())
-    weight = (
-        dequantize_4bit(plain.weight.data, plain.weight.quant_state).double().view(-1, x.shape[1])
-    )
+    frozen: Any = next(build("floor", case, device, 0.0).call.children())
+    weight = dequantize_4bit(frozen.weight.data, frozen.weight.quant_state).double()
+    weight = weight.view(case.layer.N[0], case.layer.K)
 
     def exact(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x @ weight.T + ALPHA_PER_RANK * (x @ lora_A.T) @ lora_B.T
 
-    adapters = [p.detach().double().requires_grad_() for p in built.trained]
-    wanted = gradients(exact, x.double(), adapters, dy.double())
-    pairs = zip(found, wanted, strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return error_of(built, case, device, exact)
 
 
 def judge(name: str, case: Case, device: torch.device) -> Row:

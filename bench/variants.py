@@ -102,7 +102,22 @@ def verdict(error: float) -> Row:
     return found
 
 
-def gradients(function: Any, x: Tensor, trained: list[Tensor], dy: Tensor) -> list[Tensor]:
+def error_of(built: Ready, case: Case, device: torch.device, exact: Callable[..., Tensor]) -> float:
+    """The largest error of y, dx and the gradients of what is trained, over the norm of the exact.
+
+    `exact(x, *trained)` is the layer in float64.
+    """
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(CHECKED, case.layer.K, generator=draw).to(device, case.torch_dtype)
+    dy = torch.randn(CHECKED, case.layer.N[0], generator=draw).to(device, case.torch_dtype)
+    found = _gradients(lambda x, *_: built.call(x)[0], x, built.trained, dy)
+    trained = [p.detach().double().requires_grad_() for p in built.trained]
+    wanted = _gradients(exact, x.double(), trained, dy.double())
+    pairs = zip(found, wanted, strict=True)
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def _gradients(function: Any, x: Tensor, trained: list[Tensor], dy: Tensor) -> list[Tensor]:
     """y, dx and the gradients of what is trained."""
     x = x.detach().requires_grad_()
     y = function(x, *trained)

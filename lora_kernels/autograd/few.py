@@ -40,12 +40,9 @@ def is_few(x: Tensor, settings: Settings) -> bool:
     """
     if settings.strategy != "auto" or settings.columns is not None or x.device.type != "cpu":
         return False
-    pack = settings.pack
-    few = (
-        x.numel() <= problem.FEW_ELEMENTS
-        if pack is None
-        else not few_and_many(pack, x.shape[-1])[1]
-    )
+    few = x.numel() <= problem.FEW_ELEMENTS
+    if settings.pack is not None:
+        few = not few_and_many(settings.pack, x.shape[-1])[1]
     if torch.compiler.is_compiling():  # asked so, a dynamic shape gets no guard: it has many tokens
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -75,7 +75,8 @@ def resized(model: nn.Module) -> list[str]:
         except (OSError, ValueError):
             warnings.warn(
                 f"the configuration of {name} is not at hand, so whether the vocabulary was "
-                "resized is not known; if it was, name the embeddings in train=",
+                "resized is not known, and the adapter holds no rows of new entries: if there are "
+                "any, save again with that configuration at hand",
                 stacklevel=2,
             )
             continue

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN: tuple[type, ...] = (nn.Parameter, Tensor)
+_FAKE: tuple[type, ...] = ()
 try:
     from torch._subclasses import FakeTensor
 except ImportError:  # it is private
     pass
 else:
-    _PLAIN += (FakeTensor,)  # stands for either while a graph is traced
+    _FAKE = (FakeTensor,)  # stands for either while a graph is traced
+    _PLAIN += _FAKE
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape alone, and no memory to ask for."""
+    return isinstance(tensor, _FAKE)
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -30,11 +30,13 @@ import torch
 from torch import Tensor
 
 from ..algebra.operands import PackWeights, Parts, Weights
+from ..algebra.packs import first_of
 from ..autograd.autocast import autocast_dtype
 from ..autograd.few import is_few
 from ..autograd.functional import lora_linears
 from ..autograd.packs import packed_linears
 from ..strategies.problem import Problem
+from .base import is_fake
 from .sharded import is_gathered_alone, is_part
 
 _APART = (
@@ -163,6 +165,8 @@ class Group:
         compiling = torch.compiler.is_compiling()
         if not compiling and (x.is_inference() or is_few(x, own.settings)):
             return None  # in inference mode an in-place change of x could not be seen
+        if compiling and not _saves_x(own):
+            return None  # nor in a graph, but by autograd where it has saved x
         version = 0 if compiling else x._version  # a graph cannot compare versions
         call = version, torch.is_grad_enabled(), autocast_dtype(x.device)
         waiting = self._waiting
@@ -199,6 +203,13 @@ class Group:
         return y
 
 
+def _saves_x(own: Parts) -> bool:
+    """Whether backward needs x, so that torch refuses a change of x in place before it."""
+    lora_A = own.weights.lora_A
+    first = first_of(lora_A) if isinstance(lora_A, tuple) else lora_A
+    return torch.is_grad_enabled() and first.requires_grad
+
+
 def _alike(every: list[Any], x: Tensor) -> bool:
     """Whether layers with these parts can share a launch now; one that runs unfused has None.
 
@@ -230,15 +241,22 @@ def _any_part(members: list[LoRALayer]) -> bool:
 
 
 def _state(parts: Parts, compiling: bool) -> Any:
-    """What a waiting output depends on besides x: the settings, the tensors and their values.
-
-    A frozen weight is told by its memory, since a Conv1D's is a new view in every call.
-    """
+    """What a waiting output depends on besides x: the settings, the tensors and their values."""
     if compiling:
         return parts.settings
     weight, bias, A, B = parts.weights
-    frozen = weight.data_ptr(), weight._version, id(bias), 0 if bias is None else bias._version
+    frozen = _memory(weight), _memory(bias)
     if isinstance(A, tuple):
         adapters = [t for t in (*A, *B) if t is not None]
         return frozen, [(id(t), t._version) for t in adapters], parts.settings
     return frozen, id(A), A._version, id(B), B._version, parts.settings
+
+
+def _memory(frozen: Tensor | None) -> tuple[int, int] | None:
+    """Where a frozen tensor lies, and how often it was changed in place.
+
+    Conv1D's weight is a new view in every call, and so are both under FSDP1: no object tells them.
+    """
+    if frozen is None or is_fake(frozen):
+        return None
+    return frozen.data_ptr(), frozen._version

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import STRATEGIES, FusedLoRALinear
 from lora_kernels.algebra import masks, reference
@@ -280,59 +279,6 @@ def test_threads_that_share_a_model_do_not_mix_their_results():
         for y in outputs:
             torch.testing.assert_close(y, e)
     assert launches(model(torch.randn(2, 5, 24, device=DEVICE))) == 1, "still a group"
-
-
-def test_a_changed_x_is_not_mistaken_for_the_old_one(x):
-    model = Attention()
-    group_siblings(model)
-    leaf = x.detach().clone()
-    model.query(leaf)
-    leaf.mul_(2)
-    torch.testing.assert_close(model.key(leaf), Attention.key_alone(model, leaf))
-
-
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.weight.zero_(),
-        lambda layer: layer.bias.zero_(),
-        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight + 1, False)),
-        lambda layer: layer.lora_B.zero_(),
-    ],
-    ids=["weight", "bias", "another-weight", "lora_B"],
-)
-def test_a_result_that_waits_is_not_of_an_old_weight(x, change, conv1d):
-    model = Attention()
-    if conv1d:
-        for name in ("query", "key", "value"):
-            base = Conv1D(24, 24).to(DEVICE)
-            layer = FusedLoRALinear.from_linear(base, rank=4, strategy="library")
-            nn.init.normal_(layer.lora_B)
-            setattr(model, name, layer)
-    group_siblings(model)
-    with torch.no_grad():
-        model.query(x)
-        waiting = model.key.group._waiting
-        assert waiting is not None and id(model.key) in waiting.results
-        change(model.key)
-        found = model.key(x)
-        torch.testing.assert_close(found, Attention.key_alone(model, x))
-        model.query(x)
-        unchanged, _ = model.value.group._waiting.results[id(model.value)]
-        assert model.value(x) is unchanged  # what has not changed is still taken
-
-
-def key_alone(self, x):
-    layer, group = self.key, self.key.group
-    layer.group = None
-    try:
-        return layer(x)
-    finally:
-        layer.group = group
-
-
-Attention.key_alone = key_alone
 
 
 def test_masks_are_drawn_anew_and_the_seed_reproduces_them(x):
