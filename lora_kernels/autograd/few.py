@@ -4,10 +4,10 @@ There the host's calls are most of the time. torch's own nodes of the graph are 
 Function of ours calls Python twice and its masks take some twenty operators. What a Function saves
 is memory, and with few tokens there is none to save: x has at most `FEW_ELEMENTS` elements.
 
-Products of rank R are float32 where x is bfloat16, and y is rounded to bfloat16 once. For few
-tokens oneDNN takes 25 us and more for such a product in bfloat16, MKL 4 to 10 in float32. Under
-autocast and up to `FEW_ROWS` rows the frozen product is float32 too: to cast a float32 weight reads
-and writes more than the product reads.
+Products of rank R are float32 where x is bfloat16. For few tokens oneDNN takes 25 us and more for
+such a product in bfloat16, MKL 3 to 16 in float32. Under autocast and up to `FEW_ROWS` rows the
+frozen product is float32 too, and y is rounded once: to cast a float32 weight reads and writes more
+than the product reads. With more rows the frozen product is rounded, and the sum again.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _dropped(x: Tensor, dropout: float, generator: torch.Generator | None) -> Te
 
 
 def _added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """y + scale * x lora_A^T lora_B^T, rounded once."""
+    """y + scale * x lora_A^T lora_B^T in the dtype of y; the sum is rounded once."""
     wide = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
     h = _linear(_as(x, wide), _as(lora_A, wide))
     if torch.compiler.is_compiling():  # Inductor of torch 2.13 drops the alpha of such a sum
