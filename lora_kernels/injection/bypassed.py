@@ -12,7 +12,6 @@ effect, until a merge changes the output. Three witnesses, each where the one be
 
 from __future__ import annotations
 
-import copy
 import dis
 import inspect
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..layers.embedding import FusedLoRAEmbedding
+from ..layers.examples import fake_copy
 
 
 def bypasses(model: nn.Module, path: str) -> str | None:
@@ -134,7 +134,7 @@ def _probe(model: nn.Module, paths: Iterable[str]) -> list[str]:
         return []  # the first forward will tell
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
-            copied: Any = copy.deepcopy(model)
+            copied: Any = fake_copy(model, fake, {})
             with _Witness({path: copied.get_submodule(path) for path in paths}) as witness:
                 device = next(copied.parameters()).device
                 inputs = {k: fake.from_tensor(v).to(device) for k, v in copied.dummy_inputs.items()}

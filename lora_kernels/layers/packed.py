@@ -8,6 +8,7 @@ share one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -21,6 +22,7 @@ from ..algebra.packs import Pack, is_capturing
 from ..autograd.absent import with_zero_gradients
 from ..autograd.packs import Streams, in_backward, packed_linears
 from .base import plain_layer
+from .examples import firsts
 from .linear import FusedLoRALinear
 
 
@@ -40,7 +42,10 @@ class Adapters:
         self.edges: tuple[int, ...]
         self._forget_batch()
         self._given: dict[str, int] | None = None
-        self._batch: int | None = None  # examples in the model's call that runs
+        # The model's call that runs, and its examples.
+        self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self._batch: int | None = None
+        self._told = False  # that a square batch does not show whose rows a layer has
         self._were_given = False
 
     @contextmanager
@@ -57,8 +62,9 @@ class Adapters:
         """What `rows` gives now; a captured step (`training.GraphedStep`) is of that."""
         return None if self._given is None else tuple(self._given.items())
 
-    def call_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def call_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called (a pre-hook of it): its first tensor says how many examples."""
+        self._call = model, args, kwargs
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
         first = next(tensors, None)
         self._batch = None if first is None else first.shape[0]
@@ -67,9 +73,9 @@ class Adapters:
 
     def call_ends(self, *_: Any) -> None:
         """The model's call is over (a hook of it)."""
-        self._batch = None
+        self._call = self._batch = None
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, layer: PackedLoRALinear | PerAdapter) -> None:
         """Find the blocks of an x [examples, ..., K] that a layer is given."""
         if self._given is not None and is_capturing():
             raise RuntimeError(
@@ -78,17 +84,47 @@ class Adapters:
             )
         lone = x.dim() == 2 and self._batch is None and self._given is None
         if x.dim() < 2 or lone or self._batch not in (None, x.shape[0]):
-            raise ValueError(
-                f"a layer with several adapters got x {list(x.shape)} in a batch of "
-                f"{self._batch or 'unknown'} examples: it cannot tell whose rows these are (tokens "
-                "of experts, relative positions that all examples share, a part of the model "
-                "called by itself outside of adapter_rows)"
-            )
+            raise _unlike(x, self._batch)
         counts = self._blocks(x.shape[0])
+        if not layer.examples_first and x.dim() > 2:
+            if x.shape[0] not in x.shape[1:-1]:
+                layer.examples_first = True
+            elif not self._told and max(counts.values()) < x.shape[0]:  # of more than one adapter
+                self._settle(x, layer)
         tokens = x.shape[1:-1].numel()
         self.order = tuple(counts)
         self.examples = tuple(accumulate(counts.values(), initial=0))
         self.edges = tuple([edge * tokens for edge in self.examples])
+
+    def _settle(self, x: Tensor, layer: PackedLoRALinear | PerAdapter) -> None:
+        """Find out whether an x with as many examples as tokens has the examples first.
+
+        Raises ValueError if it has not, and warns once if that cannot be told.
+        """
+        examples = x.shape[0]
+        found: dict[Any, set[int]] | None = None
+        if self._call is not None and self._batch is not None:
+            layers = [
+                module
+                for module in self._call[0].modules()
+                if isinstance(module, (PackedLoRALinear, PerAdapter))
+            ]
+            found = firsts(self._call, examples, {each: each.plain() for each in layers}, self)
+        less = examples - 1
+        for each, seen in (found or {}).items():
+            each.examples_first = seen == {less}
+        seen = found[layer] if found else set()
+        if others := seen - {less}:
+            how = f": with {less} examples its x has {others.pop()} first"
+            raise _unlike(x, examples, how)
+        if not seen:
+            self._told = True
+            warnings.warn(
+                f"a batch has as many examples as tokens (x {list(x.shape)}), so a layer that "
+                "takes the tokens first would not show, and would give rows to the wrong adapters; "
+                "begin with a batch of another length, which shows it",
+                stacklevel=2,
+            )
 
     def _blocks(self, examples: int) -> dict[str, int]:
         """The examples of each adapter, in the order of the batch; all adapters are named."""
@@ -125,6 +161,15 @@ class Adapters:
     def _forget_batch(self) -> None:
         self.order = tuple(self.names)
         self.examples = self.edges = (0,) * (len(self.names) + 1)
+
+
+def _unlike(x: Tensor, batch: int | None, how: str = "") -> ValueError:
+    return ValueError(
+        f"a layer with several adapters got x {list(x.shape)} in a batch of {batch or 'unknown'} "
+        f"examples{how}: it cannot tell whose rows these are (tokens first or in an order of their "
+        "own, as experts have them; relative positions that all examples share; a part of the "
+        "model called by itself outside of adapter_rows)"
+    )
 
 
 class Own(NamedTuple):
@@ -166,6 +211,7 @@ class PackedLoRALinear(nn.Module):
         self.lora_B = nn.ParameterDict({name: each.lora_B for name, each in layers.items()})
         self.train(first.training)
         self.group: Any = None
+        self.examples_first = False  # until a batch shows it
         self._known: tuple[Any, Settings] | None = None
         self.stack()
 
@@ -205,7 +251,7 @@ class PackedLoRALinear(nn.Module):
                 "nn.DataParallel cuts a batch anywhere, and a layer with several adapters must "
                 "know whose rows it has: use one process for each GPU"
             )
-        self.adapters.see(x)
+        self.adapters.see(x, self)
         parts = self.parts()
         if parts is None:
             weight: Tensor = self.weight.T if self.conv1d else self.weight
@@ -254,12 +300,22 @@ class PackedLoRALinear(nn.Module):
             self._known = call, settings
         return self._known[1]
 
-    def alone(self, name: str) -> nn.Module:
-        """A layer with this adapter alone, of the same parameters; a plain one without LoRA."""
+    def plain(self) -> nn.Module:
+        """The frozen layer, of the same parameters."""
+        layer = self._outline()
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer  # type: ignore[no-any-return]
+
+    def _outline(self) -> Any:
+        """The frozen layer with an empty weight, since its own may be a part of itself now."""
         N, K = self.out_features, self.in_features
         shape = (K, N) if self.conv1d else (N, K)
         empty = nn.Parameter(torch.empty(shape, dtype=self.weight.dtype, device="meta"))
-        layer: Any = plain_layer(self.base_class, empty, None)  # the weight may be a part of itself
+        return plain_layer(self.base_class, empty, None)
+
+    def alone(self, name: str) -> nn.Module:
+        """A layer with this adapter alone, of the same parameters; a plain one without LoRA."""
+        layer = self._outline()
         own = self.own_settings.get(name)
         if own is not None:
             layer = FusedLoRALinear.from_linear(
@@ -288,6 +344,11 @@ class PerAdapter(nn.ModuleDict):
     def __init__(self, adapters: Adapters, modules: Mapping[str, nn.Module]) -> None:
         super().__init__(modules)
         self.adapters = adapters
+        self.examples_first = False  # until a batch shows it
+
+    def plain(self) -> nn.Module:
+        """The module of the first adapter, which any other's is like."""
+        return next(iter(self.values()))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The outputs for x [examples, ...], joined in the order of the batch."""
@@ -296,7 +357,7 @@ class PerAdapter(nn.ModuleDict):
                 f"{type(self).__name__} takes one tensor: it cannot tell which rows of the others "
                 "are whose"
             )
-        self.adapters.see(x)
+        self.adapters.see(x, self)
         blocks = zip(self.adapters.order, pairwise(self.adapters.examples), strict=True)
         pieces: list[Tensor] = []
         absent: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
@@ -73,6 +74,72 @@ def test_relative_positions_that_examples_share_are_refused():
     ids = torch.randint(3, model.config.vocab_size, (4, 7))
     with pytest.raises(ValueError, match="cannot tell whose rows"):
         model(input_ids=ids)
+
+
+class TokensFirst(nn.Module):
+    """Takes x [examples, tokens, 8], and gives its second layer the tokens first."""
+
+    def __init__(self, asks_for_numbers: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.asks_for_numbers = asks_for_numbers
+
+    def forward(self, x, places=None):
+        hidden = self.first(x)
+        if places is not None:
+            hidden = hidden + places[:, None]
+        if self.asks_for_numbers:
+            hidden.sum().item()
+        return self.third(self.second(hidden.transpose(0, 1)).transpose(0, 1))
+
+
+def of_two(model, *targets):
+    add_loras(model, {each: LoRAConfig(rank=2, targets=targets) for each in "ab"})
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+def test_as_many_examples_as_tokens_do_not_hide_a_layer_that_takes_the_tokens_first():
+    model = of_two(TokensFirst(), "second", "third")  # nothing is said of a third without effect
+    with pytest.raises(ValueError, match="with 5 examples its x has 6 first"):
+        model(torch.randn(6, 6, 8))
+    with pytest.raises(ValueError, match="with 5 examples its x has 6 first"):  # and again
+        model(torch.randn(6, 6, 8), places=torch.randn(6))  # a number for each token
+    with adapter_rows(model, {"a": 6}):
+        model(torch.randn(6, 6, 8))  # all rows are of one adapter
+    model = of_two(TokensFirst(), "first")
+    assert model(torch.randn(6, 6, 8), places=torch.randn(6)).shape == (6, 6, 8)
+    assert model.first.examples_first
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "bert"])
+def test_as_many_examples_as_tokens_are_no_trouble_otherwise(name):
+    model = packed(name)
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *call: seen.append(call))
+    ids = torch.randint(3, model.config.vocab_size, (6, 6))
+    state = torch.get_rng_state()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(6, dtype=int))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(layer.examples_first for layer in packed_layers(model).values())
+    own = {id(module) for module in model.modules()}
+    assert seen and all(id(module) in own for module, *_ in seen)  # no hook ran in the copy
+
+
+def test_where_it_cannot_be_told_a_warning_says_so_once():
+    model = of_two(TokensFirst(asks_for_numbers=True), "first")
+    with pytest.warns(UserWarning, match="begin with a batch of another length"):
+        model(torch.randn(6, 6, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(6, 6, 8))
+    model = of_two(TokensFirst(asks_for_numbers=True), "first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(6, 5, 8))  # shows it
+        model(torch.randn(6, 6, 8))
 
 
 def test_a_layer_that_cannot_know_whose_rows_it_has_refuses_them():
