@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded import in_parts
+
 
 def firsts(
     call: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
@@ -21,12 +23,13 @@ def firsts(
     instead: Mapping[nn.Module, nn.Module],
     shared: object,
 ) -> dict[nn.Module, set[int]] | None:
-    """The first dimensions of x that the layers get in a call with `examples - 1` examples.
+    """Layer -> the first dimensions of each x that it gets in a call with `examples - 1` examples.
 
-    `call` is a model and its arguments for `examples` examples. `instead` has a plain module for
-    each layer, which runs in its place. `shared` belongs to the layers and is not copied. None
-    where the copy does not run: it cannot be made, or its code asks for numbers; a sharded model is
-    not tried, since its parts would ask other processes.
+    `call` is a model with its arguments, of `examples` examples. `instead` has a plain module for
+    each layer, which runs in its place. `shared` is an object of the layers that is not copied.
+
+    The answer is None where the copy cannot be made or cannot run, as when its code asks for
+    numbers. A sharded model is not tried: its parts would call other processes.
     """
     try:
         from torch._C import DisableTorchFunction
@@ -34,7 +37,7 @@ def firsts(
     except ImportError:  # they are private
         return None
     model, args, kwargs = call
-    if _in_parts(model):
+    if in_parts(model):
         return None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     # A tensor [tokens] looks like one number an example: the second time it stays whole.
@@ -72,13 +75,6 @@ def fake_copy(module: nn.Module, fake: Any, memo: dict[int, Any]) -> nn.Module:
                     copied = nn.Parameter(copied, tensor.requires_grad)
                 memo[id(tensor)] = copied
     return copy.deepcopy(module, memo)
-
-
-def _in_parts(model: nn.Module) -> bool:
-    """Whether FSDP, ZeRO-3 or tensor parallelism left only a part of each parameter here."""
-    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
-        return True
-    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _with_one_less(value: Any, examples: int, least: int, fake: Any) -> Any:

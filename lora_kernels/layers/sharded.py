@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..algebra.operands import PackWeights, Weights
 from ..autograd.functional import is_dtensor
@@ -22,6 +23,13 @@ def is_part(weights: Weights | PackWeights) -> bool:
     else:
         matrices = [weights.weight, weights.lora_A, weights.lora_B]
     return any(tensor.dim() != 2 or is_dtensor(tensor) for tensor in matrices)
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether FSDP, ZeRO-3 or tensor parallelism holds a model, in a forward or outside of one."""
+    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
+        return True
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def is_gathered_alone(weights: Weights) -> bool:

@@ -140,6 +140,10 @@ def test_where_it_cannot_be_told_a_warning_says_so_once():
         warnings.simplefilter("error")
         model(torch.randn(6, 5, 8))  # shows it
         model(torch.randn(6, 6, 8))
+    model = of_two(TokensFirst(), "first")
+    model.second.weight.ds_id = 0  # as DeepSpeed marks what ZeRO-3 holds: its parts would gather
+    with pytest.warns(UserWarning, match="begin with a batch of another length"):
+        model(torch.randn(6, 6, 8))
 
 
 def test_a_layer_that_cannot_know_whose_rows_it_has_refuses_them():
